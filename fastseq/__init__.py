@@ -1,0 +1,31 @@
+"""Sequence models on a CPU: recurrent layers, compiled, beside a NumPy reference.
+
+>>> import numpy as np
+>>> import fastseq as fs
+>>> layer = fs.LSTM(64, 128, seed=0)
+>>> y, state = layer(np.zeros((8, 100, 64), "float32"))
+>>> y.shape, state.h.shape
+((8, 100, 128), (8, 1, 128))
+"""
+
+from fastseq import reference
+from fastseq.io import load
+from fastseq.layers import GRU, LSTM, RNN
+from fastseq.state import LSTMState, State
+from fastseq.threads import get_num_threads, set_num_threads
+from fastseq.version import __version__
+
+
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "LSTMState",
+    "State",
+    "__version__",
+    "get_num_threads",
+    "load",
+    "reference",
+    "set_num_threads",
+]

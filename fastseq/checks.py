@@ -1,0 +1,126 @@
+"""The door: every argument of a public call is checked here, once, before anything is computed.
+
+A check returns the value in the form the operations want, or raises a `TypeError` or `ValueError` that names
+the argument, what it was and what it should be. Below the door nothing is checked again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+def describe(value: object) -> str:
+    """What a value is, for a message: its type, and for arrays the dtype and shape."""
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} of shape {value.shape}"
+    return f"{type(value).__name__} {value!r:.80}"
+
+
+def size(name: str, value: Any, least: int = 0) -> int:
+    """A whole number, at least `least`; Python's and NumPy's integers, no bool."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} should be an integer, not {describe(value)}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} should be an integer, not {describe(value)}") from None
+    if number < least:
+        raise ValueError(f"{name} should be at least {least}, not {number}")
+    if number > np.iinfo(np.int64).max:
+        raise OverflowError(f"{name} is too large: {number}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, Python's or NumPy's."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} should be True or False, not {describe(value)}")
+    return bool(value)
+
+
+def fraction(name: str, value: Any) -> float:
+    """A real number in 0 <= value < 1."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} should be a number, not {describe(value)}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} should be in [0, 1), not {value}")
+    return float(value)
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """One of some names."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} should be one of {', '.join(map(repr, allowed))}, not {describe(value)}")
+    if value not in allowed:
+        raise ValueError(f"{name} should be one of {', '.join(map(repr, allowed))}, not {value!r}")
+    return value
+
+
+def seed(name: str, value: Any) -> int | None:
+    """A seed: None or an integer from 0 on."""
+    return None if value is None else size(name, value)
+
+
+def real_dtype(name: str, value: Any, allowed: Sequence[str] | None) -> np.dtype[Any]:
+    """A real floating dtype in native byte order; one of `allowed`, where that is given."""
+    try:
+        dtype = np.dtype(value)
+    except TypeError:
+        raise TypeError(f"{name} should be a floating dtype, not {describe(value)}") from None
+    if value is None or dtype.kind != "f":
+        raise TypeError(f"{name} should be a floating dtype, not {describe(value)}")
+    dtype = dtype.newbyteorder("=")
+    if allowed is not None and dtype.name not in allowed:
+        raise TypeError(f"{name} should be {' or '.join(allowed)}, not {dtype.name}")
+    return dtype
+
+
+def real_array(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
+    """A real array as `dtype`, aligned and in native byte order, its last axis contiguous.
+
+    An array that is all that already comes back as it is; others are copied, inputs are never modified.
+    """
+    if type(value) is not np.ndarray or value.dtype is not dtype:
+        try:
+            value = np.asarray(value)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} is not an array: {error}") from None
+        if value.dtype.kind != "f":
+            raise TypeError(f"{name} should hold real floating numbers, not {value.dtype}")
+        with np.errstate(over="ignore", invalid="ignore"):
+            value = value.astype(dtype, copy=False)
+    flags = value.flags
+    if not flags.c_contiguous and value.ndim and value.strides[-1] != dtype.itemsize or not flags.aligned:
+        value = np.ascontiguousarray(value) if flags.aligned else value.copy()
+    return value
+
+
+def lengths(value: Any, batch: int, time: int) -> npt.NDArray[np.int64]:
+    """Lengths of the rows of a batch: (batch,) of any integer dtype, each in 0..time."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu":
+        if array.size or array.dtype.kind == "b":
+            raise TypeError(f"lengths should hold integers, not {array.dtype}")
+    if array.shape != (batch,):
+        raise ValueError(f"lengths should be of shape ({batch},), one a row of the batch, not {array.shape}")
+    if batch and (array.min() < 0 or array.max() > time):
+        row = int(np.flatnonzero((array < 0) | (array > time))[0])
+        raise ValueError(f"lengths should be in 0..{time}, but lengths[{row}] is {array[row]}")
+    return array.astype(np.int64)
+
+
+def mapping(name: str, value: Any) -> Mapping[str, Any]:
+    """A mapping from strings."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} should be a mapping from names to arrays, not {describe(value)}")
+    for key in value:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} should have strings as names, not {describe(key)}")
+    return value

@@ -1,0 +1,477 @@
+"""RNN, LSTM and GRU: parameters, states, shapes. The arithmetic is in the operations they call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fastseq import _recurrent, checks, threads
+from fastseq.checks import Array
+from fastseq.layers.base import Layer
+from fastseq.state import LSTMState, State, adopt
+
+
+class Recurrent(Layer):
+    """What the three recurrent layers share."""
+
+    # The set of operations: `pack`, `run` and `step`, compiled or in NumPy.
+    _operations: ClassVar[Any] = _recurrent
+    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+    _gates: ClassVar[int]
+    _state_class: ClassVar[type[State]] = State
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    proj_size: int = 0
+    bias: bool
+    dropout: float
+    bidirectional: bool
+    seed: int | None
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        *,
+        bias: bool,
+        dropout: float,
+        bidirectional: bool,
+        dtype: Any,
+        seed: int | None,
+        **more: Any,
+    ) -> None:
+        self.input_size = checks.size("input_size", input_size, 1)
+        self.hidden_size = checks.size("hidden_size", hidden_size, 1)
+        self.num_layers = checks.size("num_layers", num_layers, 1)
+        self.bias = checks.flag("bias", bias)
+        self.dropout = checks.fraction("dropout", dropout)
+        self.bidirectional = checks.flag("bidirectional", bidirectional)
+        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.seed = checks.seed("seed", seed)
+        if self.proj_size >= self.hidden_size:
+            raise ValueError(f"proj_size should be less than hidden_size={hidden_size}, not {self.proj_size}")
+        self._cell = cell
+        self._config = {
+            "input_size": self.input_size,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            **more,
+            "bias": self.bias,
+            "dropout": self.dropout,
+            "bidirectional": self.bidirectional,
+            "dtype": self.dtype.name,
+            "seed": self.seed,
+        }
+        self._packed: tuple[dict[str, Array], Any] | None = None
+        self._arrays = {}
+        rng = np.random.default_rng(self.seed)
+        bound = 1 / np.sqrt(self.hidden_size)  # PyTorch's default
+        self._replace({n: rng.uniform(-bound, bound, s) for n, s in self._parameter_shapes().items()})
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def _output_size(self) -> int:
+        return self.proj_size or self.hidden_size
+
+    def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        rows, outputs = self._gates * self.hidden_size, self._output_size
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in range(self.num_layers):
+            inputs = self.input_size if layer == 0 else self._directions * outputs
+            for direction in range(self._directions):
+                suffix = _suffix(layer, direction)
+                shapes[f"weight_ih_{suffix}"] = (rows, inputs)
+                shapes[f"weight_hh_{suffix}"] = (rows, outputs)
+                if self.bias:
+                    shapes[f"bias_ih_{suffix}"] = (rows,)
+                    shapes[f"bias_hh_{suffix}"] = (rows,)
+                if self.proj_size:
+                    shapes[f"weight_hr_{suffix}"] = (outputs, self.hidden_size)
+        return shapes
+
+    def _cells(self) -> Any:
+        """The weights as the operations want them: one cell for each layer and direction."""
+        arrays, packed = self._arrays, self._packed
+        if packed is not None and packed[0] is arrays:
+            return packed[1]
+        cells = tuple(
+            tuple(
+                self._operations.pack(
+                    self._cell,
+                    arrays[f"weight_ih_{suffix}"],
+                    arrays[f"weight_hh_{suffix}"],
+                    arrays.get(f"bias_ih_{suffix}"),
+                    arrays.get(f"bias_hh_{suffix}"),
+                    arrays.get(f"weight_hr_{suffix}"),
+                )
+                for suffix in (_suffix(layer, direction) for direction in range(self._directions))
+            )
+            for layer in range(self.num_layers)
+        )
+        self._packed = (arrays, cells)
+        return cells
+
+    def initial_state(self, batch_size: int) -> State:
+        """The state of zeros that a sequence starts from when none is given.
+
+        Parameters
+        ----------
+        batch_size : int
+            Rows of the batch, 0 or more.
+        """
+        batch = checks.size("batch_size", batch_size)
+        return adopt(*self._zeros(batch))
+
+    def _zeros(self, batch: int) -> tuple[Array, Array | None]:
+        slots = self.num_layers * self._directions
+        h = np.zeros((batch, slots, self._output_size), self.dtype)
+        c = np.zeros((batch, slots, self.hidden_size), self.dtype) if self._state_class is LSTMState else None
+        return h, c
+
+    def _state_arrays(self, name: str, state: Any) -> tuple[Array, Array | None]:
+        """The arrays of a state in any of the forms it may be given in, shapes checked but for the batch."""
+        wants = self._state_class
+        if isinstance(state, State):
+            if type(state) is not wants:
+                raise TypeError(f"{name} should be a {wants.__name__}, not a {type(state).__name__}")
+            given = tuple(state)
+        elif wants is LSTMState:
+            if not isinstance(state, tuple | list) or len(state) != 2:
+                raise TypeError(f"{name} should be an LSTMState or a pair (h, c), not {checks.describe(state)}")
+            given = tuple(state)
+        else:
+            given = (state,)
+        slots = self.num_layers * self._directions
+        arrays: list[Array] = []
+        for part, value, width in zip("hc", given, (self._output_size, self.hidden_size), strict=False):
+            label = f"{name}.{part}"
+            array = checks.real_array(label, value, self.dtype)
+            if array.ndim != 3 or array.shape[1:] != (slots, width):
+                hint = ""
+                if array.ndim == 3 and array.shape[::2] == (slots, width):
+                    hint = "; it looks like (num_layers * D, B, H): the batch comes first here, pass swapaxes(0, 1)"
+                raise ValueError(f"{label} should be of shape (B, {slots}, {width}), not {array.shape}{hint}")
+            arrays.append(array)
+        h, c = (arrays[0], arrays[1]) if wants is LSTMState else (arrays[0], None)
+        if c is not None and len(h) != len(c):
+            raise ValueError(f"{name}.h and {name}.c should have one batch size, not {len(h)} and {len(c)}")
+        return h, c
+
+    def __call__(self, x: Any, state: Any = None, *, lengths: Any = None) -> tuple[Array, State]:
+        """Run whole sequences; inference.
+
+        Parameters
+        ----------
+        x : array of shape (B, T, I), or (T, I) for one sequence without a batch
+            Real floating numbers.
+        state : state, array (RNN, GRU) or pair of arrays (LSTM), optional
+            Where each row starts, (B, num_layers * D, H); zeros by default.
+        lengths : array of shape (B,), optional
+            The real steps of each row, integers in 0..T in any order. Past them `y` is 0 and nothing in `x`
+            matters; the state returned is the one after the last real step.
+
+        Returns
+        -------
+        y : ndarray of shape (B, T, D * H), or (T, D * H)
+            The outputs of the last layer at every step, forward then reverse.
+        state : State or LSTMState
+            Where each row ends.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be.
+        """
+        x = checks.real_array("x", x, self.dtype)
+        batched = x.ndim == 3
+        if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
+            raise ValueError(f"x should be of shape (B, T, {self.input_size}), not {x.shape}")
+        if not batched:
+            x = x[None]
+        batch, time = x.shape[:2]
+        if state is None:
+            h, c = self._zeros(batch)
+        else:
+            h, c = self._state_arrays("state", state)
+            if len(h) != batch:
+                hint = _swapped(len(h), batch, time)
+                raise ValueError(f"state should have the batch size of x, {batch}, not {len(h)}{hint}")
+        if lengths is not None:
+            count = len(lengths) if np.ndim(lengths) == 1 else batch
+            if count != batch and count == time:
+                hint = _swapped(count, batch, time)
+                raise ValueError(f"lengths should be of shape ({batch},), not ({count},){hint}")
+            lengths = checks.lengths(lengths, batch, time)
+        y, h, c = self._operations.run(self._cells(), x, h, c, lengths, threads.get_num_threads())
+        return (y if batched else y[0]), adopt(h, c)
+
+    def step(self, x_t: Any, state: Any = None, *, out: Array | None = None) -> tuple[Array, State]:
+        """Run one time step, for streams.
+
+        Parameters
+        ----------
+        x_t : array of shape (B, I)
+            The input at this step.
+        state : state, array (RNN, GRU) or pair of arrays (LSTM), optional
+            What the step before returned; zeros by default.
+        out : ndarray of shape (B, H) in the dtype of the layer, optional
+            Where the outputs are written; any strides. Without it a new array is made.
+
+        Returns
+        -------
+        y_t : ndarray of shape (B, H)
+            The outputs of the last layer: `out`, where it was given.
+        state : State or LSTMState
+            To be given to the next step.
+
+        Raises
+        ------
+        ValueError
+            Also for a bidirectional layer, whose reverse direction has no next step.
+        """
+        if self.bidirectional:
+            raise ValueError("step needs a layer that is not bidirectional: the reverse direction starts at the end")
+        x = checks.real_array("x_t", x_t, self.dtype)
+        if x.ndim != 2 or x.shape[1] != self.input_size:
+            raise ValueError(f"x_t should be of shape (B, {self.input_size}), not {x.shape}")
+        batch = x.shape[0]
+        if state is None:
+            h, c = self._zeros(batch)
+        else:
+            h, c = self._state_arrays("state", state)
+            if len(h) != batch:
+                raise ValueError(f"state should have the batch size of x_t, {batch}, not {len(h)}")
+        if out is not None:
+            if type(out) is not np.ndarray or out.dtype != self.dtype:
+                raise TypeError(f"out should be an array of {self.dtype}, not {checks.describe(out)}")
+            if out.shape != (batch, self._output_size):
+                raise ValueError(f"out should be of shape ({batch}, {self._output_size}), not {out.shape}")
+            if not out.flags.writeable:
+                raise ValueError("out should be writeable, not read-only")
+        h, c = self._operations.step(self._cells(), x, h, c, threads.get_num_threads())
+        if out is None:
+            out = h[:, -1].copy()
+        else:
+            out[...] = h[:, -1]
+        return out, adopt(h, c)
+
+    def _recognise(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """Name the layer a PyTorch state dict of another size or kind belongs to."""
+        w_x, w_h = shapes.get("weight_ih_l0", ()), shapes.get("weight_hh_l0", ())
+        if len(w_x) != 2 or len(w_h) != 2:
+            prefix = next((name[: -len("weight_ih_l0")] for name in shapes if name.endswith("weight_ih_l0")), "")
+            return f"; take the prefix {prefix!r} off the names" if prefix else ""
+        projection = shapes.get("weight_hr_l0")
+        hidden = projection[1] if projection is not None and len(projection) == 2 else w_h[1]
+        kind = {1: "RNN", 3: "GRU", 4: "LSTM"}.get(w_h[0] // hidden if hidden and not w_h[0] % hidden else 0)
+        if kind is None:
+            return ""
+        layers = len({name for name in shapes if name.startswith("weight_hh_l") and "_reverse" not in name})
+        settings = [str(w_x[1]), str(hidden)]
+        settings += [f"num_layers={layers}"] if layers > 1 else []
+        settings += [f"proj_size={w_h[1]}"] if projection is not None else []
+        settings += ["bias=False"] if "bias_ih_l0" not in shapes else []
+        settings += ["bidirectional=True"] if "weight_hh_l0_reverse" in shapes else []
+        return f"; it looks like the state dict of {kind}({', '.join(settings)})"
+
+
+def _suffix(layer: int, direction: int) -> str:
+    return f"l{layer}_reverse" if direction else f"l{layer}"
+
+
+def _swapped(rows: int, batch: int, time: int) -> str:
+    if rows == time and rows != batch:
+        return "; x looks like (T, B, I): the batch comes first here, pass x.swapaxes(0, 1)"
+    return ""
+
+
+class RNN(Recurrent):
+    """The plain recurrent network: h' = f(W_ih x + b_ih + W_hh h + b_hh) [1]_.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    num_layers : int
+        Layers stacked; each takes the outputs of the one below.
+    nonlinearity : {"tanh", "relu", "sigmoid"}
+        f.
+    bias : bool
+        Whether there are b_ih and b_hh.
+    dropout : float in [0, 1)
+        Share of the outputs between layers that training drops; calls and steps are inference and drop none.
+    bidirectional : bool
+        Whether a second set of weights walks each row from its end.
+    dtype : {"float32", "float64"}
+        Of parameters, states and outputs. Inputs of another real dtype are converted.
+    seed : int, optional
+        Fixes the initial parameters, uniform in ±1/sqrt(H).
+
+    References
+    ----------
+    .. [1] J. L. Elman, "Finding structure in time", Cognitive Science 14, 1990.
+    """
+
+    _gates = 1
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        self.nonlinearity = checks.choice("nonlinearity", nonlinearity, ("tanh", "relu", "sigmoid"))
+        super().__init__(
+            f"rnn_{self.nonlinearity}",
+            input_size,
+            hidden_size,
+            num_layers,
+            nonlinearity=self.nonlinearity,
+            bias=bias,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            dtype=dtype,
+            seed=seed,
+        )
+
+
+class LSTM(Recurrent):
+    """Long short-term memory [1]_, with a forget gate [2]_.
+
+    i, f, o = sigmoid(W x + b + U h + d), g = tanh(W x + b + U h + d), each with its own weights;
+    c' = f c + i g; h' = o tanh(c'), or W_hr (o tanh(c')) with `proj_size` [3]_.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    num_layers : int
+        Layers stacked; each takes the outputs of the one below.
+    proj_size : int
+        P: outputs and ``state.h`` have this size in the place of H. 0: no projection. Less than H.
+    bias : bool
+        Whether there are biases.
+    dropout : float in [0, 1)
+        Share of the outputs between layers that training drops; calls and steps are inference and drop none.
+    bidirectional : bool
+        Whether a second set of weights walks each row from its end.
+    dtype : {"float32", "float64"}
+        Of parameters, states and outputs. Inputs of another real dtype are converted.
+    seed : int, optional
+        Fixes the initial parameters, uniform in ±1/sqrt(H).
+
+    References
+    ----------
+    .. [1] S. Hochreiter, J. Schmidhuber, "Long short-term memory", Neural Computation 9, 1997.
+    .. [2] F. A. Gers, J. Schmidhuber, F. Cummins, "Learning to forget", Neural Computation 12, 2000.
+    .. [3] H. Sak, A. Senior, F. Beaufays, "Long short-term memory based recurrent neural network
+       architectures for large vocabulary speech recognition", arXiv:1402.1128, 2014.
+    """
+
+    _gates = 4
+    _state_class = LSTMState
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        proj_size: int = 0,
+        bias: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        self.proj_size = checks.size("proj_size", proj_size)
+        super().__init__(
+            "lstm",
+            input_size,
+            hidden_size,
+            num_layers,
+            proj_size=self.proj_size,
+            bias=bias,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            dtype=dtype,
+            seed=seed,
+        )
+
+
+class GRU(Recurrent):
+    """The gated recurrent unit [1]_, with the reset gate after or before the recurrent product.
+
+    r, z = sigmoid(W x + b + U h + d), each with its own weights; h' = (1 - z) n + z h, where
+
+    * ``reset_after=True``, PyTorch's: n = tanh(W_in x + b_in + r (W_hn h + b_hn));
+    * ``reset_after=False``, the paper's: n = tanh(W_in x + b_in + W_hn (r h) + b_hn).
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    num_layers : int
+        Layers stacked; each takes the outputs of the one below.
+    reset_after : bool
+        Which of the two.
+    bias : bool
+        Whether there are biases.
+    dropout : float in [0, 1)
+        Share of the outputs between layers that training drops; calls and steps are inference and drop none.
+    bidirectional : bool
+        Whether a second set of weights walks each row from its end.
+    dtype : {"float32", "float64"}
+        Of parameters, states and outputs. Inputs of another real dtype are converted.
+    seed : int, optional
+        Fixes the initial parameters, uniform in ±1/sqrt(H).
+
+    References
+    ----------
+    .. [1] K. Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine
+       translation", EMNLP 2014.
+    """
+
+    _gates = 3
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        reset_after: bool = True,
+        bias: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        self.reset_after = checks.flag("reset_after", reset_after)
+        super().__init__(
+            "gru_reset_after" if self.reset_after else "gru_reset_before",
+            input_size,
+            hidden_size,
+            num_layers,
+            reset_after=self.reset_after,
+            bias=bias,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            dtype=dtype,
+            seed=seed,
+        )

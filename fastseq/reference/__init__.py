@@ -1,0 +1,41 @@
+"""The same layers over NumPy: what the compiled ones are compared with, and what there is to read.
+
+Every class here is the class of the same name in `fastseq`, with the same signature and parameters, over the
+operations in `fastseq.reference.operations`. It takes any floating dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from fastseq import layers
+from fastseq.io import load_into
+from fastseq.reference import operations
+from fastseq.state import LSTMState, State
+
+__all__ = ["GRU", "LSTM", "RNN", "LSTMState", "State", "load"]
+
+
+class RNN(layers.RNN):
+    __doc__ = layers.RNN.__doc__
+    _operations = operations
+    _dtypes = None
+
+
+class LSTM(layers.LSTM):
+    __doc__ = layers.LSTM.__doc__
+    _operations = operations
+    _dtypes = None
+
+
+class GRU(layers.GRU):
+    __doc__ = layers.GRU.__doc__
+    _operations = operations
+    _dtypes = None
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """`fastseq.load`, with the classes of this module."""
+    return load_into(path, sys.modules[__name__])

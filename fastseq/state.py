@@ -1,0 +1,188 @@
+"""States of recurrent layers: small immutable values that belong to whoever holds them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+from fastseq import checks
+from fastseq.checks import Array
+
+S = TypeVar("S", bound="State")
+
+
+class State:
+    """The state of an RNN or a GRU.
+
+    Parameters
+    ----------
+    h : array of shape (B, num_layers * D, H)
+        Layers outermost, forward before reverse. Copied.
+
+    Attributes
+    ----------
+    h : ndarray
+        Read-only.
+
+    Notes
+    -----
+    ``state[rows]`` is the state of some rows of the batch and keeps the axis. States compare by value,
+    copy, pickle, `save`, and `fastseq.load`; `State.concatenate` joins batches. Unpacking gives the arrays.
+    """
+
+    __slots__ = ("h",)
+    _fields: ClassVar[tuple[str, ...]] = ("h",)
+    h: Array
+
+    def __init__(self, h: Any) -> None:
+        self._take(h=h)
+
+    def _take(self, **arrays: Any) -> None:
+        for name, value in arrays.items():
+            array = np.asarray(value)
+            if array.dtype.kind != "f":
+                raise TypeError(f"{name} should hold real floating numbers, not {array.dtype}")
+            if array.ndim != 3:
+                raise ValueError(f"{name} should be of shape (B, num_layers * D, H), not {array.shape}")
+            array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        shapes = {name: getattr(self, name).shape[:2] for name in self._fields}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"the arrays of a state should agree in batch and layers, not {shapes}")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a {type(self).__name__} is immutable")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a {type(self).__name__} is immutable")
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return int(self.h.shape[0])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the arrays."""
+        return self.h.dtype
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter([getattr(self, name) for name in self._fields])
+
+    def __getitem__(self: S, rows: Any) -> S:
+        if isinstance(rows, tuple):
+            raise TypeError("rows should be one index into the batch, not a tuple")
+        if isinstance(rows, int | np.integer) and not isinstance(rows, bool):
+            rows = [rows]
+        if isinstance(rows, list) and not rows:
+            rows = slice(0, 0)
+        try:
+            return type(self)(*(array[rows] for array in self))
+        except IndexError as error:
+            raise ValueError(f"rows do not fit a batch of {self.batch_size}: {error}") from None
+
+    @classmethod
+    def concatenate(cls: type[S], states: Sequence[S]) -> S:
+        """Join the batches of some states of one layer.
+
+        Parameters
+        ----------
+        states : sequence of states
+            At least one; of one class, dtype and size.
+        """
+        states = list(states)
+        if not states:
+            raise ValueError("states should hold at least one state")
+        first = states[0]
+        for state in states:
+            if type(state) is not cls:
+                raise TypeError(f"states should hold only {cls.__name__}, not {checks.describe(state)}")
+            for name in cls._fields:
+                one, other = getattr(first, name), getattr(state, name)
+                if one.shape[1:] != other.shape[1:] or one.dtype != other.dtype:
+                    raise ValueError(
+                        f"states should agree in all but the batch, but {name} is {one.dtype} of {one.shape} in"
+                        f" one and {other.dtype} of {other.shape} in another"
+                    )
+        return cls(*(np.concatenate(arrays) for arrays in zip(*states, strict=True)))
+
+    def copy(self: S) -> S:
+        """A state of its own with the same numbers."""
+        return type(self)(*self)
+
+    def __copy__(self: S) -> S:
+        return self.copy()
+
+    def __deepcopy__(self: S, memo: dict[int, Any]) -> S:
+        return self.copy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(np.array(array) for array in self)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(
+            a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
+            for a, b in zip(self, other, strict=True)  # type: ignore[call-overload]
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # arrays are compared by value, and may be large
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}={getattr(self, name).shape}" for name in self._fields)
+        return f"{type(self).__name__}({shapes}, dtype={self.dtype.name})"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a safetensors file; `fastseq.load` reads it back."""
+        from fastseq import io
+
+        io.save(path, type(self).__name__, {}, {name: getattr(self, name) for name in self._fields})
+
+
+class LSTMState(State):
+    """The state of an LSTM.
+
+    Parameters
+    ----------
+    h : array of shape (B, num_layers * D, P)
+        Outputs; P is `proj_size` where the layer has one, else the hidden size.
+    c : array of shape (B, num_layers * D, H)
+        Cell states. Layers outermost, forward before reverse, in both. Copied.
+
+    Attributes
+    ----------
+    h, c : ndarray
+        Read-only.
+    """
+
+    __slots__ = ("c",)
+    _fields: ClassVar[tuple[str, ...]] = ("h", "c")
+    c: Array
+
+    def __init__(self, h: Any, c: Any) -> None:
+        self._take(h=h, c=c)
+        if self.h.dtype != self.c.dtype:
+            raise TypeError(f"h and c should have one dtype, not {self.h.dtype} and {self.c.dtype}")
+
+
+_set_h = State.h.__set__  # type: ignore[attr-defined]
+_set_c = LSTMState.c.__set__  # type: ignore[attr-defined]
+
+
+def adopt(h: Array, c: Array | None) -> State:
+    """A state of fresh arrays that nobody else holds: no check, no copy. For the layers."""
+    h.flags.writeable = False
+    if c is None:
+        state = State.__new__(State)
+        _set_h(state, h)
+        return state
+    c.flags.writeable = False
+    state = LSTMState.__new__(LSTMState)
+    _set_h(state, h)
+    _set_c(state, c)
+    return state

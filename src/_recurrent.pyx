@@ -1,0 +1,569 @@
+"""Recurrent layers, compiled: packing the weights, and the loops over layers, directions, time and rows.
+
+`pack`, `run` and `step` are the operations; `fastseq.reference.operations` has the same three in NumPy, and their
+documentation. Arguments were checked at the door.
+
+A direction of a layer is a `Job`. The rows of the batch stand longest first, so that the rows still running at a
+step are the first ones. A job is done in one of two ways, chosen by `plan`:
+
+* rows: the threads split the rows, and each walks all of time alone;
+* panels: the threads split the units, and meet at a barrier every step.
+
+Either way the input part of the pre-activations is computed inside the step, or, where there are too few rows to
+fill a tile, ahead of it for a chunk of time. No choice changes a bit of the result: see simd/leaves.h.
+"""
+
+cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from cython.parallel cimport parallel, threadid
+from libc.string cimport memcpy
+
+from leaves cimport (
+    FS_BLEND, FS_IDENTITY, FS_RELU, FS_SIGMOID, FS_TANH, fs_finish, fs_leaves, fs_step, fs_weights,
+)
+
+import numpy as np
+
+from fastseq import _simd
+
+cnp.import_array()
+
+cdef extern from "team.h" nogil:
+    ctypedef struct fs_barrier:
+        pass
+    int fs_team_size()
+    void fs_barrier_init(fs_barrier *barrier)
+    void fs_barrier_wait(fs_barrier *barrier, int team)
+    unsigned long long fs_flush_denormals()
+    void fs_restore_denormals(unsigned long long before)
+
+cdef enum Kind:
+    RNN_CELL
+    LSTM_CELL
+    GRU_AFTER
+    GRU_BEFORE
+
+KINDS = {
+    "rnn_tanh": (RNN_CELL, FS_TANH),
+    "rnn_relu": (RNN_CELL, FS_RELU),
+    "rnn_sigmoid": (RNN_CELL, FS_SIGMOID),
+    "lstm": (LSTM_CELL, FS_IDENTITY),
+    "gru_reset_after": (GRU_AFTER, FS_IDENTITY),
+    "gru_reset_before": (GRU_BEFORE, FS_IDENTITY),
+}
+
+# Below this many multiply-adds a step, a barrier costs more than another thread gives.
+cdef Py_ssize_t STEP_WORK = 32 * 1024
+# Below this many multiply-adds in all, waking another thread does.
+cdef Py_ssize_t TEAM_WORK = 256 * 1024
+# Between two looks for Ctrl-C: some milliseconds, at the slowest tens.
+cdef Py_ssize_t CHUNK_WORK = 128 * 1024 * 1024
+# The most rows walked at once, and the most input parts computed ahead.
+cdef Py_ssize_t ROW_BLOCK = 4096
+cdef Py_ssize_t AHEAD_ROWS = 1024
+cdef Py_ssize_t AHEAD_BYTES = 1024 * 1024
+
+cdef enum:
+    SMALL = 8192  # up to this many bytes of scratch stand on the stack
+    POINTERS = 9  # arrays of pointers that `walk` keeps, one entry a row
+    AHEAD = 3     # and those of the input parts, one entry a row and step
+
+
+cdef class Cell:
+    """The packed weights of one layer in one direction. Immutable."""
+
+    cdef const fs_leaves *leaves
+    cdef Kind kind
+    cdef fs_finish finish
+    cdef int item
+    cdef Py_ssize_t input_size, hidden_size, output_size
+    # All gates but for GRU_BEFORE, which has r and z here and n in `candidate`.
+    cdef fs_weights main
+    cdef int main_vectors
+    cdef fs_weights candidate
+    cdef fs_weights projection
+    cdef list buffers  # keeps what the pointers above point into
+
+
+cdef cnp.ndarray aligned(Cell cell, Py_ssize_t count):
+    """`count` zeros on a cache line of their own, kept by the cell."""
+    cdef Py_ssize_t n_bytes = count * cell.item
+    raw = np.zeros(n_bytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    array = raw[start:start + n_bytes].view(f"f{cell.item}")
+    cell.buffers.append(array)
+    return array
+
+
+cdef const void *packed(Cell cell, cnp.ndarray weight, tuple gates, int blocks, Py_ssize_t units):
+    """Panels of some gates of a weight matrix of shape (gates * units, k)."""
+    cdef ptrdiff_t[4] gate_rows
+    cdef int n_gates = len(gates)
+    cdef Py_ssize_t per_panel = blocks * cell.leaves.lanes
+    cdef Py_ssize_t panels = (units + per_panel - 1) // per_panel
+    cdef Py_ssize_t k = weight.shape[1]
+    for i in range(n_gates):
+        gate_rows[i] = <int> gates[i] * units
+    cdef cnp.ndarray array = aligned(cell, panels * k * n_gates * per_panel)
+    cdef const void *source = cnp.PyArray_DATA(weight)
+    cdef void *target = cnp.PyArray_DATA(array)
+    with nogil:
+        cell.leaves.pack(source, k, gate_rows, n_gates, blocks, units, k, target)
+    return target
+
+
+cdef fs_weights packed_part(
+    Cell cell, cnp.ndarray weight_ih, cnp.ndarray weight_hh, cnp.ndarray bias, tuple gates, int blocks,
+):
+    """The weights of one fused step over the hidden units."""
+    cdef fs_weights part
+    cdef Py_ssize_t units = cell.hidden_size
+    cdef Py_ssize_t per_panel = blocks * cell.leaves.lanes
+    part.units = units
+    part.panels = (units + per_panel - 1) // per_panel
+    part.x_size = weight_ih.shape[1]
+    part.h_size = weight_hh.shape[1]
+    part.x = packed(cell, weight_ih, gates, blocks, units)
+    part.h = packed(cell, weight_hh, gates, blocks, units)
+    part.bias = packed(cell, bias.reshape(-1, 1), gates, blocks, units)
+    part.h_bias = NULL
+    return part
+
+
+def pack(str kind, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr):
+    """Pack the weights of one layer in one direction; returns a `Cell`."""
+    cdef Cell cell = Cell()
+    cell.buffers = []
+    cell.item = weight_ih.itemsize
+    cell.leaves = <const fs_leaves *> PyCapsule_GetPointer(_simd.leaves[cell.item], "fastseq.leaves")
+    cell.kind, cell.finish = KINDS[kind]
+    cdef int gates = 4 if cell.kind == LSTM_CELL else 1 if cell.kind == RNN_CELL else 3
+    cell.input_size = weight_ih.shape[1]
+    cell.hidden_size = weight_ih.shape[0] // gates
+    cell.output_size = weight_hh.shape[1]
+    if bias_ih is None:
+        bias_ih = bias_hh = np.zeros(len(weight_ih), weight_ih.dtype)
+    bias = bias_ih + bias_hh
+    units = cell.hidden_size
+    cell.main_vectors = 3 if cell.kind == GRU_AFTER else 4
+    if cell.kind == RNN_CELL:
+        cell.main = packed_part(cell, weight_ih, weight_hh, bias, (0,), 4)
+    elif cell.kind == LSTM_CELL:
+        cell.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1, 2, 3), 1)
+    elif cell.kind == GRU_AFTER:
+        bias[2 * units:] = bias_ih[2 * units:]
+        cell.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1, 2), 1)
+        cell.main.h_bias = packed(cell, bias_hh.reshape(-1, 1), (2,), 1, units)
+    else:
+        cell.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1), 2)
+        cell.candidate = packed_part(cell, weight_ih, weight_hh, bias, (2,), 4)
+    if weight_hr is not None:
+        no_bias = np.zeros((cell.output_size, 1), weight_hr.dtype)
+        cell.projection.units = cell.output_size
+        cell.projection.panels = (cell.output_size + 4 * cell.leaves.lanes - 1) // (4 * cell.leaves.lanes)
+        cell.projection.x_size = 0
+        cell.projection.h_size = units
+        cell.projection.h = packed(cell, weight_hr, (0,), 4, cell.output_size)
+        cell.projection.bias = packed(cell, no_bias, (0,), 4, cell.output_size)
+    return cell
+
+
+cdef struct Job:
+    const fs_leaves *leaves
+    Kind kind
+    fs_finish finish
+    const fs_weights *main
+    int main_vectors
+    const fs_weights *candidate   # GRU_BEFORE, else NULL
+    const fs_weights *projection  # where the LSTM has one, else NULL
+    Py_ssize_t item
+    # Arrays by row and time, strides in bytes, the last axis contiguous.
+    const char *x
+    Py_ssize_t x_row
+    Py_ssize_t x_time
+    char *y
+    Py_ssize_t y_row
+    Py_ssize_t y_time
+    const char *h            # where each row starts
+    Py_ssize_t h_row
+    char *c                  # IN/OUT, LSTM
+    Py_ssize_t c_row
+    Py_ssize_t rows
+    Py_ssize_t time
+    bint reverse
+    const Py_ssize_t *order  # row of the batch at each place, longest first; NULL: as they stand
+    const Py_ssize_t *steps  # steps of the row at each place; NULL: all of `time`
+    # The plan.
+    int threads
+    bint split_panels
+    Py_ssize_t ahead         # steps whose input part is computed ahead of them; 0: inside the step
+    # Scratch, by place in the block of rows.
+    char *pointers           # for each thread, POINTERS arrays of row_block pointers, and AHEAD arrays
+    Py_ssize_t pointers_each
+    Py_ssize_t row_block
+    char *middle             # [place][hidden_size]: r * h, or the LSTM's output before its projection
+    char *z                  # [place][hidden_size]
+    Py_ssize_t middle_row
+    char *input_part         # [step of the chunk][place][panels][vectors][lanes], main then candidate
+    Py_ssize_t input_part_main
+    Py_ssize_t input_part_row
+    fs_barrier barrier
+
+
+cdef inline Py_ssize_t panel_row(const Job *job, const fs_weights *weights, int vectors) noexcept nogil:
+    """Bytes of the pre-activations of one row."""
+    return weights.panels * vectors * job.leaves.lanes * job.item
+
+
+cdef Py_ssize_t work_of_step(const Job *job) noexcept nogil:
+    """Multiply-adds of one row in one step."""
+    cdef Py_ssize_t gates = 1 if job.kind == RNN_CELL else 4 if job.kind == LSTM_CELL else 3
+    cdef Py_ssize_t work = job.main.units * gates * (job.main.x_size + job.main.h_size)
+    if job.projection != NULL:
+        work += job.projection.units * job.projection.h_size
+    return work
+
+
+cdef void plan(Job *job, int n_threads) noexcept nogil:
+    """Choose the number of threads, how they split the work, and what is computed ahead."""
+    cdef int most = job.leaves.tile_rows[job.main_vectors]
+    cdef Py_ssize_t work = work_of_step(job)
+    cdef Py_ssize_t each
+    cdef Py_ssize_t threads = n_threads
+    job.split_panels = job.rows < 2 * most * threads or work * job.item > 1024 * 1024
+    if job.split_panels:
+        threads = min(threads, job.rows * work // STEP_WORK, job.main.panels)
+    else:
+        threads = min(threads, job.rows)
+    threads = min(threads, job.rows * work * job.time // TEAM_WORK)
+    job.threads = <int> max(1, threads)
+    if job.threads == 1:
+        job.split_panels = True
+    job.ahead = 0
+    if job.rows < most and job.time > 1:
+        each = job.rows * (panel_row(job, job.main, job.main_vectors))
+        job.ahead = max(1, min(job.time, AHEAD_ROWS // job.rows, AHEAD_BYTES // each))
+
+
+cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from_step, Py_ssize_t to_step,
+               int thread, int team, fs_barrier *barrier) noexcept nogil:
+    """What one thread does of the steps [from_step, to_step) for the `rows` rows from place `base` on."""
+    cdef const fs_leaves *leaves = job.leaves
+    cdef Py_ssize_t stride = 1 if job.split_panels else team
+    cdef Py_ssize_t lane = 0 if job.split_panels else thread
+    cdef Py_ssize_t x_step = -job.x_time if job.reverse else job.x_time
+    cdef Py_ssize_t y_step = -job.y_time if job.reverse else job.y_time
+    cdef bint meet = job.split_panels and team > 1
+    cdef Py_ssize_t n = 0, place, row, t, i, s, m
+    cdef char *at
+    cdef const void **x = <const void **> (job.pointers + thread * job.pointers_each)
+    cdef const void **h = x + job.row_block
+    cdef const void **init = h + job.row_block
+    cdef const void **candidate_init = init + job.row_block
+    cdef void **c = <void **> (candidate_init + job.row_block)
+    cdef void **out = c + job.row_block
+    cdef void **middle = out + job.row_block
+    cdef void **z = middle + job.row_block
+    cdef const void **no_bias = <const void **> (z + job.row_block)
+    cdef const void **ahead_x = no_bias + job.row_block
+    cdef const void **ahead_init
+    cdef void **ahead_out
+
+    # The rows of this thread that run at from_step.
+    i = lane
+    while i < rows:
+        place = base + i
+        if job.steps != NULL and job.steps[place] <= from_step:
+            break
+        row = place if job.order == NULL else job.order[place]
+        t = from_step
+        if job.reverse:
+            t = (job.time if job.steps == NULL else job.steps[place]) - 1 - from_step
+        at = job.y + row * job.y_row + t * job.y_time
+        x[n] = job.x + row * job.x_row + t * job.x_time
+        out[n] = at
+        h[n] = job.h + row * job.h_row if from_step == 0 else at - y_step
+        c[n] = job.c + row * job.c_row
+        middle[n] = job.middle + i * job.middle_row
+        z[n] = job.z + i * job.middle_row
+        init[n] = job.main.bias
+        if job.candidate != NULL:
+            candidate_init[n] = job.candidate.bias
+        if job.projection != NULL:
+            no_bias[n] = job.projection.bias
+        n += 1
+        i += stride
+    if n == 0:
+        return
+
+    cdef int share = thread if job.split_panels else 0
+    cdef int shares = team if job.split_panels else 1
+    cdef fs_step main, candidate, projection
+    main.weights = job.main
+    main.first = job.main.panels * share // shares
+    main.last = job.main.panels * (share + 1) // shares
+    main.with_x = job.ahead == 0
+    main.finish = job.finish
+    main.init = init
+    main.x = x
+    main.h = h
+    main.carry = h
+    main.c = c
+    main.z = z
+    main.out = out
+    candidate = main
+    if job.candidate != NULL:
+        main.out = middle
+        candidate.weights = job.candidate
+        candidate.first = job.candidate.panels * share // shares
+        candidate.last = job.candidate.panels * (share + 1) // shares
+        candidate.finish = FS_BLEND
+        candidate.init = candidate_init
+        candidate.h = <const void **> middle
+    projection = main
+    if job.projection != NULL:
+        main.out = middle
+        projection.weights = job.projection
+        projection.first = job.projection.panels * share // shares
+        projection.last = job.projection.panels * (share + 1) // shares
+        projection.with_x = 0
+        projection.finish = FS_IDENTITY
+        projection.init = no_bias
+        projection.h = <const void **> middle
+        projection.out = out
+
+    # The input part of these steps, ahead of them. Each thread computes what it will itself read.
+    cdef fs_step product
+    if job.ahead:
+        ahead_init = ahead_x + job.ahead * job.row_block
+        ahead_out = <void **> (ahead_init + job.ahead * job.row_block)
+        m = 0
+        for s in range(to_step - from_step):
+            for i in range(n):
+                place = lane + i * stride
+                if job.steps != NULL and job.steps[base + place] <= from_step + s:
+                    break
+                ahead_x[m] = <const char *> x[i] + s * x_step
+                ahead_init[m] = job.main.bias
+                ahead_out[m] = job.input_part + (s * job.row_block + place) * job.input_part_row
+                m += 1
+        product = main
+        product.rows = m
+        product.with_x = 1
+        product.x = ahead_x
+        product.init = ahead_init
+        product.out = ahead_out
+        leaves.panels_product(&product, job.main_vectors)
+        for i in range(n):
+            init[i] = job.input_part + (lane + i * stride) * job.input_part_row
+        if job.candidate != NULL:
+            for i in range(m):
+                ahead_init[i] = job.candidate.bias
+                ahead_out[i] = <char *> ahead_out[i] + job.input_part_main
+            product.weights = job.candidate
+            product.first = candidate.first
+            product.last = candidate.last
+            leaves.panels_product(&product, 4)
+            for i in range(n):
+                candidate_init[i] = <const char *> init[i] + job.input_part_main
+
+    cdef Py_ssize_t init_step = job.row_block * job.input_part_row if job.ahead else 0
+    for s in range(from_step, to_step):
+        if job.steps != NULL:
+            while n > 0 and job.steps[base + lane + (n - 1) * stride] <= s:
+                n -= 1
+        if n == 0:
+            break
+        main.rows = n
+        if job.kind == RNN_CELL:
+            leaves.plain(&main)
+        elif job.kind == LSTM_CELL:
+            leaves.lstm(&main)
+        elif job.kind == GRU_AFTER:
+            leaves.gru(&main)
+        else:
+            leaves.gru_gates(&main)
+            if meet:
+                fs_barrier_wait(barrier, team)
+            candidate.rows = n
+            leaves.plain(&candidate)
+        if job.projection != NULL:
+            if meet:
+                fs_barrier_wait(barrier, team)
+            projection.rows = n
+            leaves.plain(&projection)
+        if meet:
+            fs_barrier_wait(barrier, team)
+        for i in range(n):
+            x[i] = <const char *> x[i] + x_step
+            h[i] = out[i]
+            out[i] = <char *> out[i] + y_step
+            init[i] = <const char *> init[i] + init_step
+        if job.candidate != NULL:
+            for i in range(n):
+                candidate_init[i] = <const char *> candidate_init[i] + init_step
+
+
+cdef void walk_flushed(Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from_step, Py_ssize_t to_step,
+                       int thread, int team) noexcept nogil:
+    cdef unsigned long long before = fs_flush_denormals()
+    walk(job, base, rows, from_step, to_step, thread, team, &job.barrier)
+    fs_restore_denormals(before)
+
+
+cdef int execute(Job *job, int n_threads) except -1:
+    """Do a job. What it needs beside the arrays is scratch of its own."""
+    if job.rows == 0 or job.time == 0:
+        return 0
+    plan(job, n_threads)
+    job.row_block = min(job.rows, ROW_BLOCK)
+    job.pointers_each = <Py_ssize_t> sizeof(void *) * job.row_block * (POINTERS + AHEAD * job.ahead)
+    # Rows of scratch start on cache lines of their own.
+    job.middle_row = (job.main.units * job.item + 63) // 64 * 64
+    job.input_part_main = panel_row(job, job.main, job.main_vectors)
+    job.input_part_row = job.input_part_main
+    if job.candidate != NULL:
+        job.input_part_row += panel_row(job, job.candidate, 4)
+    cdef Py_ssize_t pointer_bytes = (job.threads * job.pointers_each + 63) // 64 * 64
+    cdef Py_ssize_t middle_bytes = 0
+    if job.candidate != NULL or job.projection != NULL:
+        middle_bytes = job.row_block * job.middle_row
+    cdef Py_ssize_t n_bytes = 64 + pointer_bytes + 2 * middle_bytes + job.ahead * job.row_block * job.input_part_row
+    cdef char[SMALL] small
+    cdef char *scratch = small
+    if n_bytes > SMALL:
+        scratch = <char *> PyMem_RawMalloc(n_bytes)
+        if scratch == NULL:
+            raise MemoryError(f"{n_bytes} bytes of scratch")
+    job.pointers = scratch + (-(<Py_ssize_t> scratch) & 63)
+    job.middle = job.pointers + pointer_bytes
+    job.z = job.middle + middle_bytes
+    job.input_part = job.z + middle_bytes
+
+    cdef Py_ssize_t chunk = CHUNK_WORK // (job.row_block * work_of_step(job)) + 1
+    if job.ahead:
+        chunk = min(chunk, job.ahead)
+    cdef Py_ssize_t base, rows, from_step, to_step, time
+    try:
+        for base in range(0, job.rows, job.row_block):
+            rows = min(job.row_block, job.rows - base)
+            time = job.time if job.steps == NULL else job.steps[base]
+            for from_step in range(0, time, chunk):
+                to_step = min(time, from_step + chunk)
+                with nogil:
+                    if job.threads == 1:
+                        walk_flushed(job, base, rows, from_step, to_step, 0, 1)
+                    else:
+                        fs_barrier_init(&job.barrier)
+                        with parallel(num_threads=job.threads):
+                            walk_flushed(job, base, rows, from_step, to_step, threadid(), fs_team_size())
+                PyErr_CheckSignals()
+    finally:
+        if scratch != small:
+            PyMem_RawFree(scratch)
+    return 0
+
+
+cdef void set_cell(Job *job, Cell cell) noexcept:
+    job.leaves = cell.leaves
+    job.kind = cell.kind
+    job.finish = cell.finish
+    job.item = cell.item
+    job.main = &cell.main
+    job.main_vectors = cell.main_vectors
+    job.candidate = &cell.candidate if cell.kind == GRU_BEFORE else NULL
+    job.projection = &cell.projection if cell.projection.units else NULL
+
+
+cdef inline char *slot_of(cnp.ndarray state, Py_ssize_t slot) noexcept:
+    """State array (B, slots, H): the first row of one slot."""
+    return cnp.PyArray_BYTES(state) + slot * cnp.PyArray_STRIDE(state, 1)
+
+
+def run(tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, lengths, int n_threads):
+    """Whole sequences through all layers and directions; see `fastseq.reference.operations.run`."""
+    cdef Py_ssize_t batch = cnp.PyArray_DIM(x, 0), time = cnp.PyArray_DIM(x, 1)
+    cdef Py_ssize_t width = cnp.PyArray_DIM(h, 2)
+    cdef Py_ssize_t slot = 0, row, steps
+    cdef Job job
+    cdef cnp.ndarray order = None, sorted_lengths = None, y = x, h_n, c_n = None
+    cdef const char *last
+    job.order = NULL
+    job.steps = NULL
+    if lengths is not None:
+        order = np.argsort(-lengths, kind="stable").astype(np.intp, copy=False)
+        sorted_lengths = lengths[order].astype(np.intp, copy=False)
+        job.order = <const Py_ssize_t *> cnp.PyArray_DATA(order)
+        job.steps = <const Py_ssize_t *> cnp.PyArray_DATA(sorted_lengths)
+    make = np.empty if lengths is None else np.zeros
+    h_n = np.array(h, order="C")
+    if c is not None:
+        c_n = np.array(c, order="C")
+    for layer in cells:
+        directions = len(layer)
+        y = make((batch, time, directions * width), x.dtype)
+        for direction in range(directions):
+            set_cell(&job, layer[direction])
+            job.rows = batch
+            job.time = time
+            job.reverse = direction == 1
+            job.x = cnp.PyArray_BYTES(x)
+            job.x_row = cnp.PyArray_STRIDE(x, 0)
+            job.x_time = cnp.PyArray_STRIDE(x, 1)
+            job.y = slot_of(y, 0) + <Py_ssize_t> direction * width * job.item
+            job.y_row = cnp.PyArray_STRIDE(y, 0)
+            job.y_time = cnp.PyArray_STRIDE(y, 1)
+            job.h = slot_of(h, slot)
+            job.h_row = cnp.PyArray_STRIDE(h, 0)
+            job.c = NULL
+            job.c_row = 0
+            if c is not None:
+                job.c = slot_of(c_n, slot)
+                job.c_row = cnp.PyArray_STRIDE(c_n, 0)
+            execute(&job, n_threads)
+            # The final h of a row is its output at its last step; a row of no steps keeps the h it came with.
+            for row in range(batch):
+                steps = time if lengths is None else lengths[row]
+                if steps:
+                    last = job.y + row * job.y_row + (0 if job.reverse else steps - 1) * job.y_time
+                    memcpy(slot_of(h_n, slot) + row * cnp.PyArray_STRIDE(h_n, 0), last, width * job.item)
+            slot += 1
+        x = y
+    return y, h_n, c_n
+
+
+def step(tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, int n_threads):
+    """One time step through all layers of one direction; see `fastseq.reference.operations.step`."""
+    cdef Py_ssize_t slot = 0
+    cdef Job job
+    cdef cnp.ndarray h_n = cnp.PyArray_EMPTY(3, cnp.PyArray_DIMS(h), cnp.PyArray_TYPE(h), 0)
+    cdef cnp.ndarray c_n = None
+    if c is not None:
+        c_n = cnp.PyArray_NewCopy(c, cnp.NPY_CORDER)
+    job.rows = cnp.PyArray_DIM(x, 0)
+    job.time = 1
+    job.reverse = False
+    job.order = NULL
+    job.steps = NULL
+    job.x = cnp.PyArray_BYTES(x)
+    job.x_row = cnp.PyArray_STRIDE(x, 0)
+    job.x_time = 0
+    job.y_time = 0
+    job.h_row = cnp.PyArray_STRIDE(h, 0)
+    job.y_row = cnp.PyArray_STRIDE(h_n, 0)
+    job.c = NULL
+    job.c_row = 0
+    for slot in range(len(cells)):
+        set_cell(&job, cells[slot][0])
+        job.h = slot_of(h, slot)
+        job.y = slot_of(h_n, slot)
+        if c is not None:
+            job.c = slot_of(c_n, slot)
+            job.c_row = cnp.PyArray_STRIDE(c_n, 0)
+        execute(&job, n_threads)
+        # The next layer takes this one's output.
+        job.x = job.y
+        job.x_row = job.y_row
+    return h_n, c_n

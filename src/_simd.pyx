@@ -1,0 +1,88 @@
+"""The instruction set: which the machine can run, which is used, and its leaves over arrays.
+
+``FASTSEQ_ISA`` forces one. The other compiled modules take their table of leaves from `leaves`.
+"""
+
+import os
+
+cimport numpy as cnp
+from cpython.pycapsule cimport PyCapsule_New
+
+from leaves cimport fs_find_leaves, fs_leaves
+
+import numpy as np
+
+cnp.import_array()
+
+cdef extern from "team.h" nogil:
+    int fs_has_openmp()
+
+NAMES = ("baseline", "avx2", "avx512")
+available = tuple(name for name in NAMES if fs_find_leaves(name.encode(), 4) != NULL)
+chosen = os.environ.get("FASTSEQ_ISA", available[-1])
+if chosen not in available:
+    raise ImportError(
+        f"FASTSEQ_ISA should be an instruction set of this machine, {' or '.join(available)}, not {chosen!r}"
+    )
+openmp = bool(fs_has_openmp())
+
+cdef const fs_leaves *float32_leaves = fs_find_leaves(chosen.encode(), 4)
+cdef const fs_leaves *float64_leaves = fs_find_leaves(chosen.encode(), 8)
+
+# By bytes in a real.
+leaves = {
+    4: PyCapsule_New(<void *> float32_leaves, "fastseq.leaves", NULL),
+    8: PyCapsule_New(<void *> float64_leaves, "fastseq.leaves", NULL),
+}
+lanes = {4: float32_leaves.lanes, 8: float64_leaves.lanes}
+
+ctypedef void (*map_function)(ptrdiff_t n, const void *x, void *y) noexcept nogil
+
+
+cdef const fs_leaves *table(cnp.ndarray x) except NULL:
+    if not cnp.PyArray_ISCARRAY_RO(x):
+        raise ValueError("x should be contiguous, aligned and in native byte order")
+    if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32:
+        return float32_leaves
+    if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64:
+        return float64_leaves
+    raise TypeError(f"x should be float32 or float64, not {x.dtype}")
+
+
+cdef cnp.ndarray map_array(map_function f, cnp.ndarray x):
+    cdef cnp.ndarray y = np.empty_like(x)
+    cdef ptrdiff_t n = x.size
+    with nogil:
+        f(n, cnp.PyArray_DATA(x), cnp.PyArray_DATA(y))
+    return y
+
+
+def exp(cnp.ndarray x not None):
+    """exp(x), elementwise."""
+    return map_array(table(x).exp, x)
+
+
+def tanh(cnp.ndarray x not None):
+    """tanh(x), elementwise."""
+    return map_array(table(x).tanh, x)
+
+
+def sigmoid(cnp.ndarray x not None):
+    """1 / (1 + exp(-x)), elementwise."""
+    return map_array(table(x).sigmoid, x)
+
+
+def multiply_adds(ptrdiff_t rounds):
+    """Run float32 multiply-adds on registers alone; returns how many floating-point operations that was."""
+    with nogil:
+        float32_leaves.multiply_adds(rounds)
+    return rounds * 12 * 2 * float32_leaves.lanes
+
+
+def read_memory(ptrdiff_t rounds, cnp.ndarray x not None):
+    """Read a float32 or float64 array some times over; returns how many bytes that was."""
+    cdef const fs_leaves *leaf = table(x)
+    cdef ptrdiff_t n = x.size
+    with nogil:
+        leaf.read_memory(rounds, n, cnp.PyArray_DATA(x))
+    return rounds * (n - n % (8 * leaf.lanes)) * leaf.item_size

@@ -1,0 +1,189 @@
+/*
+ * The fused steps: a tile of pre-activations, and what the cell makes of it before anything is stored.
+ *
+ * Each cell is one finish_* function, its equations above it; `step_tile` is what they share.
+ */
+#ifndef FASTSEQ_CELLS_H
+#define FASTSEQ_CELLS_H
+
+#include "functions.h"
+#include "leaves.h"
+#include "tile.h"
+
+enum cell { PLAIN, PRODUCT, LSTM, GRU, GRU_GATES };
+
+/* Loads and stores of the units of one vector, of which the last may be partial. */
+INLINE vec load_units(const void *row, ptrdiff_t unit, ptrdiff_t units)
+{
+    const real *p = (const real *)row + unit;
+    return units - unit >= LANES ? load(p) : load_part(p, units - unit);
+}
+
+INLINE void store_units(void *row, vec value, ptrdiff_t unit, ptrdiff_t units)
+{
+    real *p = (real *)row + unit;
+    if (units - unit >= LANES)
+        store(p, value);
+    else
+        store_part(p, value, units - unit);
+}
+
+/* h = f(a); or the candidate of the GRU that resets before: n = tanh(a), h = (1 - z) n + z carry */
+static inline void finish_plain(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, int vectors, const vec *a)
+{
+    const ptrdiff_t units = s->weights->units;
+    for (int v = 0; v < vectors; v++) {
+        ptrdiff_t unit = (panel * 4 + v) * LANES;
+        vec h = a[v];
+        switch (s->finish) {
+        case FS_IDENTITY: break;
+        case FS_TANH: h = tanh_(h); break;
+        case FS_RELU: h = relu_(h); break;
+        case FS_SIGMOID: h = sigmoid_(h); break;
+        case FS_BLEND: {
+            vec n = tanh_(h), z = load_units(s->z[row], unit, units);
+            h = fma_(z, load_units(s->carry[row], unit, units), (broadcast(1) - z) * n);
+            break;
+        }
+        }
+        store_units(s->out[row], h, unit, units);
+    }
+}
+
+/* i = sigmoid(a_i)  f = sigmoid(a_f)  g = tanh(a_g)  o = sigmoid(a_o);  c = f c + i g;  h = o tanh(c) */
+static inline void finish_lstm(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, const vec *a)
+{
+    const ptrdiff_t units = s->weights->units, unit = panel * LANES;
+    vec i = sigmoid_(a[0]), f = sigmoid_(a[1]), g = tanh_(a[2]), o = sigmoid_(a[3]);
+    vec c = fma_(f, load_units(s->c[row], unit, units), i * g);
+    store_units(s->c[row], c, unit, units);
+    store_units(s->out[row], o * tanh_(c), unit, units);
+}
+
+/* r = sigmoid(a_r)  z = sigmoid(a_z)  n = tanh(x_n + r h_n);  h = (1 - z) n + z h */
+static inline void finish_gru(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, const vec *a, vec x_n)
+{
+    const ptrdiff_t units = s->weights->units, unit = panel * LANES;
+    vec r = sigmoid_(a[0]), z = sigmoid_(a[1]), n = tanh_(fma_(r, a[2], x_n));
+    vec h = fma_(z, load_units(s->carry[row], unit, units), (broadcast(1) - z) * n);
+    store_units(s->out[row], h, unit, units);
+}
+
+/* r = sigmoid(a_r)  z = sigmoid(a_z); z and r h are kept for the candidate */
+static inline void finish_gru_gates(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, const vec *a)
+{
+    const ptrdiff_t units = s->weights->units;
+    for (int block = 0; block < 2; block++) {
+        ptrdiff_t unit = (panel * 2 + block) * LANES;
+        if (unit >= units)
+            break;
+        vec r = sigmoid_(a[2 * block]), z = sigmoid_(a[2 * block + 1]);
+        store_units(s->z[row], z, unit, units);
+        store_units(s->out[row], r * load_units(s->carry[row], unit, units), unit, units);
+    }
+}
+
+/*
+ * ROWS rows from `row` on, PANELS panels from `panel` on. CELL, ROWS, PANELS, VECTORS and STRIDE are constants
+ * where this is inlined.
+ */
+INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const int VECTORS, const int STRIDE,
+                      const fs_step *s, ptrdiff_t row, ptrdiff_t panel)
+{
+    const fs_weights *w = s->weights;
+    const ptrdiff_t panel_row = STRIDE * LANES;
+    vec sums[MAX_TILE];
+    vec x_n[8]; /* the GRU's candidate takes its input part apart from its recurrent part */
+
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++)
+                sums[(r * PANELS + p) * VECTORS + v] =
+                    load((const real *)s->init[row + r] + (panel + p) * panel_row + v * LANES);
+
+    if (s->with_x)
+        chain(ROWS, PANELS, VECTORS, STRIDE, sums, s->x + row,
+              (const real *)w->x + panel * w->x_size * panel_row, w->x_size * panel_row, w->x_size);
+    if (CELL == GRU) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; p++) {
+                x_n[r * PANELS + p] = sums[(r * PANELS + p) * VECTORS + 2];
+                sums[(r * PANELS + p) * VECTORS + 2] = load((const real *)w->h_bias + (panel + p) * LANES);
+            }
+    }
+    if (CELL != PRODUCT && w->h_size)
+        chain(ROWS, PANELS, VECTORS, STRIDE, sums, s->h + row,
+              (const real *)w->h + panel * w->h_size * panel_row, w->h_size * panel_row, w->h_size);
+
+    /* The gates are a loop over rows, so the sums leave their registers here, once a step. */
+    vec a[MAX_TILE];
+#pragma GCC unroll 24
+    for (int i = 0; i < ROWS * PANELS * VECTORS; i++)
+        a[i] = sums[i];
+    for (int r = 0; r < ROWS; r++)
+        for (int p = 0; p < PANELS; p++) {
+            const vec *of_row = a + (r * PANELS + p) * VECTORS;
+            switch (CELL) {
+            case PLAIN: finish_plain(s, row + r, panel + p, VECTORS, of_row); break;
+            case LSTM: finish_lstm(s, row + r, panel + p, of_row); break;
+            case GRU: finish_gru(s, row + r, panel + p, of_row, x_n[r * PANELS + p]); break;
+            case GRU_GATES: finish_gru_gates(s, row + r, panel + p, of_row); break;
+            case PRODUCT:
+                for (int v = 0; v < VECTORS; v++)
+                    store((real *)s->out[row + r] + (panel + p) * panel_row + v * LANES, of_row[v]);
+            }
+        }
+}
+
+/* All rows against one panel (or, for a single row, two: one chain of sums alone waits on itself). */
+INLINE void step_panels(const int CELL, const int PANELS, const int VECTORS, const int STRIDE, const fs_step *s,
+                        ptrdiff_t panel)
+{
+    const int most = STRIDE == 3 ? ROWS_OF_3 : ROWS_OF_4;
+    if (PANELS == 2) {
+        step_tile(CELL, 1, 2, VECTORS, STRIDE, s, 0, panel);
+        return;
+    }
+    for (ptrdiff_t row = 0, n; row < s->rows; row += n) {
+        n = tile_height(s->rows - row, most);
+        switch (n) {
+        case 1: step_tile(CELL, 1, 1, VECTORS, STRIDE, s, row, panel); break;
+        case 2: step_tile(CELL, 2, 1, VECTORS, STRIDE, s, row, panel); break;
+        case 3: step_tile(CELL, 3, 1, VECTORS, STRIDE, s, row, panel); break;
+        case 4: if (most >= 4) step_tile(CELL, 4, 1, VECTORS, STRIDE, s, row, panel); break;
+        case 5: if (most >= 5) step_tile(CELL, 5, 1, VECTORS, STRIDE, s, row, panel); break;
+        case 6: if (most >= 6) step_tile(CELL, 6, 1, VECTORS, STRIDE, s, row, panel); break;
+        case 7: if (most >= 7) step_tile(CELL, 7, 1, VECTORS, STRIDE, s, row, panel); break;
+        case 8: if (most >= 8) step_tile(CELL, 8, 1, VECTORS, STRIDE, s, row, panel); break;
+        }
+    }
+}
+
+INLINE void step(const int CELL, const int VECTORS, const fs_step *s)
+{
+    const fs_weights *w = s->weights;
+    ptrdiff_t panel = s->first;
+    /* The last panel of a plain cell may hold fewer than 4 blocks of units. */
+    const ptrdiff_t last_blocks = (w->units + LANES - 1) / LANES - (w->panels - 1) * 4;
+    const int ragged = CELL == PLAIN && s->last == w->panels && last_blocks < 4;
+    const ptrdiff_t whole = s->last - ragged;
+
+    if (s->rows == 1)
+        for (; panel + 2 <= whole; panel += 2)
+            step_panels(CELL, 2, VECTORS, VECTORS, s, panel);
+    for (; panel < whole; panel++)
+        step_panels(CELL, 1, VECTORS, VECTORS, s, panel);
+    if (ragged && panel < s->last)
+        switch (last_blocks) {
+        case 1: step_panels(CELL, 1, 1, VECTORS, s, panel); break;
+        case 2: step_panels(CELL, 1, 2, VECTORS, s, panel); break;
+        case 3: step_panels(CELL, 1, 3, VECTORS, s, panel); break;
+        }
+}
+
+#endif

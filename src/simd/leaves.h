@@ -1,0 +1,107 @@
+/*
+ * The leaves: everything fastseq computes below its loops, once per instruction set and real type.
+ *
+ * A table of function pointers is chosen once, at import. No leaf allocates, starts a thread or knows
+ * Python. Real numbers pass as `void *`; which type they have is the table's own business, so that one
+ * loop above serves every type.
+ *
+ * Packed weights. A weight matrix with `gates` rows for each unit is stored as panels:
+ *
+ *     [panel][k][vector][lane]     vector = block * gates + gate,  unit = (panel * blocks + block) * lanes + lane
+ *
+ * so that one panel row holds all gates of `blocks` blocks of units, and they meet in registers. There are
+ * `blocks * gates` (3 or 4) vectors to a panel row. Units past the last are packed as zeros.
+ *
+ * Every pre-activation is one chain of multiply-adds: it starts from the bias and takes k in order, the
+ * input's first, then the state's. No tile, batch, thread or chunk changes that order, so none changes a bit.
+ */
+#ifndef FASTSEQ_LEAVES_H
+#define FASTSEQ_LEAVES_H
+
+#include <stddef.h>
+
+/* What a unit of one gate does with its pre-activation. */
+enum fs_finish {
+    FS_IDENTITY, /* h = a                                 */
+    FS_TANH,     /* h = tanh(a)                           */
+    FS_RELU,     /* h = max(a, 0)                         */
+    FS_SIGMOID,  /* h = sigmoid(a)                        */
+    FS_BLEND     /* h = (1 - z) * tanh(a) + z * carry     */
+};
+
+/* The packed weights of one cell, or of one part of it. Read only. */
+typedef struct fs_weights {
+    ptrdiff_t units;    /* outputs, before padding to whole lanes                        */
+    ptrdiff_t panels;   /* ceil(units / (blocks * lanes))                                */
+    ptrdiff_t x_size;   /* reduction length of the input part                            */
+    ptrdiff_t h_size;   /* reduction length of the recurrent part; 0: there is none      */
+    const void *x;      /* [panels][x_size][blocks * gates][lanes]                       */
+    const void *h;      /* [panels][h_size][blocks * gates][lanes], or NULL              */
+    const void *bias;   /* [panels][blocks * gates][lanes]; where the chain starts       */
+    const void *h_bias; /* [panels][lanes]: b_hn of the GRU that resets after, else NULL */
+} fs_weights;
+
+/*
+ * One time step for `rows` rows and the panels [first, last). All arrays of pointers have one entry a row.
+ * Input rows (x, h, carry, init) may be shared between rows; out, c and z rows are distinct from one another
+ * and from every input row of the same step.
+ */
+typedef struct fs_step {
+    const fs_weights *weights;
+    ptrdiff_t first, last, rows;
+    int with_x;              /* 0: `init` holds the input part already                             */
+    enum fs_finish finish;   /* for `plain`                                                        */
+    const void *const *init; /* IN  [panels][vectors][lanes]: the bias, or bias plus input part    */
+    const void *const *x;    /* IN  [x_size]; not read when with_x is 0                            */
+    const void *const *h;    /* IN  [h_size]: what the recurrent weights multiply                  */
+    const void *const *carry;/* IN  [units]: h of the step before, where a GRU carries it over     */
+    void *const *c;          /* IN/OUT [units]: the LSTM's cell state                              */
+    void *const *z;          /* GRU that resets before: OUT of `gru_gates`, IN of FS_BLEND, [units] */
+    void *const *out;        /* OUT [units]: h; of `gru_gates`: r * h; of `panels_product`: see below */
+} fs_step;
+
+typedef struct fs_leaves {
+    const char *set;  /* "baseline", "avx2" or "avx512"                                  */
+    int lanes;        /* reals in a vector                                               */
+    int item_size;    /* bytes in a real                                                 */
+    int tile_rows[5]; /* [v]: the most rows a tile takes at v (3 or 4) vectors a row     */
+
+    /* y[i] = f(x[i]) for n reals; x and y may be the same array. At most 2 ulp in float32. */
+    void (*exp)(ptrdiff_t n, const void *x, void *y);
+    void (*tanh)(ptrdiff_t n, const void *x, void *y);
+    void (*sigmoid)(ptrdiff_t n, const void *x, void *y);
+
+    /*
+     * Packs one weight matrix. weight[g][unit] are rows of k reals, row_stride reals apart; gate g of the
+     * panel starts at weight + gate_rows[g] * row_stride. Writes every panel whole, padding included.
+     */
+    void (*pack)(const void *weight, ptrdiff_t row_stride, const ptrdiff_t *gate_rows, int gates, int blocks,
+                 ptrdiff_t units, ptrdiff_t k, void *panels);
+
+    /* The limits, measured: rounds of 12 vectors of multiply-adds on registers; rounds of reading n reals. */
+    double (*multiply_adds)(ptrdiff_t rounds);
+    double (*read_memory)(ptrdiff_t rounds, ptrdiff_t n, const void *data);
+
+    /* Input part of any cell, as it lies in `init`: out[row] is [panels][vectors][lanes], whole panels. */
+    void (*panels_product)(const fs_step *step, int vectors);
+
+    /* One gate a unit, 4 blocks: the RNN, any dense product, the candidate of the GRU that resets before. */
+    void (*plain)(const fs_step *step);
+    /* Gates i, f, g, o; 1 block. */
+    void (*lstm)(const fs_step *step);
+    /* Gates r, z, n; 1 block; n = tanh(W_in x + b_in + r * (W_hn h + b_hn)). */
+    void (*gru)(const fs_step *step);
+    /* Gates r, z of the GRU that resets before; 2 blocks. */
+    void (*gru_gates)(const fs_step *step);
+} fs_leaves;
+
+/* The table of an instruction set ("baseline", "avx2", "avx512") for reals of item_size bytes; NULL where this
+ * machine, or its operating system, cannot run it. */
+const fs_leaves *fs_find_leaves(const char *set, int item_size);
+
+extern const fs_leaves fs_baseline_f32, fs_baseline_f64;
+#if defined(__x86_64__)
+extern const fs_leaves fs_avx2_f32, fs_avx2_f64, fs_avx512_f32, fs_avx512_f64;
+#endif
+
+#endif

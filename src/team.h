@@ -1,0 +1,100 @@
+/*
+ * What the threads of one parallel region need: their number, a barrier, and the flushing of denormals.
+ */
+#ifndef FASTSEQ_TEAM_H
+#define FASTSEQ_TEAM_H
+
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+/* Threads that really run in this region; may be fewer than were asked for. */
+static inline int fs_team_size(void)
+{
+#if defined(_OPENMP)
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
+static inline int fs_has_openmp(void)
+{
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* A barrier for the steps of a sequence, far shorter than what the runtime's own is made for. */
+typedef struct fs_barrier {
+    _Alignas(64) atomic_int arrived;
+    _Alignas(64) atomic_int phase;
+} fs_barrier;
+
+static inline void fs_barrier_init(fs_barrier *barrier)
+{
+    atomic_init(&barrier->arrived, 0);
+    atomic_init(&barrier->phase, 0);
+}
+
+/* Returns once all `team` threads are here; what each wrote before, all can read after. */
+static inline void fs_barrier_wait(fs_barrier *barrier, int team)
+{
+    int phase = atomic_load_explicit(&barrier->phase, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&barrier->arrived, 1, memory_order_acq_rel) == team - 1) {
+        atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&barrier->phase, phase + 1, memory_order_release);
+        return;
+    }
+    /* Spin for some microseconds; then others may need this processor to get here at all. */
+    for (int spins = 0; atomic_load_explicit(&barrier->phase, memory_order_acquire) == phase; spins++) {
+        if (spins > 4000)
+            sched_yield();
+#if defined(__x86_64__)
+        else
+            _mm_pause();
+#endif
+    }
+}
+
+/*
+ * Denormal numbers are taken and given as 0 while a kernel runs, because some processors take a hundred times
+ * longer over them. The control register comes back as it was, sticky flags included, on every thread.
+ */
+static inline uint64_t fs_flush_denormals(void)
+{
+#if defined(__x86_64__)
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040); /* flush to zero, denormals are zero */
+    return before;
+#elif defined(__aarch64__)
+    uint64_t before;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" : : "r"(before | (UINT64_C(1) << 24)));
+    return before;
+#else
+    return 0;
+#endif
+}
+
+static inline void fs_restore_denormals(uint64_t before)
+{
+#if defined(__x86_64__)
+    _mm_setcsr((unsigned)before);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(before));
+#else
+    (void)before;
+#endif
+}
+
+#endif
