@@ -70,7 +70,9 @@ def test_weights_larger_than_a_cache(kind: str, dtype: str) -> None:
 def test_a_call_that_is_cut_for_signals(kind: str) -> None:
     """Beyond 128 million multiply-adds a call is done in pieces; without lengths and with them."""
     layer = make(kind, 16, 256)
-    batch, time = 64, 3 * 128 * 1024 * 1024 // (64 * 256 * 272 * (1 if kind[0] == "r" else 3))
+    gates = {"r": 1, "l": 4, "g": 3}[kind[0]]
+    batch = 64
+    time = 2 * 128 * 1024 * 1024 // (batch * gates * 256 * (16 + layer.parameters["weight_hh_l0"].shape[1])) + 3
     x, state = inputs((batch, time, 16)), random_state(layer, batch)
     with threads(2):
         y, end = layer(x, state)
