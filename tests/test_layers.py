@@ -445,21 +445,9 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["folder"] and not os.listdir(tmp_path / "folder")
 
 
-def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere: this machine lacks another user to run as")
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(PermissionError):
-            make("lstm", 3, 6).save(tmp_path / "file")
-        assert not os.listdir(tmp_path)
-    finally:
-        tmp_path.chmod(0o700)
-
-
 @pytest.mark.parametrize("module", [fs, fs.reference], ids=["compiled", "reference"])
-@pytest.mark.parametrize("path", [None, 5, 1.5, [], True, object()], ids=lambda value: type(value).__name__)
-def test_paths_that_are_none(path: Any, module: Any) -> None:
+@pytest.mark.parametrize("path", [None, 99_999, 1.5, [], object()], ids=lambda value: type(value).__name__)
+def test_what_is_not_a_path(path: Any, module: Any) -> None:
     with pytest.raises(TypeError, match="path"):
         module.load(path)
     for thing in (make("lstm", 3, 6), random_state(make("lstm", 3, 6), 1)):
@@ -467,13 +455,19 @@ def test_paths_that_are_none(path: Any, module: Any) -> None:
             thing.save(path)
 
 
-def test_a_number_is_not_a_path_and_its_file_stays_open(tmp_path: Path) -> None:
-    with open(tmp_path / "mine", "wb") as file:
-        with pytest.raises(TypeError):
-            fs.load(file.fileno())
-        os.fstat(file.fileno())  # still open
-        file.write(b"whole")
-    assert (tmp_path / "mine").read_bytes() == b"whole"
+def test_a_number_is_not_a_path_and_its_file_stays_open() -> None:
+    code = """
+    import os, fastseq as fs
+    mine, _ = os.pipe()
+    for number in (mine, True):
+        try:
+            fs.load(number)
+        except TypeError:
+            pass
+        os.fstat(number)  # an error, if it was closed
+    print("open")
+    """
+    assert run_python(code).stdout == "open\n"
 
 
 def test_bytes_as_a_path(tmp_path: Path) -> None:
