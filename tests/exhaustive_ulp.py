@@ -26,14 +26,18 @@ FINITE = 0x7F800000  # bit patterns of one sign, up to infinity
 MOST = 2.0
 
 
-def worst(name: str) -> tuple[float, float]:
-    """The worst error of a function over all finite float32, and its argument."""
+def worst(name: str) -> tuple[float, float, list[float]]:
+    """The worst error of a function over all finite float32, its argument, and arguments of results that are wrong.
+
+    Wrong is what `ulp.errors` cannot say in ulp: NaN, infinite or large where that should not be.
+    """
     import ulp
 
     from fastseq import _simd
 
     function = getattr(_simd, name)
     found, where = -1.0, 0.0
+    wrong: list[float] = []
     started = shown = time.monotonic()
     for first in range(0, 2 * FINITE, BLOCK):
         sign, pattern = divmod(first, FINITE)
@@ -48,6 +52,10 @@ def worst(name: str) -> tuple[float, float]:
         elif name == "tanh" and sign and (y == -function(-x)).all():
             continue  # what it is for the positive ones, of which all were seen
         error = ulp.errors(y, ulp.exact(name, x.astype(np.float64)))
+        broken = np.isinf(error)
+        if broken.any():
+            wrong += [float(x[broken].min()), float(x[broken].max())]
+            error[broken] = 0
         at = int(error.argmax())
         if error[at] > found:
             found, where = float(error[at]), float(x[at])
@@ -56,7 +64,7 @@ def worst(name: str) -> tuple[float, float]:
             share = (first + BLOCK) / (2 * FINITE)
             left = (shown - started) * (1 / share - 1)
             print(f"\r{name}: {share:4.0%}, {left:.0f} s left ", end="", file=sys.stderr)
-    return found, where
+    return found, where, [min(wrong), max(wrong)] if wrong else []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,9 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     status = 0
     for name in functions:
-        found, where = worst(name)
+        found, where, wrong = worst(name)
         print(f"\r{_simd.chosen:10} {name:8} worst {found:.4f} ulp at {where!r} ({where.hex()})", flush=True)
-        status |= found > MOST
+        if wrong:
+            print(f"{_simd.chosen:10} {name:8} wrong at {wrong[0]!r} to {wrong[1]!r}", flush=True)
+        status |= found > MOST or bool(wrong)
     return status
 
 

@@ -173,7 +173,7 @@ def test_huge_layers(argument: str) -> None:
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert taken < 500_000, f"{{taken}} kB were taken"
     """
-    run_python(code)
+    run_python(code, timeout=20)  # or it hangs
 
 
 # Calls
@@ -202,28 +202,34 @@ def test_inputs(kind: str, verb: str, module: Any) -> None:
             run(value)
 
 
-def test_what_cannot_become_an_array_is_named() -> None:
-    class Hostile:
-        def __array__(self, *arguments: Any, **more: Any) -> Any:
-            raise RuntimeError("no array here")
+class Hostile:
+    """What raises something of its own when an array is made of it, as tensors of other libraries do."""
 
-    layer = make("gru_after", 2, 3)
-    x = inputs((2, 4, 2))
-    nested: Any = 1.0
-    for _ in range(100):
-        nested = [nested]
-    for value in (Hostile(), nested):
-        for call, argument in (
-            (lambda v: layer(v), "x"),
-            (lambda v: layer.step(v), "x_t"),
-            (lambda v: layer(x, v), "state"),
-            (lambda v: layer(x, lengths=v), "lengths"),
-            (lambda v: fs.State(v), "h"),
-            (lambda v: layer.load_state_dict({**layer.state_dict(), "weight_hh_l0": v}), "weight_hh_l0"),
-            (lambda v: layer.load_state_dict({**layer.state_dict(), "other": v}), "other"),
-        ):
-            with pytest.raises((TypeError, ValueError), match=named(argument)):
-                call(value)
+    def __array__(self, *arguments: Any, **more: Any) -> Any:
+        raise RuntimeError("no array here")
+
+
+def nested(value: Any, depth: int) -> Any:
+    return [nested(value, depth - 1)] if depth else value
+
+
+@pytest.mark.parametrize("value", [Hostile(), nested(1.0, 100)], ids=["hostile", "nested"])
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("x", lambda layer, value: layer(value)),
+        ("x_t", lambda layer, value: layer.step(value)),
+        ("state", lambda layer, value: layer(inputs((2, 4, 2)), value)),
+        ("lengths", lambda layer, value: layer(inputs((2, 4, 2)), lengths=value)),
+        ("h", lambda layer, value: fs.State(value)),
+        ("weight_hh_l0", lambda layer, value: layer.load_state_dict({**layer.state_dict(), "weight_hh_l0": value})),
+        ("other", lambda layer, value: layer.load_state_dict({**layer.state_dict(), "other": value})),
+        ("bias_ih_l0", lambda layer, value: layer.parameters.__setitem__("bias_ih_l0", value)),
+    ],
+)
+def test_what_cannot_become_an_array_is_named(argument: str, call: Any, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=named(argument)):
+        call(make("gru_after", 2, 3), value)
 
 
 @BOTH
@@ -329,12 +335,12 @@ def test_numbers_of_threads() -> None:
 def test_huge_inputs_that_take_no_memory(module: Any) -> None:
     """A number broadcast to a shape whose outputs no machine can hold."""
     layer = make("gru_after", 2, 64, module=module)
-    for shape in ((2**28, 2**28, 2), (2**56, 1, 2), (1, 2**56, 2), (2**59, 0, 2), (2**60, 2)):
+    for shape in ((2**28, 2**28, 2), (2**56, 1, 2), (1, 2**56, 2), (2**58, 0, 2), (2**57, 2)):
         x = np.broadcast_to(np.zeros((), "float32"), shape)
         with pytest.raises((MemoryError, ValueError, OverflowError)):
             layer(x)
     with pytest.raises((MemoryError, ValueError, OverflowError)):
-        layer.step(np.broadcast_to(np.zeros((), "float32"), (2**58, 2)))
+        layer.step(np.broadcast_to(np.zeros((), "float32"), (2**57, 2)))
     # Nothing to do, however long.
     y, end = layer(np.zeros((0, 2**50, 2), "float32"))
     assert y.shape == (0, 2**50, 64) and end.batch_size == 0
@@ -381,7 +387,9 @@ def test_memory_that_cannot_be_had() -> None:
         assert wide(inputs((2, 3, 16)))[0].shape[:2] == (2, 3)
         assert_same_bits(small(x, state), expected)
     """
-    assert run_python(code, OPENBLAS_NUM_THREADS="1").stdout.split() == ["packed"] * 5
+    # What is freed goes back to the system at once, or the packed weights would find room in it.
+    environment = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    assert run_python(code, **environment).stdout.split() == ["packed"] * 5
 
 
 def test_threads_that_cannot_be_had() -> None:
@@ -396,7 +404,7 @@ def test_threads_that_cannot_be_had() -> None:
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), hard))
-    fs.set_num_threads(512)
+    fs.set_num_threads(64)
     try:
         assert_same_bits(layer(x), expected)
     except MemoryError:
@@ -460,7 +468,7 @@ anything = st.one_of(
 def nearly(*shape: int) -> Any:
     """Arrays of about the right shape, of any real dtype and byte order, any numbers."""
     sides = st.tuples(*(st.sampled_from([n, n, n, n, n, n + 1, max(n - 1, 0), 0]) for n in shape))
-    return hnp.arrays(hnp.floating_dtypes(), sides, elements={"width": 16}, fill=st.floats(width=16))
+    return hnp.arrays(hnp.floating_dtypes(), sides)
 
 
 @settings(max_examples=400)
@@ -515,7 +523,7 @@ def test_anything(
 )
 def test_any_settings(name: str, module: Any, sizes: Any, more: dict[str, Any]) -> None:
     for size in sizes:
-        if isinstance(size, int) and size > 10_000:
+        if isinstance(size, int) and size > 100:
             return  # would be had, and take long
     try:
         layer = getattr(module, name)(*sizes, **more)
