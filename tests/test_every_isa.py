@@ -16,7 +16,7 @@ from fastseq import _simd
 def test_every_isa(isa: str) -> None:
     if isa not in _simd.available:
         pytest.skip(f"this machine lacks {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "every_isa"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "every_isa"]
     result = subprocess.run(
         [*command, str(Path(__file__).parent)],
         env=child_environment(FASTSEQ_ISA=isa),
