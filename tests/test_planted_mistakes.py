@@ -24,7 +24,7 @@ from common import (
     tolerance,
 )
 
-B, T, I, H = 5, 7, 4, 9
+B, T, WIDTH, H = 5, 7, 4, 9
 
 
 def compare(layer: Any, call: Any, x: Any, state: Any, lengths: Any = None) -> None:
@@ -64,8 +64,8 @@ def make_like(layer: Any) -> Any:
 
 
 def setting(kind: str, **more: Any) -> tuple[Any, Any, Any]:
-    layer = make(kind, I, H, **more)
-    return layer, inputs((B, T, I)), random_state(layer, B)
+    layer = make(kind, WIDTH, H, **more)
+    return layer, inputs((B, T, WIDTH)), random_state(layer, B)
 
 
 @pytest.mark.parametrize("part", ["all", "weight_ih", "weight_hh", "bias_ih", "bias_hh"])
@@ -96,7 +96,7 @@ def test_gru_gate_orders(order: tuple[int, ...], kind: str, part: str) -> None:
 @pytest.mark.parametrize("kind", ["gru_after", "gru_before"])
 def test_the_wrong_reset(kind: str) -> None:
     layer, x, state = setting(kind)
-    other = make({"gru_after": "gru_before", "gru_before": "gru_after"}[kind], I, H)
+    other = make({"gru_after": "gru_before", "gru_before": "gru_after"}[kind], WIDTH, H)
     other.load_state_dict(layer.state_dict())
     red(layer, honest(other), x, state)
 
@@ -237,7 +237,7 @@ def test_one_bit_is_seen() -> None:
     for other in (np.array([0, -0.0, 0], "float32"), np.array([0, 0, 1e-45], "float32"), zeros.astype("float64")):
         with pytest.raises(AssertionError):
             assert_same_bits(other, zeros)
-    layer = make("lstm", I, H)
+    layer = make("lstm", WIDTH, H)
     state = random_state(layer, 2)
     h = state.h.copy()
     h[1, 0, 3] = np.nextafter(h[1, 0, 3], np.float32(1))
