@@ -7,6 +7,7 @@ the argument, what it was and what it should be. Below the door nothing is check
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,10 @@ def describe(value: object) -> str:
     """What a value is, for a message: its type, and for arrays the dtype and shape."""
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype} of shape {value.shape}"
-    return f"{type(value).__name__} {value!r:.80}"
+    try:
+        return f"{type(value).__name__} {value!r:.80}"
+    except Exception:  # a repr may do anything; Python's own integers refuse from 4300 digits on
+        return f"a {type(value).__name__}"
 
 
 def size(name: str, value: Any, least: int = 0) -> int:
@@ -32,9 +36,9 @@ def size(name: str, value: Any, least: int = 0) -> int:
     except TypeError:
         raise TypeError(f"{name} should be an integer, not {describe(value)}") from None
     if number < least:
-        raise ValueError(f"{name} should be at least {least}, not {number}")
+        raise ValueError(f"{name} should be at least {least}, not {describe(number)}")
     if number > np.iinfo(np.int64).max:
-        raise OverflowError(f"{name} is too large: {number}")
+        raise OverflowError(f"{name} should fit 64 bits, not be {describe(number)}")
     return number
 
 
@@ -72,7 +76,7 @@ def real_dtype(name: str, value: Any, allowed: Sequence[str] | None) -> np.dtype
     """A real floating dtype in native byte order; one of `allowed`, where that is given."""
     try:
         dtype = np.dtype(value)
-    except TypeError:
+    except Exception:  # NumPy parses strings, and raises what its parser raises
         raise TypeError(f"{name} should be a floating dtype, not {describe(value)}") from None
     if value is None or dtype.kind != "f":
         raise TypeError(f"{name} should be a floating dtype, not {describe(value)}")
@@ -80,6 +84,18 @@ def real_dtype(name: str, value: Any, allowed: Sequence[str] | None) -> np.dtype
     if allowed is not None and dtype.name not in allowed:
         raise TypeError(f"{name} should be {' or '.join(allowed)}, not {dtype.name}")
     return dtype
+
+
+def as_array(name: str, value: Any) -> Array:
+    """Any array; what cannot be one is named."""
+    try:
+        return np.asarray(value)
+    except MemoryError:
+        raise
+    except TypeError as error:
+        raise TypeError(f"{name} should be an array, not a {type(value).__name__}: {error}") from None
+    except Exception as error:  # a foreign __array__ may raise anything
+        raise ValueError(f"{name} should be an array, not a {type(value).__name__}: {error}") from None
 
 
 def real_array(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
@@ -90,13 +106,10 @@ def real_array(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
     if type(value) is np.ndarray and value.dtype is dtype and value.flags.carray:
         return value  # nearly always, and worth a microsecond to a stream of single steps
     if type(value) is not np.ndarray or value.dtype is not dtype:
-        try:
-            value = np.asarray(value)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{name} is not an array: {error}") from None
+        value = as_array(name, value)
         if value.dtype.kind != "f":
             raise TypeError(f"{name} should hold real floating numbers, not {value.dtype}")
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             value = value.astype(dtype, copy=False)
     flags = value.flags
     if not flags.c_contiguous and value.ndim and value.strides[-1] != dtype.itemsize or not flags.aligned:
@@ -106,7 +119,7 @@ def real_array(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
 
 def lengths(value: Any, batch: int, time: int) -> npt.NDArray[np.int64]:
     """Lengths of the rows of a batch: (batch,) of any integer dtype, each in 0..time."""
-    array = np.asarray(value)
+    array = as_array("lengths", value)
     if array.dtype.kind not in "iu":
         if array.size or array.dtype.kind == "b":
             raise TypeError(f"lengths should hold integers, not {array.dtype}")
@@ -129,3 +142,11 @@ def mapping(name: str, value: Any) -> Mapping[str, Any]:
         if not isinstance(key, str):
             raise TypeError(f"{name} should have strings as names, not {describe(key)}")
     return value
+
+
+def path(name: str, value: Any) -> str:
+    """A path of the file system; not a file descriptor."""
+    try:
+        return os.fsdecode(value)
+    except TypeError:
+        raise TypeError(f"{name} should be a path, not {describe(value)}") from None

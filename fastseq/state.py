@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -42,7 +42,7 @@ class State:
 
     def _take(self, **arrays: Any) -> None:
         for name, value in arrays.items():
-            array = np.asarray(value)
+            array = checks.as_array(name, value)
             if array.dtype.kind != "f":
                 raise TypeError(f"{name} should hold real floating numbers, not {array.dtype}")
             if array.ndim != 3:
@@ -74,26 +74,40 @@ class State:
         return iter([getattr(self, name) for name in self._fields])
 
     def __getitem__(self: S, rows: Any) -> S:
-        if isinstance(rows, tuple):
-            raise TypeError("rows should be one index into the batch, not a tuple")
-        if isinstance(rows, int | np.integer) and not isinstance(rows, bool):
-            rows = [rows]
-        if isinstance(rows, list) and not rows:
-            rows = slice(0, 0)
-        try:
-            return type(self)(*(array[rows] for array in self))
-        except IndexError as error:
-            raise ValueError(f"rows do not fit a batch of {self.batch_size}: {error}") from None
+        batch = self.batch_size
+        if isinstance(rows, slice) or rows is Ellipsis:
+            try:
+                index = np.arange(batch)[rows]
+            except (TypeError, ValueError, IndexError) as error:
+                raise type(error)(f"rows should be a slice of integers, not {rows!r}: {error}") from None
+        else:
+            if isinstance(rows, tuple):
+                raise TypeError(f"rows should be one index into the batch, not {checks.describe(rows)}")
+            index = checks.as_array("rows", rows)
+            if index.size == 0 and index.dtype.kind == "f":
+                index = index.astype(np.intp)  # an empty list
+            if index.dtype.kind not in "iub" or index.ndim > 1 or (index.dtype.kind == "b" and index.ndim != 1):
+                raise TypeError(f"rows should be an integer, a slice, or integers or booleans, not {checks.describe(rows)}")
+            if index.dtype.kind == "b":
+                if len(index) != batch:
+                    raise ValueError(f"rows should be of shape ({batch},), one boolean a row, not {index.shape}")
+                index = np.flatnonzero(index)
+            index = np.atleast_1d(index)
+            if index.size and (index.min() < -batch or index.max() >= batch):
+                raise ValueError(f"rows should be in {-batch}..{batch - 1} for a batch of {batch}, not {checks.describe(rows)}")
+        return type(self)(*(array[index] for array in self))
 
     @classmethod
-    def concatenate(cls: type[S], states: Sequence[S]) -> S:
+    def concatenate(cls: type[S], states: Iterable[S]) -> S:
         """Join the batches of some states of one layer.
 
         Parameters
         ----------
-        states : sequence of states
+        states : iterable of states
             At least one; of one class, dtype and size.
         """
+        if not isinstance(states, Iterable):
+            raise TypeError(f"states should be an iterable of states, not {checks.describe(states)}")
         states = list(states)
         if not states:
             raise ValueError("states should hold at least one state")

@@ -4,7 +4,7 @@ In this order: what `set_num_threads` was given, the environment variable ``FAST
 environment variable ``OMP_NUM_THREADS``, and else what the process may use of the machine: the processors of
 its affinity mask, or fewer if its control groups (version 2) have a quota.
 
-A call whose work is too small to pay for more threads uses fewer. In a child made by ``os.fork`` there is one
+A call whose work is too small to pay for more threads uses fewer, and so does one that the system refuses threads. In a child made by ``os.fork`` there is one
 thread, because the parent's workers do not exist there.
 """
 
@@ -34,7 +34,7 @@ def set_num_threads(n: int) -> None:
     global _set
     number = checks.size("n", n, 1)
     if number > MOST:
-        raise ValueError(f"n should be at most {MOST}, not {number}")
+        raise ValueError(f"n should be at most {MOST}, not {checks.describe(number)}")
     _set = number
 
 
@@ -62,10 +62,10 @@ def _from_environment() -> tuple[int, str] | None:
             continue
         if name == "OMP_NUM_THREADS":
             text = text.split(",")[0].strip()  # one number for each level of nesting; the first is ours
-        if text.isdecimal() and 1 <= int(text) <= MOST:
+        if text.isascii() and text.isdecimal() and len(text) < 8 and 1 <= int(text) <= MOST:
             return int(text), name
         if name == "FASTSEQ_NUM_THREADS":
-            raise ValueError(f"{name} should be a number from 1 to {MOST}, not {text!r}")
+            raise ValueError(f"{name} should be a number from 1 to {MOST}, not {text!r:.80}")
     return None
 
 

@@ -33,6 +33,7 @@ cnp.import_array()
 cdef extern from "team.h" nogil:
     ctypedef struct fs_barrier:
         pass
+    int fs_team_limit(int wanted)
     int fs_team_size()
     void fs_barrier_init(fs_barrier *barrier)
     void fs_barrier_wait(fs_barrier *barrier, int team)
@@ -58,8 +59,8 @@ KINDS = {
 cdef Py_ssize_t STEP_WORK = 32 * 1024
 # Below this many multiply-adds in all, waking another thread does.
 cdef Py_ssize_t TEAM_WORK = 256 * 1024
-# Between two looks for Ctrl-C: some milliseconds, at the slowest tens.
-cdef Py_ssize_t CHUNK_WORK = 128 * 1024 * 1024
+# Multiply-adds of a lane between two looks for Ctrl-C: tens of milliseconds.
+cdef Py_ssize_t CHUNK_WORK = 64 * 1024 * 1024
 # The most rows walked at once, and the most input parts computed ahead.
 cdef Py_ssize_t ROW_BLOCK = 4096
 cdef Py_ssize_t AHEAD_ROWS = 1024
@@ -145,7 +146,8 @@ def pack(str kind, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr):
     cell.output_size = weight_hh.shape[1]
     if bias_ih is None:
         bias_ih = bias_hh = np.zeros(len(weight_ih), weight_ih.dtype)
-    bias = bias_ih + bias_hh
+    with np.errstate(all="ignore"):  # inf and NaN are the user's
+        bias = bias_ih + bias_hh
     units = cell.hidden_size
     cell.main_vectors = 3 if cell.kind == GRU_AFTER else 4
     if cell.kind == RNN_CELL:
@@ -418,7 +420,12 @@ cdef int execute(Job *job, int n_threads) except -1:
     if job.rows == 0 or job.time == 0:
         return 0
     plan(job, n_threads)
-    job.row_block = min(job.rows, ROW_BLOCK)
+    job.threads = fs_team_limit(job.threads)
+    cdef Py_ssize_t work = work_of_step(job), limit = CHUNK_WORK * job.leaves.lanes * job.threads
+    # Blocks of even height, such that one step of one is done within the limit.
+    cdef Py_ssize_t most = max(job.leaves.tile_rows[job.main_vectors] * job.threads, min(ROW_BLOCK, limit // work))
+    cdef Py_ssize_t blocks = (job.rows + most - 1) // most
+    job.row_block = (job.rows + blocks - 1) // blocks
     job.pointers_each = <Py_ssize_t> sizeof(void *) * job.row_block * (POINTERS + AHEAD * job.ahead)
     # Rows of scratch start on cache lines of their own.
     job.middle_row = (job.main.units * job.item + 63) // 64 * 64
@@ -442,7 +449,7 @@ cdef int execute(Job *job, int n_threads) except -1:
     job.z = job.middle + middle_bytes
     job.input_part = job.z + middle_bytes
 
-    cdef Py_ssize_t chunk = CHUNK_WORK // (job.row_block * work_of_step(job)) + 1
+    cdef Py_ssize_t chunk = limit // (job.row_block * work) + 1
     if job.ahead:
         chunk = min(chunk, job.ahead)
     cdef Py_ssize_t base, rows, from_step, to_step, time

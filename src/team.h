@@ -17,10 +17,56 @@
 
 #if defined(_OPENMP)
 #include <omp.h>
+#include <pthread.h>
+#include <stdlib.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#if defined(_OPENMP)
+static inline void *fs_wait_for_unlock(void *mutex)
+{
+    pthread_mutex_lock(mutex);
+    pthread_mutex_unlock(mutex);
+    return NULL;
+}
+
+/* How many of `n` threads the system lets run at once. */
+static inline int fs_startable_threads(int n)
+{
+    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+    pthread_t *threads = malloc((size_t)n * sizeof *threads);
+    int started = 0;
+    if (!threads)
+        return 0;
+    pthread_mutex_lock(&gate);
+    while (started < n && !pthread_create(&threads[started], NULL, fs_wait_for_unlock, &gate))
+        started++;
+    pthread_mutex_unlock(&gate);
+    for (int i = 0; i < started; i++)
+        pthread_join(threads[i], NULL);
+    free(threads);
+    /* Where there was an end to them, leave some room to whoever starts threads next. */
+    return started == n ? n : started / 2;
+}
+#endif
+
+/*
+ * How many of `wanted` threads a region may ask for. The OpenMP runtime ends the process when the system refuses it
+ * a thread, so where this thread asks for more than it last had, they are started and joined here first.
+ */
+static inline int fs_team_limit(int wanted)
+{
+#if defined(_OPENMP)
+    static _Thread_local int last = 1;
+    if (wanted > last)
+        wanted = 1 + fs_startable_threads(wanted - 1);
+    if (wanted > 1)
+        last = wanted;
+#endif
+    return wanted;
+}
 
 /* Threads that really run in this region; may be fewer than were asked for. */
 static inline int fs_team_size(void)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -12,9 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from fastseq import checks
 from fastseq.checks import Array
 
 _FORMAT = "1"
+_LAYERS = ("RNN", "LSTM", "GRU")
+_STATES = ("State", "LSTMState")
+_DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def save(
@@ -26,24 +30,21 @@ def save(
     """
     from safetensors.numpy import save as to_bytes
 
-    metadata = {"fastseq.format": _FORMAT, "fastseq.class": class_name, "fastseq.config": json.dumps(config)}
+    target = Path(checks.path("path", path))
     for name, array in arrays.items():
-        if array.dtype.name not in ("float16", "float32", "float64"):
-            raise TypeError(f"a file can hold float16, float32 and float64, but {name} is {array.dtype}")
+        if array.dtype.name not in _DTYPES.values():
+            raise TypeError(f"a file can hold {', '.join(_DTYPES.values())}, but {name} is {array.dtype}")
+    metadata = {"fastseq.format": _FORMAT, "fastseq.class": class_name, "fastseq.config": json.dumps(config)}
     data = to_bytes({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    temporary = target.parent / f".fastseq-{secrets.token_hex(8)}.part"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -76,34 +77,39 @@ def load_into(path: str | os.PathLike[str], namespace: ModuleType) -> Any:
     """`load`, with the classes of `namespace`."""
     from safetensors import SafetensorError, safe_open
 
-    with open(path, "rb"):
+    name = checks.path("path", path)
+    with open(name, "rb"):
         pass  # a file that is missing or not ours to read raises Python's own error
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(name, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            class_name = _class_name(name, metadata)
+            for key in file.keys():  # noqa: SIM118  the file is no mapping
+                if file.get_slice(key).get_dtype() not in _DTYPES:
+                    raise ValueError(f"path: {name!r} is damaged: {key} is {file.get_slice(key).get_dtype()}")
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"path: {os.fspath(path)!r} is not a whole safetensors file: {error}") from None
-    name = metadata.get("fastseq.class")
-    if name is None:
-        raise ValueError(
-            f"path: {os.fspath(path)!r} is a safetensors file that fastseq did not write;"
-            " read its arrays with safetensors and give them to load_state_dict"
-        )
-    if metadata.get("fastseq.format") != _FORMAT:
-        raise ValueError(f"path: {os.fspath(path)!r} was written by another version of fastseq")
-    maker = _LOADABLE.get(name)
-    if maker is None:
-        raise ValueError(f"path: {os.fspath(path)!r} holds a {name!r}, which this version does not know")
+        raise ValueError(f"path: {name!r} is not a whole safetensors file: {error}") from None
     try:
-        config = json.loads(metadata["fastseq.config"])
-        if maker == "state":
-            return getattr(namespace, name)(**arrays)
-        layer = getattr(namespace, name)(**config)
+        if class_name in _STATES:
+            return getattr(namespace, class_name)(**arrays)
+        layer = getattr(namespace, class_name)(**json.loads(metadata["fastseq.config"]))
         layer.load_state_dict(arrays)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"path: {os.fspath(path)!r} is damaged: {error}") from None
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"path: {name!r} is damaged: {error}") from None
     return layer
 
 
-_LOADABLE = {"RNN": "layer", "LSTM": "layer", "GRU": "layer", "State": "state", "LSTMState": "state"}
+def _class_name(path: str, metadata: Mapping[str, str]) -> str:
+    """The class that a file says it holds."""
+    name = metadata.get("fastseq.class")
+    if name is None:
+        raise ValueError(
+            f"path: {path!r} is a safetensors file that fastseq did not write;"
+            " read its arrays with safetensors and give them to load_state_dict"
+        )
+    if metadata.get("fastseq.format") != _FORMAT:
+        raise ValueError(f"path: {path!r} was written by another version of fastseq")
+    if name not in _LAYERS + _STATES:
+        raise ValueError(f"path: {path!r} holds a {name!r}, which this version does not know")
+    return name

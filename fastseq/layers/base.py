@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from fastseq import checks, io
 from fastseq.checks import Array
 
-L = TypeVar("L", bound="Layer")
+_replacing = threading.Lock()  # two threads that change different parameters must not lose one
 
 
 class Parameters(MutableMapping[str, Array]):
@@ -58,12 +59,18 @@ class Layer:
     # weights are, keeps the dict it was made from and is stale when that is no longer this one.
     _arrays: dict[str, Array]
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_") and hasattr(self, name):
+            raise AttributeError(f"{name} is fixed once a {type(self).__name__} is made")
+        super().__setattr__(name, value)
+
     def _replace(self, changed: Mapping[str, Array]) -> None:
-        arrays = dict(self._arrays)
-        for name, array in changed.items():
-            arrays[name] = np.array(array, dtype=self.dtype, order="C")
-            arrays[name].flags.writeable = False
-        self._arrays = arrays
+        with np.errstate(all="ignore"):  # a small float64 may become a float32 of 0
+            copies = {name: np.array(array, dtype=self.dtype, order="C") for name, array in changed.items()}
+        for array in copies.values():
+            array.flags.writeable = False
+        with _replacing:
+            self._arrays = {**self._arrays, **copies}
 
     @property
     def parameters(self) -> Parameters:
@@ -98,7 +105,7 @@ class Layer:
             if array.shape != wanted[name].shape
         ]
         if faults:
-            hint = self._recognise({name: np.shape(value) for name, value in given.items()})
+            hint = self._recognise({name: getattr(value, "shape", ()) for name, value in given.items()})
             raise ValueError(f"mapping does not fit {self!r}: {'; '.join(faults)}{hint}")
         self._replace(arrays)
 

@@ -13,6 +13,9 @@ from fastseq.layers.base import Layer
 from fastseq.state import LSTMState, State, adopt
 
 
+MOST_LAYERS = 1024  # nobody stacks more, and each is some Python objects
+
+
 class Recurrent(Layer):
     """What the three recurrent layers share."""
 
@@ -25,7 +28,7 @@ class Recurrent(Layer):
     input_size: int
     hidden_size: int
     num_layers: int
-    proj_size: int = 0
+    proj_size: int
     bias: bool
     dropout: float
     bidirectional: bool
@@ -38,6 +41,7 @@ class Recurrent(Layer):
         hidden_size: int,
         num_layers: int,
         *,
+        proj_size: int = 0,
         bias: bool,
         dropout: float,
         bidirectional: bool,
@@ -47,7 +51,10 @@ class Recurrent(Layer):
     ) -> None:
         self.input_size = checks.size("input_size", input_size, 1)
         self.hidden_size = checks.size("hidden_size", hidden_size, 1)
+        self.proj_size = checks.size("proj_size", proj_size)
         self.num_layers = checks.size("num_layers", num_layers, 1)
+        if self.num_layers > MOST_LAYERS:
+            raise ValueError(f"num_layers should be at most {MOST_LAYERS}, not {self.num_layers}")
         self.bias = checks.flag("bias", bias)
         self.dropout = checks.fraction("dropout", dropout)
         self.bidirectional = checks.flag("bidirectional", bidirectional)
@@ -63,6 +70,7 @@ class Recurrent(Layer):
             "input_size": self.input_size,
             "hidden_size": self.hidden_size,
             "num_layers": self.num_layers,
+            **({"proj_size": self.proj_size} if cell == "lstm" else {}),
             **more,
             "bias": self.bias,
             "dropout": self.dropout,
@@ -381,13 +389,12 @@ class LSTM(Recurrent):
         dtype: Any = "float32",
         seed: int | None = None,
     ) -> None:
-        self.proj_size = checks.size("proj_size", proj_size)
         super().__init__(
             "lstm",
             input_size,
             hidden_size,
             num_layers,
-            proj_size=self.proj_size,
+            proj_size=proj_size,
             bias=bias,
             dropout=dropout,
             bidirectional=bidirectional,

@@ -140,7 +140,7 @@ def run(
         outputs = []
         for direction, cell in enumerate(layer):
             y = np.zeros((batch, time, h.shape[2]), x.dtype)
-            for s in range(time):
+            for s in range(lengths.max(initial=0)):
                 rows = np.flatnonzero(lengths > s)
                 t = s if direction == 0 else lengths[rows] - 1 - s
                 h_t, c_t = cell.step(x[rows, t], h[rows, slot], None if c is None else c[rows, slot])

@@ -50,21 +50,33 @@ static inline void finish_plain(const fs_step *s, ptrdiff_t row, ptrdiff_t panel
     }
 }
 
-/* i = sigmoid(a_i)  f = sigmoid(a_f)  g = tanh(a_g)  o = sigmoid(a_o);  c = f c + i g;  h = o tanh(c) */
-static inline void finish_lstm(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, const vec *a)
+/* i = sigmoid(a_i)  f = sigmoid(a_f)  g = tanh(a_g);  c = f c + i g, which takes the place of a_i */
+static inline void finish_lstm_cell(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, vec *a)
 {
     const ptrdiff_t units = s->weights->units, unit = panel * LANES;
-    vec i = sigmoid_(a[0]), f = sigmoid_(a[1]), g = tanh_(a[2]), o = sigmoid_(a[3]);
-    vec c = fma_(f, load_units(s->c[row], unit, units), i * g);
-    store_units(s->c[row], c, unit, units);
-    store_units(s->out[row], o * tanh_(c), unit, units);
+    vec i = sigmoid_(a[0]), f = sigmoid_(a[1]), g = tanh_(a[2]);
+    a[0] = fma_(f, load_units(s->c[row], unit, units), i * g);
+    store_units(s->c[row], a[0], unit, units);
 }
 
-/* r = sigmoid(a_r)  z = sigmoid(a_z)  n = tanh(x_n + r h_n);  h = (1 - z) n + z h */
-static inline void finish_gru(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, const vec *a, vec x_n)
+/* o = sigmoid(a_o);  h = o tanh(c) */
+static inline void finish_lstm_output(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, const vec *a)
+{
+    store_units(s->out[row], sigmoid_(a[3]) * tanh_(a[0]), panel * LANES, s->weights->units);
+}
+
+/* r = sigmoid(a_r)  z = sigmoid(a_z), which takes the place of a_z;  a_n = x_n + r h_n, which takes that of h_n */
+static inline void finish_gru_gates_after(vec *a, vec x_n)
+{
+    a[1] = sigmoid_(a[1]);
+    a[2] = fma_(sigmoid_(a[0]), a[2], x_n);
+}
+
+/* n = tanh(a_n);  h = (1 - z) n + z h */
+static inline void finish_gru_output(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, const vec *a)
 {
     const ptrdiff_t units = s->weights->units, unit = panel * LANES;
-    vec r = sigmoid_(a[0]), z = sigmoid_(a[1]), n = tanh_(fma_(r, a[2], x_n));
+    vec z = a[1], n = tanh_(a[2]);
     vec h = fma_(z, load_units(s->carry[row], unit, units), (broadcast(1) - z) * n);
     store_units(s->out[row], h, unit, units);
 }
@@ -120,23 +132,33 @@ INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const in
         chain(ROWS, PANELS, VECTORS, STRIDE, sums, s->h + row,
               (const real *)w->h + panel * w->h_size * panel_row, w->h_size * panel_row, w->h_size);
 
-    /* The gates are a loop over rows, so the sums leave their registers here, once a step. */
+    /*
+     * The gates are loops over what the tile holds, so the sums leave their registers here, once a step. The LSTM
+     * and the GRU take two loops: within one, no row waits for itself, and the processor works on several at once.
+     */
     vec a[MAX_TILE];
 #pragma GCC unroll 24
     for (int i = 0; i < ROWS * PANELS * VECTORS; i++)
         a[i] = sums[i];
-    for (int r = 0; r < ROWS; r++)
-        for (int p = 0; p < PANELS; p++) {
-            const vec *of_row = a + (r * PANELS + p) * VECTORS;
-            switch (CELL) {
-            case PLAIN: finish_plain(s, row + r, panel + p, VECTORS, of_row); break;
-            case LSTM: finish_lstm(s, row + r, panel + p, of_row); break;
-            case GRU: finish_gru(s, row + r, panel + p, of_row, x_n[r * PANELS + p]); break;
-            case GRU_GATES: finish_gru_gates(s, row + r, panel + p, of_row); break;
-            case PRODUCT:
-                for (int v = 0; v < VECTORS; v++)
-                    store((real *)s->out[row + r] + (panel + p) * panel_row + v * LANES, of_row[v]);
-            }
+    for (int i = 0; i < ROWS * PANELS; i++) {
+        const ptrdiff_t r = row + i / PANELS, p = panel + i % PANELS;
+        switch (CELL) {
+        case PLAIN: finish_plain(s, r, p, VECTORS, a + i * VECTORS); break;
+        case LSTM: finish_lstm_cell(s, r, p, a + i * VECTORS); break;
+        case GRU: finish_gru_gates_after(a + i * VECTORS, x_n[i]); break;
+        case GRU_GATES: finish_gru_gates(s, r, p, a + i * VECTORS); break;
+        case PRODUCT:
+            for (int v = 0; v < VECTORS; v++)
+                store((real *)s->out[r] + p * panel_row + v * LANES, a[i * VECTORS + v]);
+        }
+    }
+    if (CELL == LSTM || CELL == GRU)
+        for (int i = 0; i < ROWS * PANELS; i++) {
+            const ptrdiff_t r = row + i / PANELS, p = panel + i % PANELS;
+            if (CELL == LSTM)
+                finish_lstm_output(s, r, p, a + i * VECTORS);
+            else
+                finish_gru_output(s, r, p, a + i * VECTORS);
         }
 }
 
