@@ -96,7 +96,8 @@ def table(report: Report) -> str:
         + ", ".join(f"{rate / 1e9:.3g} GFLOP/s on {_count(n, 'thread')}" for n, rate in report.peaks.items()),
         "reading: " + ", ".join(f"{rate / 1e9:.3g} GB/s from {size(n)}" for n, rate in report.reads.items()),
         "",
-        f"{'B×T×I×H':24}  {'engine':11}  {'median':>8}  {'GFLOP/s':>7}  {'of limit':>8}  {'over fastseq':>12}  quartiles",
+        f"{'B×T×I×H':24}  {'engine':11}  {'median':>8}  {'GFLOP/s':>7}  {'of limit':>8}  {'over fastseq':>12}"
+        "  quartiles",
     ]
     for row in report.rows:
         title = row.case.name
