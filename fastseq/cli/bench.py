@@ -24,6 +24,7 @@ from fastseq.version import __version__
 
 # Of the largest magnitude in the result. A gate exchanged or a state dropped costs far more, an approximate tanh less.
 PEER_TOLERANCE = 1e-3
+BUSY = 0.7  # processes that want to run, the mean over a minute
 
 
 def run(options: argparse.Namespace) -> int:
@@ -129,6 +130,9 @@ def writable(option: str, text: str | None) -> Path | None:
 def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int, asked: bool) -> Report | None:
     """Check, then time. None where fastseq or an engine that was asked for failed; that is told on standard error."""
     rows = [Row(case) for case in cases]
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        complain(f"others are using this machine (load {load:.1f}), which times at several threads suffer from most")
     with contextlib.ExitStack() as stack:
         starts = 1 + len(peers)
         steps = starts + len(cases) + 1 + rounds * len(cases)
@@ -147,10 +151,14 @@ def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int
             progress.advance("measuring the limits")
             limits = stack.enter_context(contextlib.closing(Limits(n_threads)))
             peaks, reads = roofs(limits)
-            for turn in range(rounds):
-                for row in rows:
-                    progress.advance(f"round {turn + 1} of {rounds}: {row.case.name}")
-                    time_once(row, workers, limits, turn)
+            for row in rows:
+                measured = {name: worker for name, worker in workers.items() if name not in row.faults}
+                for worker in measured.values():
+                    worker.build(row.case)
+                for turn in range(rounds):
+                    progress.advance(f"timing {row.case.name}, round {turn + 1} of {rounds}")
+                    time_once(row, measured, limits, turn)
+                limits.forget()
         except EngineError as error:
             complain(str(error))
             return None
@@ -163,6 +171,7 @@ def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int
         "dtype": "float32",
         "vs": [name for name in peers if name in workers],
         "versions": {name: worker.version for name, worker in workers.items()},
+        "load_before": load,
         "processor": info.processor(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -177,7 +186,6 @@ def check_parity(rows: Sequence[Row], workers: dict[str, Worker], n_threads: int
         for row in rows:
             progress.advance(f"checking {row.case.name}")
             expected = exact.check(row.case)
-            exact.forget(row.case)
             for name, worker in workers.items():
                 try:
                     row.errors[name] = error = largest_error(worker.check(row.case), expected)
@@ -226,10 +234,10 @@ def time_once(row: Row, workers: dict[str, Worker], limits: Limits, turn: int) -
     row.multiply_adds.append(multiply_adds)
     row.read.append(read)
     row.floors.append(floor(row.case, multiply_adds, read))
-    names = [name for name in workers if name not in row.faults]
+    names = list(workers)
     first = turn % len(names)
     for name in names[first:] + names[:first]:
-        row.seconds.setdefault(name, []).append(workers[name].time(row.case))
+        row.seconds.setdefault(name, []).append(workers[name].time())
 
 
 def complain(message: str) -> None:

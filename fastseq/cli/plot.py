@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def roofline(report: Report, file_format: str) -> bytes:
 
     kinds = list(dict.fromkeys(row.case.kind for row in report.rows))
     intensities = [row.case.intensity for row in report.rows]
-    left, right = min(intensities) / 2, max(intensities) * 2.5
+    left, right = min(intensities) / 8, max(intensities) * 2.5
     peak = report.peaks[report.about["threads"]] / 1e9
     speeds = [row.gflops(engine) for row in report.rows for engine in row.seconds]
     top = max(peak, *speeds) * 2
@@ -60,10 +61,11 @@ def roofline(report: Report, file_format: str) -> bytes:
 
     figure = Figure(figsize=(5.2 * len(kinds) + 0.8, 6.2), dpi=160, layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    slopes = []
     for panel, kind in zip(panels, kinds, strict=True):
         panel.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
         _decorate(panel, kind.upper())
-        _roofs(panel, peak, report.reads, left, right)
+        slopes += _roofs(panel, peak, report.reads, left, right)
         _points(panel, [row for row in report.rows if row.case.kind == kind], report.engines)
     panels[0].set_ylabel("GFLOP/s", color=INK)
 
@@ -72,8 +74,12 @@ def roofline(report: Report, file_format: str) -> bytes:
     where = ", ".join(filter(None, [about["processor"], about["instruction_set"], threads, about["dtype"]]))
     figure.suptitle(f"Inference on {where}", color=INK, fontsize=13)
     handles, labels = panels[0].get_legend_handles_labels()
-    by_label = dict(zip(labels, handles, strict=True))
-    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=len(by_label), frameon=False)
+    # They were drawn last first.
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.draw_without_rendering()  # lays the panels out; only then is it known how steep a slope is
+    for label in slopes:
+        (x0, y0), (x1, y1) = label.axes.transData.transform([(1, 1), (10, 10)])
+        label.set_rotation(math.degrees(math.atan2(y1 - y0, x1 - x0)))
     data = io.BytesIO()
     figure.savefig(data, format=file_format)
     return data.getvalue()
@@ -92,29 +98,32 @@ def _decorate(panel: Any, title: str) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _roofs(panel: Any, peak: float, reads: dict[int, float], left: float, right: float) -> None:
-    """The level roof of multiply-adds, and one slope for each size of buffer."""
+def _roofs(panel: Any, peak: float, reads: dict[int, float], left: float, right: float) -> list[Any]:
+    """The level roof of multiply-adds, and slopes for sizes of buffer; returns the labels of the slopes."""
     panel.hlines(peak, left, right, color=INK, linewidth=1.6)
     panel.annotate(
         f"multiply-adds: {peak:.3g} GFLOP/s", (right, peak), (-4, 4), textcoords="offset points", ha="right", color=INK
     )
-    for n_bytes, rate in reads.items():
-        corner = peak / (rate / 1e9)
-        if corner <= left:
+    labels, below = [], 0.0
+    for n_bytes, rate in sorted(reads.items(), key=lambda item: item[1]):
+        slope = rate / 1e9
+        # Caches of about one speed would be one line with two labels.
+        if slope < 1.3 * below or peak / slope <= left:
             continue
-        end = min(corner, right)
-        panel.plot([left, end], [left * rate / 1e9, end * rate / 1e9], color=FAINT, linewidth=1.2)
-        panel.annotate(
-            f"{size(n_bytes)}: {rate / 1e9:.3g} GB/s",
-            (left, left * rate / 1e9),
-            (5, 5),
-            textcoords="offset points",
-            rotation=45,
-            rotation_mode="anchor",
-            transform_rotates_text=True,
-            fontsize=7,
-            color="#6c757f",
+        below, end = slope, min(peak / slope, right)
+        panel.plot([left, end], [left * slope, end * slope], color=FAINT, linewidth=1.2)
+        labels.append(
+            panel.annotate(
+                f"read from {size(n_bytes)}: {slope:.3g} GB/s",
+                (left, left * slope),
+                (6, 9),
+                textcoords="offset points",
+                rotation_mode="anchor",
+                fontsize=7.5,
+                color="#6c757f",
+            )
         )
+    return labels
 
 
 def _points(panel: Any, rows: Sequence[Row], engines: Sequence[str]) -> None:

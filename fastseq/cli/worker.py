@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import repeat
 from multiprocessing.connection import Connection
 from statistics import median
@@ -79,18 +80,18 @@ class Worker:
             raise
 
     def check(self, case: Case) -> engines.Outputs:
-        """Build a case, call it once and return its outputs."""
+        """Build a case, call it once, return its outputs and let go of it."""
         outputs: engines.Outputs = self._ask("check", case)
         return outputs
 
-    def time(self, case: Case) -> float:
-        """Seconds a call of a case that was built, the median over a turn."""
-        seconds: float = self._ask("time", case)
-        return seconds
+    def build(self, case: Case) -> None:
+        """Build a case, and let go of the one before."""
+        self._ask("build", case)
 
-    def forget(self, case: Case) -> None:
-        """Let go of a case."""
-        self._ask("forget", case)
+    def time(self) -> float:
+        """Seconds a call of the case that was built, the median over a turn."""
+        seconds: float = self._ask("time", None)
+        return seconds
 
     def close(self) -> None:
         """End the process."""
@@ -99,7 +100,7 @@ class Worker:
         self._pipe.close()
         self._errors.close()
 
-    def _ask(self, request: str, case: Case) -> Any:
+    def _ask(self, request: str, case: Case | None) -> Any:
         self._process.send_signal(signal.SIGCONT)
         with contextlib.suppress(OSError):  # the process has ended, which the answer says
             self._pipe.send((request, case))
@@ -129,15 +130,20 @@ def main() -> None:
     _die_with(parent)
     pipe = Connection(handle)
     build = engines.BUILDERS[engine]
-    models: dict[Case, engines.Model] = {}
+    # One at a time: some engines start threads for every model.
+    model: engines.Model | None = None
 
-    def answer(request: str, case: Case) -> Any:
-        if request == "forget":
-            return models.pop(case, None) and None
-        if request == "check":
-            models[case] = build(case, numbers(case), threads)
-            return models[case].outputs(models[case].call())
-        return timed(models[case].call)
+    def answer(request: str, case: Case | None) -> Any:
+        nonlocal model
+        if case is None:
+            assert model is not None
+            return timed(model.call)
+        model = None
+        model = build(case, numbers(case), threads)
+        if request == "build":
+            return None
+        outputs, model = model.outputs(model.call()), None
+        return outputs
 
     _reply(pipe, lambda: engines.version(engine))
     while True:
@@ -145,7 +151,7 @@ def main() -> None:
             request, case = pipe.recv()
         except EOFError:
             return
-        _reply(pipe, lambda: answer(request, case))  # noqa: B023  (called at once)
+        _reply(pipe, partial(answer, request, case))
 
 
 def _reply(pipe: Connection, answer: Callable[[], Any]) -> None:
