@@ -17,6 +17,7 @@ from fastseq import _simd, threads
 from fastseq.cli import UsageError, engines, info, plot
 from fastseq.cli.cases import FEW, KINDS, TABLE, Case
 from fastseq.cli.limits import ROOFS, Limits, floor
+from fastseq.cli.others import Others
 from fastseq.cli.progress import Progress
 from fastseq.cli.report import Report, Row, as_json, size, table, write_whole
 from fastseq.cli.worker import EngineError, Worker
@@ -24,7 +25,6 @@ from fastseq.version import __version__
 
 # Of the largest magnitude in the result. A gate exchanged or a state dropped costs far more, an approximate tanh less.
 PEER_TOLERANCE = 1e-3
-BUSY = 0.7  # processes that want to run, the mean over a minute
 
 
 def run(options: argparse.Namespace) -> int:
@@ -130,9 +130,6 @@ def writable(option: str, text: str | None) -> Path | None:
 def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int, asked: bool) -> Report | None:
     """Check, then time. None where fastseq or an engine that was asked for failed; that is told on standard error."""
     rows = [Row(case) for case in cases]
-    load = os.getloadavg()[0]
-    if load > BUSY:
-        complain(f"others are using this machine (load {load:.1f}), which times at several threads suffer from most")
     with contextlib.ExitStack() as stack:
         starts = 1 + len(peers)
         steps = starts + len(cases) + 1 + rounds * len(cases)
@@ -151,6 +148,7 @@ def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int
             progress.advance("measuring the limits")
             limits = stack.enter_context(contextlib.closing(Limits(n_threads)))
             peaks, reads = roofs(limits)
+            others = Others(worker.pid for worker in workers.values())
             for row in rows:
                 measured = {name: worker for name, worker in workers.items() if name not in row.faults}
                 for worker in measured.values():
@@ -159,6 +157,7 @@ def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int
                     progress.advance(f"timing {row.case.name}, round {turn + 1} of {rounds}")
                     time_once(row, measured, limits, turn)
                 limits.forget()
+            busy = others.processors()
         except EngineError as error:
             complain(str(error))
             return None
@@ -171,7 +170,7 @@ def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int
         "dtype": "float32",
         "vs": [name for name in peers if name in workers],
         "versions": {name: worker.version for name, worker in workers.items()},
-        "load_before": load,
+        "others": busy,
         "processor": info.processor(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

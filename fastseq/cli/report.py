@@ -14,6 +14,8 @@ import numpy as np
 
 from fastseq.cli.cases import Case
 
+QUIET = 0.1  # processors that others may use before it is worth a word
+
 
 @dataclass
 class Row:
@@ -95,6 +97,7 @@ def table(report: Report) -> str:
         "multiply-adds: "
         + ", ".join(f"{rate / 1e9:.3g} GFLOP/s on {_count(n, 'thread')}" for n, rate in report.peaks.items()),
         "reading: " + ", ".join(f"{rate / 1e9:.3g} GB/s from {size(n)}" for n, rate in report.reads.items()),
+        *_disturbance(about["others"]),
         "",
         f"{'B×T×I×H':24}  {'engine':11}  {'median':>8}  {'GFLOP/s':>7}  {'of limit':>8}  {'over fastseq':>12}"
         "  quartiles",
@@ -106,6 +109,12 @@ def table(report: Report) -> str:
             title = ""
     lines += ["", *_summary(report)]
     return "\n".join(lines)
+
+
+def _disturbance(others: float | None) -> list[str]:
+    if others is None or others < QUIET:
+        return []
+    return [f"others kept {others:.2f} processors busy meanwhile: times on several threads suffer most from that"]
 
 
 def _cells(row: Row, engine: str) -> str:

@@ -79,6 +79,11 @@ class Worker:
             self.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        """The id of the process."""
+        return self._process.pid
+
     def check(self, case: Case) -> engines.Outputs:
         """Build a case, call it once, return its outputs and let go of it."""
         outputs: engines.Outputs = self._ask("check", case)
