@@ -267,6 +267,20 @@ def test_ratios_are_paired_by_round():
     assert row.quartiles("torch") == (2, 3)
 
 
+def test_disturbed_rows_are_named_and_left_out_of_the_summary():
+    def row(kind, peer, others):
+        seconds = {"fastseq": [1.0], "torch": [peer]}
+        return report.Row(cases.Case(kind, 1, 1, 2, 3), {"fastseq": 0.0}, {}, seconds, [1.0], [1.0], [1.0], others)
+
+    about = {"fastseq": "0", "instruction_set": "avx2", "threads": 2, "rounds": 1, "processor": None, "vs": ["torch"]}
+    about["versions"] = {"fastseq": "0", "torch": "2"}
+    rows = [row("lstm", 500.0, 0.9), row("gru", 2.0, 0.0), row("rnn", 2.0, None)]
+    said = report.table(report.Report(about, {2: 1e9}, {1024: 1e9}, rows))
+    assert said.count("disturbed: others kept 0.90 processors busy") == 1
+    assert "without the 1 row that others disturbed" in said
+    assert "torch takes 2.00 times as long as fastseq" in said
+
+
 def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     path.write_bytes(b"old")

@@ -148,16 +148,16 @@ def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int
             progress.advance("measuring the limits")
             limits = stack.enter_context(contextlib.closing(Limits(n_threads)))
             peaks, reads = roofs(limits)
-            others = Others(worker.pid for worker in workers.values())
             for row in rows:
                 measured = {name: worker for name, worker in workers.items() if name not in row.faults}
                 for worker in measured.values():
                     worker.build(row.case)
+                others = Others(worker.pid for worker in workers.values())
                 for turn in range(rounds):
                     progress.advance(f"timing {row.case.name}, round {turn + 1} of {rounds}")
                     time_once(row, measured, limits, turn)
+                row.others = others.processors()
                 limits.forget()
-            busy = others.processors()
         except EngineError as error:
             complain(str(error))
             return None
@@ -170,7 +170,6 @@ def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int
         "dtype": "float32",
         "vs": [name for name in peers if name in workers],
         "versions": {name: worker.version for name, worker in workers.items()},
-        "others": busy,
         "processor": info.processor(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastseq.cli.cases import Case
 
-QUIET = 0.1  # processors that others may use before it is worth a word
+QUIET = 0.15  # processors that others may use; their time is counted in hundredths of a second
 
 
 @dataclass
@@ -32,6 +32,8 @@ class Row:
         By engine: seconds a call.
     multiply_adds, read, floors : list of float
         The limits measured beside them: operations a second, bytes a second, seconds a call.
+    others : float, optional
+        How many processors others kept busy meanwhile, where the system says.
     """
 
     case: Case
@@ -41,6 +43,12 @@ class Row:
     multiply_adds: list[float] = field(default_factory=list)
     read: list[float] = field(default_factory=list)
     floors: list[float] = field(default_factory=list)
+    others: float | None = None
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others took so much that the times say little: threads that wait for each other wait for them."""
+        return self.others is not None and self.others > QUIET
 
     def gflops(self, engine: str) -> float:
         """GFLOP/s at the median."""
@@ -97,7 +105,6 @@ def table(report: Report) -> str:
         "multiply-adds: "
         + ", ".join(f"{rate / 1e9:.3g} GFLOP/s on {_count(n, 'thread')}" for n, rate in report.peaks.items()),
         "reading: " + ", ".join(f"{rate / 1e9:.3g} GB/s from {size(n)}" for n, rate in report.reads.items()),
-        *_disturbance(about["others"]),
         "",
         f"{'B×T×I×H':24}  {'engine':11}  {'median':>8}  {'GFLOP/s':>7}  {'of limit':>8}  {'over fastseq':>12}"
         "  quartiles",
@@ -107,14 +114,10 @@ def table(report: Report) -> str:
         for engine in report.engines:
             lines.append(f"{title:24}  {engine:11}  {_cells(row, engine)}".rstrip())
             title = ""
+        if row.disturbed:
+            lines.append(f"{'':24}  disturbed: others kept {row.others:.2f} processors busy meanwhile")
     lines += ["", *_summary(report)]
     return "\n".join(lines)
-
-
-def _disturbance(others: float | None) -> list[str]:
-    if others is None or others < QUIET:
-        return []
-    return [f"others kept {others:.2f} processors busy meanwhile: times on several threads suffer most from that"]
 
 
 def _cells(row: Row, engine: str) -> str:
@@ -129,8 +132,12 @@ def _cells(row: Row, engine: str) -> str:
 
 def _summary(report: Report) -> list[str]:
     lines = []
+    quiet = [row for row in report.rows if not row.disturbed]
+    left_out = len(report.rows) - len(quiet)
+    if left_out and quiet:
+        lines.append(f"without the {_count(left_out, 'row')} that others disturbed:")
     for engine in report.about["vs"]:
-        ratios = {row.case.name: median(row.ratios(engine)) for row in report.rows if engine in row.seconds}
+        ratios = {row.case.name: median(row.ratios(engine)) for row in quiet or report.rows if engine in row.seconds}
         if not ratios:
             continue
         least = min(ratios, key=ratios.__getitem__)
@@ -176,6 +183,7 @@ def as_json(report: Report) -> str:
                 "hidden": case.hidden,
                 "flops": case.flops,
                 "weight_bytes_read": case.bytes_read,
+                "others": row.others,
                 "limit": {"multiply_adds": row.multiply_adds, "read": row.read, "seconds": row.floors},
                 "engines": engines,
             }
