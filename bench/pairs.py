@@ -1,0 +1,31 @@
+"""A compiled layer and the reference with the same weights, and how far they may be apart."""
+
+import math
+
+import numpy as np
+
+import fastseq as fs
+
+KINDS = ("LSTM", "GRU", "RNN")
+
+
+def pair(kind, inputs, hidden):
+    """A layer of fastseq and the one of the reference, float32, with the same weights."""
+    compiled = getattr(fs, kind)(inputs, hidden, seed=0)
+    reference = getattr(fs.reference, kind)(inputs, hidden)
+    reference.load_state_dict(compiled.state_dict())
+    return compiled, reference
+
+
+def exact(layer):
+    """The reference in float64 with the weights of a layer."""
+    kind = getattr(fs.reference, type(layer).__name__)
+    double = kind(layer.input_size, layer.hidden_size, dtype="float64")
+    double.load_state_dict(layer.state_dict())
+    return double
+
+
+def assert_close(result, expected, terms):
+    """Within what float32 results of sums of so many terms may be off."""
+    allowed = 16 * np.finfo(np.float32).eps * math.ceil(math.log2(2 + terms)) * np.abs(expected).max()
+    np.testing.assert_allclose(result, expected, rtol=0, atol=allowed)

@@ -1,0 +1,7 @@
+"""``python -m fastseq``: the command."""
+
+import sys
+
+from fastseq.cli import main
+
+sys.exit(main())

@@ -1,0 +1,89 @@
+"""The command ``fastseq``: what is installed, and how fast it is on this machine beside other engines."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fastseq.version import __version__
+
+
+class UsageError(Exception):
+    """Something asked for that cannot be done: one line for standard error, exit status 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # One line; argparse's own prints the usage above it.
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fastseq", description="Sequence models on a CPU.")
+    parser.add_argument("--version", action="version", version=f"fastseq {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    commands.add_parser("info", help="what is installed, and what it found on this machine")
+
+    bench = commands.add_parser(
+        "bench",
+        help="time fastseq beside other engines",
+        description="Check that every engine computes the same, then time each in a process of its own, in turn.",
+    )
+    bench.add_argument(
+        "--vs",
+        metavar="ENGINES",
+        help="of reference, torch, onnxruntime, openvino; with commas (default: the reference and those installed)",
+    )
+    bench.add_argument("--kind", choices=("lstm", "gru", "rnn", "all"), default="all", help="default: all")
+    bench.add_argument(
+        "--shape", action="append", default=[], metavar="B,T,I,H", help="batch, time, inputs, hidden; may be repeated"
+    )
+    bench.add_argument(
+        "--shapes", choices=("few", "table"), help="a few telling shapes (the default), or eight for each kind"
+    )
+    bench.add_argument("--threads", metavar="N", help="threads of every engine (default: what fastseq would use)")
+    bench.add_argument("--rounds", metavar="N", default="5", help="turns of every engine at every shape (default: 5)")
+    bench.add_argument("--json", metavar="FILE", help="write every number there, whole or not at all")
+    bench.add_argument("--plot", metavar="FILE", help="draw a roofline; needs matplotlib")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments after the name of the command; ``sys.argv`` by default.
+
+    Returns
+    -------
+    int
+        The exit status: 0, 1 where something went wrong on the way, 2 where it was asked for wrongly.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        if options.command == "info":
+            from fastseq.cli import info
+
+            info.run()
+            status = 0
+        else:
+            from fastseq.cli import bench
+
+            status = bench.run(options)
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        print(f"fastseq {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader has left, as `head` does. Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,52 @@
+"""``fastseq info``: what is installed, and what it found on this machine."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import numpy as np
+
+from fastseq import _simd, threads
+from fastseq.cli import UsageError
+from fastseq.version import __version__
+
+
+def processor(source: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The name of the processor; None where the system does not say."""
+    try:
+        lines = source.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "model name" and value.strip():
+            return value.strip()
+    return None
+
+
+def thread_count() -> tuple[int, str]:
+    """The number of threads fastseq would use and where it came from; a `UsageError` if it is set wrongly."""
+    try:
+        return threads.explain()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def run() -> None:
+    """Print it, one fact a line."""
+    count, source = thread_count()
+    facts = {
+        "fastseq": __version__,
+        "instruction set": f"{_simd.chosen} (this machine has {', '.join(_simd.available)})",
+        "OpenMP": "yes" if _simd.openmp else "no: everything runs on one thread",
+        "threads": f"{count} (from {source})",
+        "NumPy": np.__version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+    }
+    name = processor()
+    if name is not None:
+        facts["processor"] = name
+    width = max(map(len, facts))
+    for fact, value in facts.items():
+        print(f"{fact:{width}}  {value}")

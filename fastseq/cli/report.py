@@ -1,0 +1,235 @@
+"""What was measured, and how it is told: as a table, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import Any
+
+import numpy as np
+
+from fastseq.cli.cases import Case
+
+QUIET = 0.15  # processors that others may use; their time is counted in hundredths of a second
+
+
+@dataclass
+class Row:
+    """The measurements of one case. Lists have one entry a round.
+
+    Attributes
+    ----------
+    case : Case
+    errors : dict
+        By engine: the largest difference from the float64 reference, over the largest magnitude in it.
+    faults : dict
+        By engine that was left out: why.
+    seconds : dict
+        By engine: seconds a call.
+    multiply_adds, read, floors : list of float
+        The limits measured beside them: operations a second, bytes a second, seconds a call.
+    others : float, optional
+        How many processors others kept busy meanwhile, where the system says.
+    """
+
+    case: Case
+    errors: dict[str, float] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    multiply_adds: list[float] = field(default_factory=list)
+    read: list[float] = field(default_factory=list)
+    floors: list[float] = field(default_factory=list)
+    others: float | None = None
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others took so much that the times say little: threads that wait for each other wait for them."""
+        return self.others is not None and self.others > QUIET
+
+    def gflops(self, engine: str) -> float:
+        """GFLOP/s at the median."""
+        return self.case.flops / median(self.seconds[engine]) / 1e9
+
+    def share(self, engine: str) -> float:
+        """How much of the limit an engine reaches: paired by round, the median."""
+        return median(floor / time for floor, time in zip(self.floors, self.seconds[engine], strict=True))
+
+    def ratios(self, engine: str) -> list[float]:
+        """How many times longer than fastseq an engine takes, round by round."""
+        return [peer / ours for peer, ours in zip(self.seconds[engine], self.seconds["fastseq"], strict=True)]
+
+    def quartiles(self, engine: str) -> tuple[float, float]:
+        """The spread of `ratios`: half of them lie between these two."""
+        low, high = np.percentile(self.ratios(engine), [25, 75])
+        return float(low), float(high)
+
+
+@dataclass
+class Report:
+    """A whole run.
+
+    Attributes
+    ----------
+    about : dict
+        Versions, machine and settings.
+    peaks : dict
+        By number of threads: multiply-adds, operations a second.
+    reads : dict
+        By bytes of a buffer: bytes a second, at the threads of the run.
+    rows : list of Row
+    """
+
+    about: dict[str, Any]
+    peaks: dict[int, float]
+    reads: dict[int, float]
+    rows: list[Row]
+
+    @property
+    def engines(self) -> list[str]:
+        """fastseq first, then the others in the order they were asked for."""
+        return ["fastseq", *self.about["vs"]]
+
+
+def table(report: Report) -> str:
+    """The report for people."""
+    about = report.about
+    threads = about["threads"]
+    lines = [
+        f"fastseq {about['fastseq']}, {about['instruction_set']}, {_count(threads, 'thread')}, float32, "
+        f"{_count(about['rounds'], 'round')}" + (f", {about['processor']}" if about["processor"] else ""),
+        "beside " + ", ".join(f"{name} {version}" for name, version in about["versions"].items() if name != "fastseq"),
+        "multiply-adds: "
+        + ", ".join(f"{rate / 1e9:.3g} GFLOP/s on {_count(n, 'thread')}" for n, rate in report.peaks.items()),
+        "reading: " + ", ".join(f"{rate / 1e9:.3g} GB/s from {size(n)}" for n, rate in report.reads.items()),
+        "",
+        f"{'B×T×I×H':24}  {'engine':11}  {'median':>8}  {'GFLOP/s':>7}  {'of limit':>8}  {'over fastseq':>12}"
+        "  quartiles",
+    ]
+    for row in report.rows:
+        title = row.case.name
+        for engine in report.engines:
+            lines.append(f"{title:24}  {engine:11}  {_cells(row, engine)}".rstrip())
+            title = ""
+        if row.disturbed:
+            lines.append(f"{'':24}  disturbed: others kept {row.others:.2f} processors busy meanwhile")
+    lines += ["", *_summary(report)]
+    return "\n".join(lines)
+
+
+def _cells(row: Row, engine: str) -> str:
+    if engine in row.faults:
+        return row.faults[engine]
+    cells = f"{duration(median(row.seconds[engine])):>8}  {row.gflops(engine):7.3g}  {row.share(engine):8.0%}"
+    if engine == "fastseq":
+        return cells
+    low, high = row.quartiles(engine)
+    return f"{cells}  {median(row.ratios(engine)):12.2f}  {low:.2f} to {high:.2f}"
+
+
+def _summary(report: Report) -> list[str]:
+    lines = []
+    quiet = [row for row in report.rows if not row.disturbed]
+    left_out = len(report.rows) - len(quiet)
+    if left_out and quiet:
+        lines.append(f"without the {_count(left_out, 'row')} that others disturbed:")
+    for engine in report.about["vs"]:
+        ratios = {row.case.name: median(row.ratios(engine)) for row in quiet or report.rows if engine in row.seconds}
+        if not ratios:
+            continue
+        least = min(ratios, key=ratios.__getitem__)
+        faster = sum(ratio > 1 for ratio in ratios.values())
+        lines.append(
+            f"{engine} takes {geometric_mean(ratios.values()):.2f} times as long as fastseq (geometric mean),"
+            f" at least {ratios[least]:.2f} ({least}); fastseq is faster in {faster} of {len(ratios)}"
+        )
+    worst = {
+        engine: max(row.errors[engine] for row in report.rows if engine in row.errors)
+        for engine in report.engines
+        if any(engine in row.errors for row in report.rows)
+    }
+    lines.append("largest error against float64: " + ", ".join(f"{name} {error:.1e}" for name, error in worst.items()))
+    return lines
+
+
+def as_json(report: Report) -> str:
+    """The report for programs: every number of every round."""
+    rows = []
+    for row in report.rows:
+        case = row.case
+        engines: dict[str, Any] = {}
+        for engine in report.engines:
+            engines[engine] = {"error": row.errors.get(engine), "fault": row.faults.get(engine)}
+            if engine in row.seconds:
+                engines[engine] |= {
+                    "seconds": row.seconds[engine],
+                    "median": median(row.seconds[engine]),
+                    "gflops": row.gflops(engine),
+                    "share_of_limit": row.share(engine),
+                    "ratio": median(row.ratios(engine)),
+                    "ratio_quartiles": row.quartiles(engine),
+                }
+        rows.append(
+            {
+                "name": case.name,
+                "kind": case.kind,
+                "step": case.step,
+                "batch": case.batch,
+                "time": case.time,
+                "inputs": case.inputs,
+                "hidden": case.hidden,
+                "flops": case.flops,
+                "weight_bytes_read": case.bytes_read,
+                "others": row.others,
+                "limit": {"multiply_adds": row.multiply_adds, "read": row.read, "seconds": row.floors},
+                "engines": engines,
+            }
+        )
+    whole = {
+        **report.about,
+        "multiply_adds": [{"threads": n, "flops_per_second": rate} for n, rate in report.peaks.items()],
+        "read": [{"bytes": n, "bytes_per_second": rate} for n, rate in report.reads.items()],
+        "cases": rows,
+    }
+    return json.dumps(whole, indent=2) + "\n"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all: beside it under another name, then renamed."""
+    target = path.resolve()  # through links, which stay
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    factor, unit = next(((f, u) for f, u in ((1, "s"), (1e3, "ms")) if seconds * f >= 1), (1e6, "µs"))
+    value = seconds * factor
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people."""
+    units = ["bytes", "KB", "MB", "GB"]
+    while n_bytes >= 1024 and len(units) > 1:
+        n_bytes /= 1024
+        units.pop(0)
+    return f"{n_bytes:.3g} {units[0]}"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -1,0 +1,305 @@
+"""The command ``fastseq``: what it prints, what it writes, how it refuses. Nothing timed is asserted."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastseq as fs
+from fastseq import _simd
+from fastseq.cli import bench, cases, engines, limits, main, others, plot, report, worker
+
+TINY = ("--vs", "reference", "--shape", "1,1,8,8", "--kind", "lstm", "--rounds", "1", "--threads", "1")
+
+
+def fastseq(*arguments, **environment):
+    """Run the command as a user does; the streams are pipes."""
+    command = [sys.executable, "-m", "fastseq", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """One run of a benchmark: the process, and what it wrote as JSON."""
+    path = tmp_path_factory.mktemp("bench") / "result.json"
+    done = fastseq("bench", *TINY, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    return done, json.loads(path.read_text())
+
+
+def test_info():
+    done = fastseq("info", FASTSEQ_NUM_THREADS="3")
+    assert (done.returncode, done.stderr) == (0, "")
+    facts = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert facts["fastseq"] == fs.__version__
+    assert facts["threads"] == "3 (from FASTSEQ_NUM_THREADS)"
+    assert facts["NumPy"] == np.__version__
+    assert facts["instruction set"].startswith(_simd.chosen)
+    assert all(name in facts["instruction set"] for name in _simd.available)
+    assert facts["OpenMP"].startswith("yes") == _simd.openmp
+
+
+def test_info_names_the_instruction_set_in_use():
+    done = fastseq("info", FASTSEQ_ISA="baseline")
+    assert re.search(r"instruction set\s+baseline \(", done.stdout)
+
+
+def test_import_does_not_load_the_command():
+    code = "import sys, fastseq; sys.exit('fastseq.cli' in sys.modules or 'argparse' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_bench_prints_every_case_and_engine(tiny):
+    done, _ = tiny
+    assert "LSTM 1×1×8×8" in done.stdout
+    assert "LSTM step 1×1×8×8" in done.stdout
+    assert len(re.findall(r"^.{24}  fastseq  .*%$", done.stdout, re.M)) == 2
+    assert len(re.findall(r"^.{24}  reference  .*% .* to ", done.stdout, re.M)) == 2
+    assert "fastseq is faster in" in done.stdout
+
+
+def test_bench_in_a_pipe_has_no_progress(tiny):
+    done, _ = tiny
+    assert done.stderr == ""
+    assert "\r" not in done.stdout and "\x1b" not in done.stdout
+
+
+def test_bench_writes_json(tiny):
+    _, result = tiny
+    assert (result["threads"], result["rounds"], result["vs"]) == (1, 1, ["reference"])
+    assert [case["name"] for case in result["cases"]] == ["LSTM 1×1×8×8", "LSTM step 1×1×8×8"]
+    for case in result["cases"]:
+        assert case["flops"] == 2 * 4 * 8 * (8 + 8)
+        ours, reference = case["engines"]["fastseq"], case["engines"]["reference"]
+        assert 0 < ours["error"] < 1e-5 and 0 < reference["error"] < 1e-5
+        assert ours["ratio"] == 1
+        assert reference["ratio"] == pytest.approx(reference["seconds"][0] / ours["seconds"][0])
+        assert ours["share_of_limit"] == pytest.approx(case["limit"]["seconds"][0] / ours["seconds"][0])
+
+
+def test_bench_on_a_terminal_shows_progress_and_removes_it():
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "fastseq", "bench", *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    said = b""
+    try:
+        while part := os.read(ours, 65536):
+            said += part
+    except OSError:  # the end of a terminal
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    assert "timing LSTM 1×1×8×8, round 1 of 1" in said.decode()
+    assert said.endswith(b"\r\x1b[K")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--shape", "1,2,3"], "B,T,I,H, not '1,2,3'"),
+        (["--shape", "1,2,3,x"], "B,T,I,H, not '1,2,3,x'"),
+        (["--shape", "1,0,3,4"], "from 1 on, not '1,0,3,4'"),
+        (["--shape", "1,1,999999999,999999999"], "of memory"),
+        (["--vs", "reference,keras"], "not 'keras'"),
+        (["--kind", "transformer"], "transformer"),
+        (["--threads", "0"], "--threads should be a whole number from 1 to 1024, not '0'"),
+        (["--rounds", "many"], "--rounds should be a whole number"),
+        (["--json", "/nonexistent/result.json"], "cannot be written"),
+        (["--json", "/dev/null"], "plain file"),
+        (["--json", "."], "directory"),
+        (["--plot", "/nonexistent/result.png"], "cannot be written"),
+        (["--speed", "high"], "--speed"),
+    ],
+)
+def test_bench_refuses_before_it_measures(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured"))
+    try:
+        status = main(["bench", *arguments])
+    except SystemExit as ended:  # argparse ends so
+        status = ended.code
+    said = capsys.readouterr()
+    assert (status, said.out) == (2, "")
+    assert said.err.count("\n") == 1 and said.err.startswith("fastseq") and message in said.err
+
+
+def test_bench_refuses_an_engine_that_is_not_installed(capsys, monkeypatch):
+    monkeypatch.setitem(engines.NEEDS, "torch", ("no_such_module",))
+    assert main(["bench", "--vs", "torch"]) == 2
+    assert "--vs torch needs no_such_module, which is not installed" in capsys.readouterr().err
+    assert "torch" not in bench.chosen_engines(None)
+
+
+def test_bench_refuses_a_bad_thread_count_in_the_environment():
+    done = fastseq("bench", FASTSEQ_NUM_THREADS="several")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "FASTSEQ_NUM_THREADS" in done.stderr
+
+
+def test_fastseq_wrong_ends_the_benchmark(capsys, monkeypatch):
+    # No float32 result is this near, so every engine counts as wrong.
+    monkeypatch.setattr(bench, "tolerance", lambda case: 1e-12)
+    assert main(["bench", *TINY]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and "LSTM 1×1×8×8 differs from the reference" in said.err
+
+
+def test_a_peer_that_is_wrong_is_left_out_and_named(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "PEER_TOLERANCE", 1e-12)
+    assert main(["bench", *TINY]) == 1
+    said = capsys.readouterr().out
+    assert len(re.findall(r"reference  +differs from the reference", said)) == 2
+    assert "reference takes" not in said
+
+
+def test_largest_error_sees_every_output():
+    y, h, c = np.ones((2, 3, 4)), np.ones((2, 4)), np.full((2, 4), 2.0)
+    assert bench.largest_error((y, h, c), (y, h, c)) == 0
+    assert bench.largest_error((y, h, c + 0.5), (y, h, c)) == 0.25
+    assert bench.largest_error((y, c, h), (y, h, c)) == 1
+    assert bench.largest_error((y, h), (y, h, c)) == np.inf
+    assert bench.largest_error((y * np.nan, h, c), (y, h, c)) == np.inf
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """The float64 reference in its process."""
+    process = worker.Worker("exact", 1)
+    yield process
+    process.close()
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch", "openvino"])
+def test_engines_compute_the_same(engine, exact):
+    if engines.missing(engine):
+        pytest.skip(f"{engine} is not installed")
+    peer = worker.Worker(engine, 1)
+    try:
+        for kind in cases.KINDS:
+            case = cases.Case(kind, 2, 3, 5, 7)
+            assert bench.largest_error(peer.check(case), exact.check(case)) < 1e-5
+    finally:
+        peer.close()
+
+
+def test_worker_that_dies_is_told():
+    dying = worker.Worker("fastseq", 1)
+    try:
+        dying._process.send_signal(signal.SIGKILL)
+        with pytest.raises(worker.EngineError, match="fastseq: its process ended with status -9"):
+            dying.check(cases.Case("rnn", 1, 1, 2, 3))
+    finally:
+        dying.close()
+
+
+def test_worker_is_stopped_between_requests():
+    idle = worker.Worker("fastseq", 1)
+    try:
+        for _ in range(100):
+            state = Path(f"/proc/{idle._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state == "T":
+                break
+            time.sleep(0.01)
+        assert state == "T"
+    finally:
+        idle.close()
+
+
+def test_worker_takes_its_threads_from_us(monkeypatch):
+    monkeypatch.setenv("FASTSEQ_NUM_THREADS", "7")
+    busy = worker.Worker("fastseq", 2)
+    try:
+        environment = Path(f"/proc/{busy._process.pid}/environ").read_text().split("\0")
+        assert {f"{name}=2" for name in worker.THREAD_VARIABLES} <= set(environment)
+    finally:
+        busy.close()
+
+
+def test_others_are_counted_and_ours_are_not(tmp_path, monkeypatch):
+    tick, clock = os.sysconf("SC_CLK_TCK"), iter([100.0, 110.0])
+    monkeypatch.setattr(others, "perf_counter", lambda: next(clock))
+
+    def tell(total, ours):
+        # user nice system idle iowait irq softirq steal guest guest_nice
+        seconds = [total, 1, 2, 5000 + total, 70 + total, 3, 4, 5, 900, 900]
+        (tmp_path / "stat").write_text("cpu  " + " ".join(str(tick * value) for value in seconds) + "\ncpu0 1\n")
+        for process, (user, system) in ours.items():
+            (tmp_path / str(process)).mkdir(exist_ok=True)
+            fields = ["S", *"0" * 10, str(tick * user), str(tick * system), *"9" * 30]
+            (tmp_path / str(process) / "stat").write_text(f"{process} (a ) name) {' '.join(fields)}\n")
+
+    tell(1000, {os.getpid(): (10, 1), 99: (20, 2)})
+    watch = others.Others([99], tmp_path)
+    tell(1016, {os.getpid(): (14, 2), 99: (24, 4)})
+    assert watch.processors() == pytest.approx((16 - 5 - 6) / 10)
+
+
+def test_the_limits_are_measured_on_all_threads():
+    measured = limits.Limits(2)
+    try:
+        seconds, flops = measured._burst(lambda thread, rounds: _simd.multiply_adds(rounds), 1000)
+        assert seconds > 0 and flops == 2 * _simd.multiply_adds(1000)
+        assert measured.read(100_000) > 0
+        assert [buffer.nbytes for buffer in measured._buffers[100_000]] == [50_000, 50_000]
+    finally:
+        measured.close()
+
+
+def test_floor():
+    # At batch 1 the weights of the state are read every step; at a large batch the multiply-adds take longer.
+    one = cases.Case("lstm", 1, 10, 64, 128)
+    assert limits.floor(one, 1e9, 1e6) == pytest.approx((10 * 4 * 4 * 128 * 128 + 4 * 4 * 128 * 64) / 1e6)
+    many = cases.Case("gru", 64, 10, 64, 128)
+    assert limits.floor(many, 1e9, 1e9) == pytest.approx(many.flops / 1e9)
+
+
+def test_ratios_are_paired_by_round():
+    row = report.Row(cases.Case("rnn", 1, 1, 2, 3), seconds={"fastseq": [1.0, 10.0, 1.0], "torch": [2.0, 20.0, 4.0]})
+    assert row.ratios("torch") == [2, 2, 4]
+    assert row.quartiles("torch") == (2, 3)
+
+
+def test_disturbed_rows_are_named_and_left_out_of_the_summary():
+    def row(kind, peer, others):
+        seconds = {"fastseq": [1.0], "torch": [peer]}
+        return report.Row(cases.Case(kind, 1, 1, 2, 3), {"fastseq": 0.0}, {}, seconds, [1.0], [1.0], [1.0], others)
+
+    about = {"fastseq": "0", "instruction_set": "avx2", "threads": 2, "rounds": 1, "processor": None, "vs": ["torch"]}
+    about["versions"] = {"fastseq": "0", "torch": "2"}
+    rows = [row("lstm", 500.0, 0.9), row("gru", 2.0, 0.0), row("rnn", 2.0, None)]
+    said = report.table(report.Report(about, {2: 1e9}, {1024: 1e9}, rows))
+    assert said.count("disturbed: others kept 0.90 processors busy") == 1
+    assert "without the 1 row that others disturbed" in said
+    assert "torch takes 2.00 times as long as fastseq" in said
+
+
+def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    path.write_bytes(b"old")
+
+    def full(handle):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(report.os, "fsync", full)
+    with pytest.raises(OSError):
+        report.write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_spread_keeps_labels_apart_and_near():
+    assert plot.spread([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9])
+    assert plot.spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+
+
+def test_table_has_the_24_shapes():
+    chosen = [case for case in bench.chosen_cases("all", [], "table") if not case.step]
+    assert len(chosen) == len(set(chosen)) == 24
