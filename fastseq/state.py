@@ -127,8 +127,7 @@ class State:
         if type(other) is not type(self):
             return NotImplemented
         return all(
-            a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
-            for a, b in zip(self, other, strict=True)  # type: ignore[call-overload]
+            a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True) for a, b in zip(self, other, strict=True)
         )
 
     __hash__ = None  # type: ignore[assignment]  # arrays are compared by value, and may be large
@@ -170,8 +169,8 @@ class LSTMState(State):
             raise TypeError(f"h and c should have one dtype, not {self.h.dtype} and {self.c.dtype}")
 
 
-_set_h = State.h.__set__  # type: ignore[attr-defined]
-_set_c = LSTMState.c.__set__  # type: ignore[attr-defined]
+_set_h = State.h.__set__  # type: ignore[attr-defined, misc]
+_set_c = LSTMState.c.__set__  # type: ignore[attr-defined, misc]
 
 
 def adopt(h: Array, c: Array | None) -> State:

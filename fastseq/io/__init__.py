@@ -17,9 +17,7 @@ from fastseq.checks import Array
 _FORMAT = "1"
 
 
-def save(
-    path: str | os.PathLike[str], class_name: str, config: Mapping[str, Any], arrays: Mapping[str, Array]
-) -> None:
+def save(path: str | os.PathLike[str], class_name: str, config: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
     """Write arrays and what they belong to, whole or not at all.
 
     The file is written beside `path` under another name, flushed to the disk and renamed.
@@ -81,7 +79,7 @@ def load_into(path: str | os.PathLike[str], namespace: ModuleType) -> Any:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except SafetensorError as error:
         raise ValueError(f"path: {os.fspath(path)!r} is not a whole safetensors file: {error}") from None
     name = metadata.get("fastseq.class")
