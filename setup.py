@@ -1,7 +1,7 @@
 """The build: one object for each instruction set and real type, and the compiled modules that use them.
 
-Switches, environment variables set to 1: FASTSEQ_DEBUG (no optimisation, debug symbols), FASTSEQ_SANITIZE (address
-and undefined-behaviour sanitizers), FASTSEQ_COVERAGE (gcov, and line tracing in Cython), FASTSEQ_NO_OPENMP.
+Switches, environment variables set to 1: FASTSEQ_DEBUG (made for a debugger), FASTSEQ_SANITIZE (address
+and undefined-behaviour sanitizers), FASTSEQ_COVERAGE (gcov, by lines of C and of Cython), FASTSEQ_NO_OPENMP.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ class Build(build_ext):
     def build_extensions(self) -> None:
         flags, link = list(FLAGS), []
         if switch("FASTSEQ_DEBUG"):
-            flags += ["-O0", "-g"]
+            flags += ["-Og", "-g"]  # without any optimisation the leaves do not compile: they must be inlined
         if switch("FASTSEQ_SANITIZE"):
             flags += SANITIZE
             link += SANITIZE
@@ -116,8 +116,7 @@ def extension(name: str) -> Extension:
         f"fastseq.{name}",
         [f"src/{name}.pyx"],
         include_dirs=["src", numpy.get_include()],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")]
-        + ([("CYTHON_TRACE_NOGIL", "1")] if switch("FASTSEQ_COVERAGE") else []),
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
     )
 
 
@@ -126,11 +125,9 @@ setup(
     ext_modules=cythonize(
         [extension("_simd"), extension("_recurrent")],
         include_path=["src"],
-        force=switch("FASTSEQ_COVERAGE"),
-        compiler_directives={
-            "language_level": 3,
-            "cdivision": True,
-            "linetrace": switch("FASTSEQ_COVERAGE"),
-        },
+        compiler_directives={"language_level": 3, "cdivision": True},
+        # Where coverage is counted, lines of C say which line of Cython they stand for.
+        emit_linenums=switch("FASTSEQ_COVERAGE"),
+        build_dir="build/coverage" if switch("FASTSEQ_COVERAGE") else None,
     ),
 )
