@@ -27,7 +27,7 @@ if X86_64:
     SETS["avx512"] = ["-mavx512f", "-mavx512dq", "-mprefer-vector-width=512"]
 
 # What is fused is written in the source; the compiler fuses nothing of its own.
-FLAGS = ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = ["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 
 PROBE = """
