@@ -22,6 +22,12 @@ def run(
     lengths: Array | None,
     n_threads: int,
 ) -> tuple[Array, Array, Array | None]: ...
+def fits(cells: tuple[tuple[Cell, ...], ...], x: object, dims: int, state: object, out: object) -> bool: ...
 def step(
-    cells: tuple[tuple[Cell, ...], ...], x: Array, h: Array, c: Array | None, n_threads: int
-) -> tuple[Array, Array | None]: ...
+    cells: tuple[tuple[Cell, ...], ...],
+    x: Array,
+    h: Array,
+    c: Array | None,
+    out: Array | None,
+    n_threads: int,
+) -> tuple[Array, Array, Array | None]: ...

@@ -76,7 +76,7 @@ def real_dtype(name: str, value: Any, allowed: Sequence[str] | None) -> np.dtype
         raise TypeError(f"{name} should be a floating dtype, not {describe(value)}") from None
     if value is None or dtype.kind != "f":
         raise TypeError(f"{name} should be a floating dtype, not {describe(value)}")
-    dtype = dtype.newbyteorder("=")
+    dtype = np.dtype(dtype.type)  # in native byte order, and the one object that arrays of this dtype share
     if allowed is not None and dtype.name not in allowed:
         raise TypeError(f"{name} should be {' or '.join(allowed)}, not {dtype.name}")
     return dtype
@@ -87,6 +87,8 @@ def real_array(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
 
     An array that is all that already comes back as it is; others are copied, inputs are never modified.
     """
+    if type(value) is np.ndarray and value.dtype is dtype and value.flags.carray:
+        return value  # nearly always, and worth a microsecond to a stream of single steps
     if type(value) is not np.ndarray or value.dtype is not dtype:
         try:
             value = np.asarray(value)
@@ -109,7 +111,10 @@ def lengths(value: Any, batch: int, time: int) -> npt.NDArray[np.int64]:
     if array.dtype.kind not in "iu" and (array.size or array.dtype.kind == "b"):
         raise TypeError(f"lengths should hold integers, not {array.dtype}")
     if array.shape != (batch,):
-        raise ValueError(f"lengths should be of shape ({batch},), one a row of the batch, not {array.shape}")
+        hint = ""
+        if array.shape == (time,):
+            hint = "; x looks like (T, B, I): the batch comes first here, pass x.swapaxes(0, 1)"
+        raise ValueError(f"lengths should be of shape ({batch},), one a row of the batch, not {array.shape}{hint}")
     if batch and (array.min() < 0 or array.max() > time):
         row = int(np.flatnonzero((array < 0) | (array > time))[0])
         raise ValueError(f"lengths should be in 0..{time}, but lengths[{row}] is {array[row]}")

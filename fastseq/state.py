@@ -47,7 +47,7 @@ class State:
                 raise TypeError(f"{name} should hold real floating numbers, not {array.dtype}")
             if array.ndim != 3:
                 raise ValueError(f"{name} should be of shape (B, num_layers * D, H), not {array.shape}")
-            array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+            array = np.array(array, dtype=np.dtype(array.dtype.type), order="C")
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         shapes = {name: getattr(self, name).shape[:2] for name in self._fields}
@@ -169,19 +169,19 @@ class LSTMState(State):
             raise TypeError(f"h and c should have one dtype, not {self.h.dtype} and {self.c.dtype}")
 
 
+# Slots are set through their descriptors: a state refuses assignment.
+_new_state, _new_lstm_state = State.__new__, LSTMState.__new__
 _set_h = State.h.__set__  # type: ignore[attr-defined, misc]
 _set_c = LSTMState.c.__set__  # type: ignore[attr-defined, misc]
 
 
 def adopt(h: Array, c: Array | None) -> State:
-    """A state of fresh arrays that nobody else holds: no check, no copy. For the layers."""
-    h.flags.writeable = False
+    """A state of fresh, read-only arrays that nobody else holds: no check, no copy. For the layers."""
     if c is None:
-        state = State.__new__(State)
+        state = _new_state(State)
         _set_h(state, h)
         return state
-    c.flags.writeable = False
-    state = LSTMState.__new__(LSTMState)
+    state = _new_lstm_state(LSTMState)
     _set_h(state, h)
     _set_c(state, c)
     return state

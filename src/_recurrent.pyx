@@ -477,19 +477,47 @@ cdef void set_cell(Job *job, Cell cell) noexcept:
     job.projection = &cell.projection if cell.projection.units else NULL
 
 
+cdef cnp.ndarray state_copy(cnp.ndarray state):
+    """A contiguous copy; of None, None."""
+    return None if state is None else cnp.PyArray_NewCopy(state, cnp.NPY_CORDER)
+
+
 cdef inline char *slot_of(cnp.ndarray state, Py_ssize_t slot) noexcept:
     """State array (B, slots, H): the first row of one slot."""
     return cnp.PyArray_BYTES(state) + slot * cnp.PyArray_STRIDE(state, 1)
+
+
+cdef void set_state(Job *job, cnp.ndarray h, cnp.ndarray c, Py_ssize_t slot) noexcept:
+    """Where the rows of one slot start; c is where they end, too."""
+    job.h = slot_of(h, slot)
+    job.h_row = cnp.PyArray_STRIDE(h, 0)
+    job.c = NULL
+    job.c_row = 0
+    if c is not None:
+        job.c = slot_of(c, slot)
+        job.c_row = cnp.PyArray_STRIDE(c, 0)
+
+
+cdef tuple finished(cnp.ndarray y, cnp.ndarray h, cnp.ndarray c):
+    """Outputs and state; the arrays of a state are read-only."""
+    cnp.PyArray_CLEARFLAGS(h, cnp.NPY_ARRAY_WRITEABLE)
+    if c is not None:
+        cnp.PyArray_CLEARFLAGS(c, cnp.NPY_ARRAY_WRITEABLE)
+    return y, h, c
 
 
 def run(tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, lengths, int n_threads):
     """Whole sequences through all layers and directions; see `fastseq.reference.operations.run`."""
     cdef Py_ssize_t batch = cnp.PyArray_DIM(x, 0), time = cnp.PyArray_DIM(x, 1)
     cdef Py_ssize_t width = cnp.PyArray_DIM(h, 2)
-    cdef Py_ssize_t slot = 0, row, steps
+    cdef Py_ssize_t slot = 0, place, row, steps
+    cdef int direction, directions
+    cdef cnp.npy_intp[3] shape
     cdef Job job
-    cdef cnp.ndarray order = None, sorted_lengths = None, y = x, h_n, c_n = None
+    cdef cnp.ndarray order, sorted_lengths, y = x, h_n = state_copy(h), c_n = state_copy(c)
     cdef const char *last
+    job.rows = batch
+    job.time = time
     job.order = NULL
     job.steps = NULL
     if lengths is not None:
@@ -497,52 +525,95 @@ def run(tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cn
         sorted_lengths = lengths[order].astype(np.intp, copy=False)
         job.order = <const Py_ssize_t *> cnp.PyArray_DATA(order)
         job.steps = <const Py_ssize_t *> cnp.PyArray_DATA(sorted_lengths)
-    make = np.empty if lengths is None else np.zeros
-    h_n = np.array(h, order="C")
-    if c is not None:
-        c_n = np.array(c, order="C")
     for layer in cells:
         directions = len(layer)
-        y = make((batch, time, directions * width), x.dtype)
+        shape[0], shape[1], shape[2] = batch, time, directions * width
+        if lengths is None:
+            y = cnp.PyArray_EMPTY(3, shape, cnp.PyArray_TYPE(x), 0)
+        else:
+            y = cnp.PyArray_ZEROS(3, shape, cnp.PyArray_TYPE(x), 0)  # what is padding stays so
+        job.x = cnp.PyArray_BYTES(x)
+        job.x_row = cnp.PyArray_STRIDE(x, 0)
+        job.x_time = cnp.PyArray_STRIDE(x, 1)
+        job.y_row = cnp.PyArray_STRIDE(y, 0)
+        job.y_time = cnp.PyArray_STRIDE(y, 1)
         for direction in range(directions):
             set_cell(&job, layer[direction])
-            job.rows = batch
-            job.time = time
+            set_state(&job, h, c_n, slot)
             job.reverse = direction == 1
-            job.x = cnp.PyArray_BYTES(x)
-            job.x_row = cnp.PyArray_STRIDE(x, 0)
-            job.x_time = cnp.PyArray_STRIDE(x, 1)
-            job.y = slot_of(y, 0) + <Py_ssize_t> direction * width * job.item
-            job.y_row = cnp.PyArray_STRIDE(y, 0)
-            job.y_time = cnp.PyArray_STRIDE(y, 1)
-            job.h = slot_of(h, slot)
-            job.h_row = cnp.PyArray_STRIDE(h, 0)
-            job.c = NULL
-            job.c_row = 0
-            if c is not None:
-                job.c = slot_of(c_n, slot)
-                job.c_row = cnp.PyArray_STRIDE(c_n, 0)
+            job.y = cnp.PyArray_BYTES(y)
+            job.y += direction * width * job.item
             execute(&job, n_threads)
             # The final h of a row is its output at its last step; a row of no steps keeps the h it came with.
-            for row in range(batch):
-                steps = time if lengths is None else lengths[row]
+            for place in range(batch):
+                row = place if job.order == NULL else job.order[place]
+                steps = time if job.steps == NULL else job.steps[place]
                 if steps:
                     last = job.y + row * job.y_row + (0 if job.reverse else steps - 1) * job.y_time
                     memcpy(slot_of(h_n, slot) + row * cnp.PyArray_STRIDE(h_n, 0), last, width * job.item)
             slot += 1
         x = y
-    return y, h_n, c_n
+    return finished(y, h_n, c_n)
 
 
-def step(tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, int n_threads):
+cdef inline bint is_usual(object value, int dims, int dtype) noexcept:
+    """An array of exactly this dtype, contiguous, aligned, in native byte order."""
+    return (
+        cnp.PyArray_CheckExact(value)
+        and cnp.PyArray_NDIM(<cnp.ndarray> value) == dims
+        and cnp.PyArray_TYPE(<cnp.ndarray> value) == dtype
+        and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> value)
+    )
+
+
+cdef inline bint is_state(object value, int dtype, Py_ssize_t batch, Py_ssize_t slots, Py_ssize_t width) noexcept:
+    return (
+        is_usual(value, 3, dtype)
+        and cnp.PyArray_DIM(<cnp.ndarray> value, 0) == batch
+        and cnp.PyArray_DIM(<cnp.ndarray> value, 1) == slots
+        and cnp.PyArray_DIM(<cnp.ndarray> value, 2) == width
+    )
+
+
+def fits(tuple cells not None, x, int dims, state, out):
+    """Whether the arguments of a call need no check: a quick yes for the usual case. No says nothing.
+
+    `x` should have `dims` dimensions; that the state is of the layer's class was looked at. A step takes few
+    microseconds, and the checks in Python take as many.
+    """
+    cdef tuple first = cells[0]
+    cdef Cell cell = first[0]
+    cdef int dtype = cnp.NPY_FLOAT32 if cell.item == 4 else cnp.NPY_FLOAT64
+    cdef Py_ssize_t batch, slots = len(cells) * len(first)
+    if (dims == 2 and len(first) != 1) or not is_usual(x, dims, dtype):
+        return False
+    batch = cnp.PyArray_DIM(<cnp.ndarray> x, 0)
+    if cnp.PyArray_DIM(<cnp.ndarray> x, dims - 1) != cell.input_size:
+        return False
+    if not is_state(state.h, dtype, batch, slots, cell.output_size):
+        return False
+    if cell.kind == LSTM_CELL and not is_state(state.c, dtype, batch, slots, cell.hidden_size):
+        return False
+    return out is None or (
+        is_usual(out, 2, dtype)
+        and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out)
+        and cnp.PyArray_DIM(<cnp.ndarray> out, 0) == batch
+        and cnp.PyArray_DIM(<cnp.ndarray> out, 1) == cell.output_size
+    )
+
+
+def step(
+    tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, cnp.ndarray out,
+    int n_threads,
+):
     """One time step through all layers of one direction; see `fastseq.reference.operations.step`."""
-    cdef Py_ssize_t slot = 0
+    cdef Py_ssize_t slot, row, i, width = cnp.PyArray_DIM(h, 2), batch = cnp.PyArray_DIM(x, 0)
     cdef Job job
     cdef cnp.ndarray h_n = cnp.PyArray_EMPTY(3, cnp.PyArray_DIMS(h), cnp.PyArray_TYPE(h), 0)
-    cdef cnp.ndarray c_n = None
-    if c is not None:
-        c_n = cnp.PyArray_NewCopy(c, cnp.NPY_CORDER)
-    job.rows = cnp.PyArray_DIM(x, 0)
+    cdef cnp.ndarray c_n = state_copy(c)
+    cdef cnp.npy_intp[2] shape
+    cdef char *to
+    job.rows = batch
     job.time = 1
     job.reverse = False
     job.order = NULL
@@ -550,20 +621,25 @@ def step(tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, c
     job.x = cnp.PyArray_BYTES(x)
     job.x_row = cnp.PyArray_STRIDE(x, 0)
     job.x_time = 0
-    job.y_time = 0
-    job.h_row = cnp.PyArray_STRIDE(h, 0)
     job.y_row = cnp.PyArray_STRIDE(h_n, 0)
-    job.c = NULL
-    job.c_row = 0
+    job.y_time = 0
     for slot in range(len(cells)):
         set_cell(&job, cells[slot][0])
-        job.h = slot_of(h, slot)
+        set_state(&job, h, c_n, slot)
         job.y = slot_of(h_n, slot)
-        if c is not None:
-            job.c = slot_of(c_n, slot)
-            job.c_row = cnp.PyArray_STRIDE(c_n, 0)
         execute(&job, n_threads)
         # The next layer takes this one's output.
         job.x = job.y
         job.x_row = job.y_row
-    return h_n, c_n
+    if out is None:
+        shape[0], shape[1] = batch, width
+        out = cnp.PyArray_EMPTY(2, shape, cnp.PyArray_TYPE(h), 0)
+    for row in range(batch):
+        to = cnp.PyArray_BYTES(out)
+        to += row * cnp.PyArray_STRIDE(out, 0)
+        if cnp.PyArray_STRIDE(out, 1) == job.item:
+            memcpy(to, job.x + row * job.x_row, width * job.item)
+        else:
+            for i in range(width):
+                memcpy(to + i * cnp.PyArray_STRIDE(out, 1), job.x + row * job.x_row + i * job.item, job.item)
+    return finished(out, h_n, c_n)

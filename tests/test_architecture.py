@@ -1,10 +1,12 @@
 """Nobody imports upwards: ARCHITECTURE.md draws the floors, and this holds the imports to them."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -114,6 +116,20 @@ def test_no_flag_lets_the_compiler_change_the_arithmetic():
     text = (ROOT / "setup.py").read_text()
     assert "-ffp-contract=off" in text
     assert not re.search("fast-math|Ofast|unsafe-math|associative-math|reciprocal-math|finite-math", text)
+
+
+@pytest.mark.parametrize("module", ["_simd", "_recurrent"])
+def test_stubs_name_what_the_compiled_modules_have(module):
+    compiled = importlib.import_module(f"fastseq.{module}")
+    has = {n for n, value in vars(compiled).items() if not n.startswith("_") and not isinstance(value, ModuleType)}
+    stub = ast.parse((SOURCES / f"{module}.pyi").read_text())
+    named = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    named |= {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
+    assert named == has
+    for node in stub.body:
+        if isinstance(node, ast.FunctionDef):
+            text = getattr(compiled, node.name).__text_signature__
+            assert text is None or [a.arg for a in node.args.args] == re.findall(r"(\w+)(?=[,)=])", text)
 
 
 @pytest.mark.parametrize("package", ["safetensors", "onnx", "onnxruntime", "torch", "matplotlib", "fastseq.cli"])

@@ -16,7 +16,7 @@ from fastseq.state import LSTMState, State, adopt
 class Recurrent(Layer):
     """What the three recurrent layers share."""
 
-    # The set of operations: `pack`, `run` and `step`, compiled or in NumPy.
+    # The set of operations: `pack`, `run`, `fits` and `step`, compiled or in NumPy.
     _operations: ClassVar[Any] = _recurrent
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _gates: ClassVar[int]
@@ -56,6 +56,9 @@ class Recurrent(Layer):
         if self.proj_size >= self.hidden_size:
             raise ValueError(f"proj_size should be less than hidden_size={hidden_size}, not {self.proj_size}")
         self._cell = cell
+        self._directions = 2 if self.bidirectional else 1
+        self._slots = self.num_layers * self._directions
+        self._output_size = self.proj_size or self.hidden_size
         self._config = {
             "input_size": self.input_size,
             "hidden_size": self.hidden_size,
@@ -72,14 +75,6 @@ class Recurrent(Layer):
         rng = np.random.default_rng(self.seed)
         bound = 1 / np.sqrt(self.hidden_size)  # PyTorch's default
         self._replace({n: rng.uniform(-bound, bound, s) for n, s in self._parameter_shapes().items()})
-
-    @property
-    def _directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    @property
-    def _output_size(self) -> int:
-        return self.proj_size or self.hidden_size
 
     def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         rows, outputs = self._gates * self.hidden_size, self._output_size
@@ -127,43 +122,42 @@ class Recurrent(Layer):
         batch_size : int
             Rows of the batch, 0 or more.
         """
-        batch = checks.size("batch_size", batch_size)
-        return adopt(*self._zeros(batch))
+        h, c = self._zeros(checks.size("batch_size", batch_size))
+        return self._state_class(h) if c is None else LSTMState(h, c)
 
     def _zeros(self, batch: int) -> tuple[Array, Array | None]:
-        slots = self.num_layers * self._directions
-        h = np.zeros((batch, slots, self._output_size), self.dtype)
-        c = np.zeros((batch, slots, self.hidden_size), self.dtype) if self._state_class is LSTMState else None
+        h = np.zeros((batch, self._slots, self._output_size), self.dtype)
+        c = np.zeros((batch, self._slots, self.hidden_size), self.dtype) if self._state_class is LSTMState else None
         return h, c
 
-    def _state_arrays(self, name: str, state: Any) -> tuple[Array, Array | None]:
-        """The arrays of a state in any of the forms it may be given in, shapes checked but for the batch."""
+    def _state_arrays(self, state: Any, batch: int, time: int) -> tuple[Array, Array | None]:
+        """The arrays of a state in any of the forms it may be given in, for `batch` rows of `time` steps."""
+        if state is None:
+            return self._zeros(batch)
         wants = self._state_class
         if isinstance(state, State):
             if type(state) is not wants:
-                raise TypeError(f"{name} should be a {wants.__name__}, not a {type(state).__name__}")
+                raise TypeError(f"state should be a {wants.__name__}, not a {type(state).__name__}")
             given = tuple(state)
         elif wants is LSTMState:
             if not isinstance(state, tuple | list) or len(state) != 2:
-                raise TypeError(f"{name} should be an LSTMState or a pair (h, c), not {checks.describe(state)}")
+                raise TypeError(f"state should be an LSTMState or a pair (h, c), not {checks.describe(state)}")
             given = tuple(state)
         else:
             given = (state,)
-        slots = self.num_layers * self._directions
-        arrays: list[Array] = []
+        arrays = []
         for part, value, width in zip("hc", given, (self._output_size, self.hidden_size), strict=False):
-            label = f"{name}.{part}"
-            array = checks.real_array(label, value, self.dtype)
-            if array.ndim != 3 or array.shape[1:] != (slots, width):
+            array = checks.real_array(f"state.{part}", value, self.dtype)
+            wanted = (batch, self._slots, width)
+            if array.shape != wanted:
                 hint = ""
-                if array.ndim == 3 and array.shape[::2] == (slots, width):
+                if array.ndim == 3 and array.shape == (self._slots, batch, width):
                     hint = "; it looks like (num_layers * D, B, H): the batch comes first here, pass swapaxes(0, 1)"
-                raise ValueError(f"{label} should be of shape (B, {slots}, {width}), not {array.shape}{hint}")
+                elif array.shape == (time, self._slots, width):
+                    hint = "; x looks like (T, B, I): the batch comes first here, pass x.swapaxes(0, 1)"
+                raise ValueError(f"state.{part} should be of shape {wanted}, not {array.shape}{hint}")
             arrays.append(array)
-        h, c = (arrays[0], arrays[1]) if wants is LSTMState else (arrays[0], None)
-        if c is not None and len(h) != len(c):
-            raise ValueError(f"{name}.h and {name}.c should have one batch size, not {len(h)} and {len(c)}")
-        return h, c
+        return arrays[0], (arrays[1] if wants is LSTMState else None)
 
     def __call__(self, x: Any, state: Any = None, *, lengths: Any = None) -> tuple[Array, State]:
         """Run whole sequences; inference.
@@ -190,27 +184,21 @@ class Recurrent(Layer):
         TypeError, ValueError
             Naming the argument, what it was and what it should be.
         """
-        x = checks.real_array("x", x, self.dtype)
-        batched = x.ndim == 3
-        if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
-            raise ValueError(f"x should be of shape (B, T, {self.input_size}), not {x.shape}")
-        if not batched:
-            x = x[None]
-        batch, time = x.shape[:2]
-        if state is None:
-            h, c = self._zeros(batch)
+        cells = self._cells()
+        if type(state) is self._state_class and self._operations.fits(cells, x, 3, state, None):
+            h, c = state.h, getattr(state, "c", None)
+            batched = True
         else:
-            h, c = self._state_arrays("state", state)
-            if len(h) != batch:
-                hint = _swapped(len(h), batch, time)
-                raise ValueError(f"state should have the batch size of x, {batch}, not {len(h)}{hint}")
+            x = checks.real_array("x", x, self.dtype)
+            batched = x.ndim == 3
+            if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
+                raise ValueError(f"x should be of shape (B, T, {self.input_size}), not {x.shape}")
+            if not batched:
+                x = x[None]
+            h, c = self._state_arrays(state, *x.shape[:2])
         if lengths is not None:
-            count = len(lengths) if np.ndim(lengths) == 1 else batch
-            if count != batch and count == time:
-                hint = _swapped(count, batch, time)
-                raise ValueError(f"lengths should be of shape ({batch},), not ({count},){hint}")
-            lengths = checks.lengths(lengths, batch, time)
-        y, h, c = self._operations.run(self._cells(), x, h, c, lengths, threads.get_num_threads())
+            lengths = checks.lengths(lengths, *x.shape[:2])
+        y, h, c = self._operations.run(cells, x, h, c, lengths, threads.get_num_threads())
         return (y if batched else y[0]), adopt(h, c)
 
     def step(self, x_t: Any, state: Any = None, *, out: Array | None = None) -> tuple[Array, State]:
@@ -237,31 +225,31 @@ class Recurrent(Layer):
         ValueError
             Also for a bidirectional layer, whose reverse direction has no next step.
         """
+        cells = self._cells()
+        if type(state) is self._state_class and self._operations.fits(cells, x_t, 2, state, out):
+            h, c = state.h, getattr(state, "c", None)
+        else:
+            x_t, h, c = self._check_step(x_t, state, out)
+        y, h, c = self._operations.step(cells, x_t, h, c, out, threads.get_num_threads())
+        return y, adopt(h, c)
+
+    def _check_step(self, x_t: Any, state: Any, out: Any) -> tuple[Array, Array, Array | None]:
+        """The arguments of a step as the operations want them; what is wrong with them, if anything."""
         if self.bidirectional:
             raise ValueError("step needs a layer that is not bidirectional: the reverse direction starts at the end")
         x = checks.real_array("x_t", x_t, self.dtype)
         if x.ndim != 2 or x.shape[1] != self.input_size:
             raise ValueError(f"x_t should be of shape (B, {self.input_size}), not {x.shape}")
         batch = x.shape[0]
-        if state is None:
-            h, c = self._zeros(batch)
-        else:
-            h, c = self._state_arrays("state", state)
-            if len(h) != batch:
-                raise ValueError(f"state should have the batch size of x_t, {batch}, not {len(h)}")
+        h, c = self._state_arrays(state, batch, batch)
         if out is not None:
-            if type(out) is not np.ndarray or out.dtype != self.dtype:
+            if type(out) is not np.ndarray or out.dtype is not self.dtype:
                 raise TypeError(f"out should be an array of {self.dtype}, not {checks.describe(out)}")
             if out.shape != (batch, self._output_size):
                 raise ValueError(f"out should be of shape ({batch}, {self._output_size}), not {out.shape}")
             if not out.flags.writeable:
                 raise ValueError("out should be writeable, not read-only")
-        h, c = self._operations.step(self._cells(), x, h, c, threads.get_num_threads())
-        if out is None:
-            out = h[:, -1].copy()
-        else:
-            out[...] = h[:, -1]
-        return out, adopt(h, c)
+        return x, h, c
 
     def _recognise(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
         """Name the layer a PyTorch state dict of another size or kind belongs to."""
@@ -285,12 +273,6 @@ class Recurrent(Layer):
 
 def _suffix(layer: int, direction: int) -> str:
     return f"l{layer}_reverse" if direction else f"l{layer}"
-
-
-def _swapped(rows: int, batch: int, time: int) -> str:
-    if rows == time and rows != batch:
-        return "; x looks like (T, B, I): the batch comes first here, pass x.swapaxes(0, 1)"
-    return ""
 
 
 class RNN(Recurrent):

@@ -7,6 +7,7 @@ twice. Arrays are batch first; a cell's functions see one time step, x (B, I) an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -155,15 +156,33 @@ def run(
             outputs.append(y)
             slot += 1
         x = np.concatenate(outputs, axis=2)
-    return x, h, c
+    return x, *_read_only(h, c)
 
 
-def step(cells: Cells, x: Array, h: Array, c: Array | None, n_threads: int) -> tuple[Array, Array | None]:
-    """One time step through all layers of one direction: the state after it."""
+def fits(cells: Cells, x: object, dims: int, state: object, out: object) -> bool:
+    """Whether the arguments of a call are known to need no check. Here they never are."""
+    return False
+
+
+def step(
+    cells: Cells, x: Array, h: Array, c: Array | None, out: Array | None, n_threads: int
+) -> tuple[Array, Array, Array | None]:
+    """One time step through all layers of one direction: the outputs, in `out` if given, and the state after it."""
     h, c = h.copy(), None if c is None else c.copy()
     for slot, (cell,) in enumerate(cells):
         h_t, c_t = cell.step(x, h[:, slot], None if c is None else c[:, slot])
         x = h[:, slot] = h_t
         if c is not None:
             c[:, slot] = c_t
-    return h, c
+    if out is None:
+        out = np.empty_like(x)
+    out[...] = x
+    return out, *_read_only(h, c)
+
+
+def _read_only(*arrays: Array | None) -> tuple[Any, ...]:
+    """Arrays become a state, which is immutable."""
+    for array in arrays:
+        if array is not None:
+            array.flags.writeable = False
+    return arrays

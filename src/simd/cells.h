@@ -93,11 +93,11 @@ INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const in
     const fs_weights *w = s->weights;
     const ptrdiff_t panel_row = STRIDE * LANES;
     vec sums[MAX_TILE];
-    vec x_n[8]; /* the GRU's candidate takes its input part apart from its recurrent part */
+    vec x_n[MAX_ROWS]; /* the GRU's candidate takes its input part apart from its recurrent part */
 
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++)
@@ -110,7 +110,7 @@ INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const in
     if (CELL == GRU) {
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int p = 0; p < PANELS; p++) {
                 x_n[r * PANELS + p] = sums[(r * PANELS + p) * VECTORS + 2];
                 sums[(r * PANELS + p) * VECTORS + 2] = load((const real *)w->h_bias + (panel + p) * LANES);
@@ -140,15 +140,10 @@ INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const in
         }
 }
 
-/* All rows against one panel (or, for a single row, two: one chain of sums alone waits on itself). */
-INLINE void step_panels(const int CELL, const int PANELS, const int VECTORS, const int STRIDE, const fs_step *s,
-                        ptrdiff_t panel)
+/* All rows against one panel. */
+INLINE void step_panel(const int CELL, const int VECTORS, const int STRIDE, const fs_step *s, ptrdiff_t panel)
 {
     const int most = STRIDE == 3 ? ROWS_OF_3 : ROWS_OF_4;
-    if (PANELS == 2) {
-        step_tile(CELL, 1, 2, VECTORS, STRIDE, s, 0, panel);
-        return;
-    }
     for (ptrdiff_t row = 0, n; row < s->rows; row += n) {
         n = tile_height(s->rows - row, most);
         switch (n) {
@@ -173,16 +168,22 @@ INLINE void step(const int CELL, const int VECTORS, const fs_step *s)
     const int ragged = CELL == PLAIN && s->last == w->panels && last_blocks < 4;
     const ptrdiff_t whole = s->last - ragged;
 
-    if (s->rows == 1)
+    if (s->rows == 1) {
+        /* A single row reads weights as fast as the cache gives them: from several panels at once, because few
+         * sums wait on themselves and one stream of memory waits on the prefetcher. */
+        const int most = 12 / VECTORS;
+        for (; panel + most <= whole; panel += most)
+            step_tile(CELL, 1, most, VECTORS, VECTORS, s, 0, panel);
         for (; panel + 2 <= whole; panel += 2)
-            step_panels(CELL, 2, VECTORS, VECTORS, s, panel);
+            step_tile(CELL, 1, 2, VECTORS, VECTORS, s, 0, panel);
+    }
     for (; panel < whole; panel++)
-        step_panels(CELL, 1, VECTORS, VECTORS, s, panel);
+        step_panel(CELL, VECTORS, VECTORS, s, panel);
     if (ragged && panel < s->last)
         switch (last_blocks) {
-        case 1: step_panels(CELL, 1, 1, VECTORS, s, panel); break;
-        case 2: step_panels(CELL, 1, 2, VECTORS, s, panel); break;
-        case 3: step_panels(CELL, 1, 3, VECTORS, s, panel); break;
+        case 1: step_panel(CELL, 1, VECTORS, s, panel); break;
+        case 2: step_panel(CELL, 2, VECTORS, s, panel); break;
+        case 3: step_panel(CELL, 3, VECTORS, s, panel); break;
         }
 }
 

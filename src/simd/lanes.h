@@ -102,11 +102,43 @@ INLINE vec select(ivec mask, vec a, vec b)
     return (vec)((mask & (ivec)a) | (~mask & (ivec)b));
 }
 
-/* x kept inside [low, high]; NaN stays NaN. */
-INLINE vec clamp(vec x, real low, real high)
+/* min(x, bound) and max(x, bound), where NaN stays NaN: x86 gives the second operand then. */
+INLINE vec at_most(vec x, vec bound)
 {
-    x = select(x < broadcast(low), broadcast(low), x);
-    return select(x > broadcast(high), broadcast(high), x);
+#if FS_VECTOR_BYTES == 64 && defined(__AVX512F__) && FS_REAL_BYTES == 4
+    return (vec)_mm512_min_ps((__m512)bound, (__m512)x);
+#elif FS_VECTOR_BYTES == 64 && defined(__AVX512F__)
+    return (vec)_mm512_min_pd((__m512d)bound, (__m512d)x);
+#elif FS_VECTOR_BYTES == 32 && FS_REAL_BYTES == 4
+    return (vec)_mm256_min_ps((__m256)bound, (__m256)x);
+#elif FS_VECTOR_BYTES == 32
+    return (vec)_mm256_min_pd((__m256d)bound, (__m256d)x);
+#elif defined(__x86_64__) && FS_REAL_BYTES == 4
+    return (vec)_mm_min_ps((__m128)bound, (__m128)x);
+#elif defined(__x86_64__)
+    return (vec)_mm_min_pd((__m128d)bound, (__m128d)x);
+#else
+    return select(x > bound, bound, x);
+#endif
+}
+
+INLINE vec at_least(vec x, vec bound)
+{
+#if FS_VECTOR_BYTES == 64 && defined(__AVX512F__) && FS_REAL_BYTES == 4
+    return (vec)_mm512_max_ps((__m512)bound, (__m512)x);
+#elif FS_VECTOR_BYTES == 64 && defined(__AVX512F__)
+    return (vec)_mm512_max_pd((__m512d)bound, (__m512d)x);
+#elif FS_VECTOR_BYTES == 32 && FS_REAL_BYTES == 4
+    return (vec)_mm256_max_ps((__m256)bound, (__m256)x);
+#elif FS_VECTOR_BYTES == 32
+    return (vec)_mm256_max_pd((__m256d)bound, (__m256d)x);
+#elif defined(__x86_64__) && FS_REAL_BYTES == 4
+    return (vec)_mm_max_ps((__m128)bound, (__m128)x);
+#elif defined(__x86_64__)
+    return (vec)_mm_max_pd((__m128d)bound, (__m128d)x);
+#else
+    return select(x < bound, bound, x);
+#endif
 }
 
 #endif

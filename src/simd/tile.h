@@ -6,7 +6,11 @@
 
 #include "lanes.h"
 
-enum { MAX_TILE = 24 }; /* the most sums a tile holds: 6 rows of 4 vectors, or 8 of 3 */
+enum {
+    MAX_ROWS = 8,
+    MAX_PANELS = 4,
+    MAX_TILE = 24 /* the most sums a tile holds: 6 rows of 4 vectors, or 8 of 3 */
+};
 
 /*
  * sums[row][panel][v] += sum over k, in order, of x[row][k] * weights[panel][k][v]
@@ -18,21 +22,23 @@ enum { MAX_TILE = 24 }; /* the most sums a tile holds: 6 rows of 4 vectors, or 8
 INLINE void chain(const int ROWS, const int PANELS, const int VECTORS, const int STRIDE, vec *sums,
                   const void *const *x, const real *weights, ptrdiff_t panel_size, ptrdiff_t k_size)
 {
-    const real *row[8];
+    const real *row[MAX_ROWS], *panel[MAX_PANELS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
         row[r] = x[r];
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++)
+        panel[p] = weights + p * panel_size;
     for (ptrdiff_t k = 0; k < k_size; k++) {
-        const real *w = weights + k * STRIDE * LANES;
-        vec input[8];
+        vec input[MAX_ROWS];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
             input[r] = broadcast(row[r][k]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++) {
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) {
-                vec weight = load(w + p * panel_size + v * LANES);
+                vec weight = load(panel[p] + v * LANES);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) {
                     vec *sum = &sums[(r * PANELS + p) * VECTORS + v];
@@ -40,6 +46,9 @@ INLINE void chain(const int ROWS, const int PANELS, const int VECTORS, const int
                 }
             }
         }
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++)
+            panel[p] += STRIDE * LANES;
     }
 }
 

@@ -1,0 +1,212 @@
+"""What the tests share: layers with weights that mean something, inputs, and the two comparisons.
+
+Everything random is distinct and nonzero, so that no exchange of two arrays, gates or rows goes unseen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import fastseq as fs
+
+Array = npt.NDArray[Any]
+ROOT = Path(__file__).resolve().parent.parent
+
+# Every kind of recurrent layer: its class, and what makes it that kind.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rnn_tanh": ("RNN", {}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+    "rnn_sigmoid": ("RNN", {"nonlinearity": "sigmoid"}),
+    "lstm": ("LSTM", {}),
+    "lstm_proj": ("LSTM", {"proj_size": None}),
+    "gru_after": ("GRU", {"reset_after": True}),
+    "gru_before": ("GRU", {"reset_after": False}),
+}
+GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
+
+
+def make(
+    kind: str,
+    input_size: int,
+    hidden_size: int,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    bias: bool = True,
+    dtype: Any = "float32",
+    seed: int = 0,
+    module: Any = fs,
+) -> Any:
+    """A layer of a kind, with the weights of `fill`."""
+    name, settings = KINDS[kind]
+    settings = dict(settings)
+    if "proj_size" in settings:
+        settings["proj_size"] = max(1, hidden_size // 2) if hidden_size > 1 else 0
+    layer = getattr(module, name)(
+        input_size,
+        hidden_size,
+        num_layers,
+        bias=bias,
+        bidirectional=bidirectional,
+        dtype=dtype,
+        seed=seed,
+        **settings,
+    )
+    fill(layer, seed)
+    return layer
+
+
+def fill(layer: Any, seed: int = 0) -> None:
+    """Random weights of usual size: the map from one state to the next does not expand.
+
+    The matrix of each gate has a spectral norm of about 0.9, each bias lies in 0.1 to 0.5 with either sign.
+    """
+    rng = np.random.default_rng([seed, 1])
+    gates = GATES[type(layer).__name__]
+    arrays: dict[str, Array] = {}
+    for name, old in layer.parameters.items():
+        if old.ndim == 1:
+            arrays[name] = rng.uniform(0.1, 0.5, old.shape) * rng.choice([-1, 1], old.shape)
+            continue
+        blocks = np.split(rng.normal(size=old.shape), 1 if "weight_hr" in name else gates)
+        arrays[name] = np.concatenate([0.9 * block / spectral_norm(block) for block in blocks])
+    layer.load_state_dict(arrays)
+
+
+def spectral_norm(matrix: Array) -> float:
+    """About the largest singular value, by power iteration: a fraction of the time that finding all takes."""
+    vector = np.ones(matrix.shape[1])
+    for _ in range(12):
+        vector = (matrix @ vector) @ matrix
+        vector /= np.linalg.norm(vector)
+    return float(np.linalg.norm(matrix @ vector))
+
+
+def reference(layer: Any, dtype: Any = None) -> Any:
+    """The same layer over NumPy, in a wider dtype: float64 for float32, long double for float64."""
+    config = dict(layer._config)
+    config["dtype"] = dtype or ("float64" if layer.dtype == np.float32 else np.longdouble)
+    twin = getattr(fs.reference, type(layer).__name__)(**config)
+    twin.load_state_dict(layer.state_dict())
+    return twin
+
+
+def inputs(shape: tuple[int, ...], dtype: Any = "float32", seed: int = 0) -> Array:
+    """Inputs of size about 1."""
+    return np.random.default_rng([seed, 2]).normal(size=shape).astype(dtype)
+
+
+def random_state(layer: Any, batch: int, seed: int = 0) -> Any:
+    """A state of distinct numbers, none near zero."""
+    rng = np.random.default_rng([seed, 3])
+    arrays = [
+        (rng.uniform(0.1, 0.9, a.shape) * rng.choice([-1, 1], a.shape)).astype(layer.dtype)
+        for a in layer.initial_state(batch)
+    ]
+    return type(layer.initial_state(0))(*arrays)
+
+
+def random_lengths(batch: int, time: int, seed: int = 0) -> Array:
+    """Unequal lengths in no order: 0, 1 and all of `time` among them, where there are enough rows."""
+    rng = np.random.default_rng([seed, 4])
+    lengths = rng.integers(0, time + 1, batch)
+    some = np.array([(time + 1) // 2] if batch == 1 else [time, (time + 1) // 2, 0, min(1, time)])[:batch]
+    lengths[: len(some)] = some
+    return rng.permutation(lengths)
+
+
+def tolerance(dtype: Any, k: int, time: int) -> float:
+    """The numeric contract: how far, relative to the largest magnitude in the result, a result may be off."""
+    return 16 * float(np.finfo(dtype).eps) * math.ceil(math.log2(2 + k * time))
+
+
+def reduction(layer: Any) -> int:
+    """The longest reduction in a layer."""
+    outputs = layer.proj_size or layer.hidden_size
+    widest = layer.input_size if layer.num_layers == 1 else max(layer.input_size, layer._directions * outputs)
+    return max(widest + outputs, layer.hidden_size if layer.proj_size else 0)
+
+
+def assert_close(actual: Array, expected: Array, relative: float, what: str = "result") -> None:
+    """Equal but for `relative` of the largest finite magnitude expected; NaN and inf at the same places."""
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    wide = np.promote_types(np.promote_types(actual.dtype, expected.dtype), np.float64)
+    a, e = actual.astype(wide), expected.astype(wide)
+    finite = np.isfinite(e)
+    np.testing.assert_array_equal(a[~finite], e[~finite], err_msg=what)
+    assert np.isfinite(a[finite]).all(), f"{what}: not finite where it should be"
+    if finite.any():
+        bound = relative * np.abs(e[finite]).max()
+        error = np.abs(a[finite] - e[finite]).max()
+        assert error <= bound, f"{what}: off by {error:.3g}, allowed {bound:.3g}"
+
+
+def assert_agree(actual: tuple[Array, Any], expected: tuple[Array, Any], relative: float, what: str = "") -> None:
+    """`assert_close` over what a call returns: outputs and each array of the state."""
+    assert_close(actual[0], expected[0], relative, f"{what} y")
+    assert type(actual[1]) is type(expected[1])
+    for name, a, e in zip(actual[1]._fields, actual[1], expected[1], strict=True):
+        assert_close(a, e, relative, f"{what} state.{name}")
+
+
+def bits(array: Array) -> Array:
+    """The same memory as integers, so that +0 is not -0."""
+    return np.ascontiguousarray(array).view(f"u{array.itemsize}")
+
+
+def assert_same_bits(actual: Any, expected: Any, what: str = "result") -> None:
+    """Equal in shape, dtype and every bit; arrays, states, or tuples of them."""
+    if isinstance(expected, np.ndarray):
+        assert actual.dtype == expected.dtype and actual.shape == expected.shape, (
+            f"{what}: {actual.dtype}{actual.shape}, expected {expected.dtype}{expected.shape}"
+        )
+        differing = int((bits(actual) != bits(expected)).sum())
+        assert not differing, f"{what}: {differing} of {expected.size} elements differ in their bits"
+        return
+    assert type(actual) is type(expected)
+    for part, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert_same_bits(a, e, f"{what}[{part}]")
+
+
+@contextlib.contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Up to n threads inside, and what there was before after it."""
+    before = fs.get_num_threads()
+    fs.set_num_threads(n)
+    try:
+        yield
+    finally:
+        fs.set_num_threads(before)
+
+
+def run_python(
+    code: str, *, timeout: float = 120, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own, with `common` importable; the environment is added to ours."""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=child_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if check:
+        assert result.returncode == 0, f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """Our environment for a child, which finds what we find."""
+    path = [str(Path(__file__).parent), *(p for p in sys.path if p)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **more}
