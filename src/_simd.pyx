@@ -16,6 +16,8 @@ cnp.import_array()
 
 cdef extern from "team.h" nogil:
     int fs_has_openmp()
+    unsigned long long fs_flush_denormals()
+    void fs_restore_denormals(unsigned long long before)
 
 NAMES = ("baseline", "avx2", "avx512")
 available = tuple(name for name in NAMES if fs_find_leaves(name.encode(), 4) != NULL)
@@ -52,8 +54,11 @@ cdef const fs_leaves *table(cnp.ndarray x) except NULL:
 cdef cnp.ndarray map_array(map_function f, cnp.ndarray x):
     cdef cnp.ndarray y = np.empty_like(x)
     cdef ptrdiff_t n = x.size
+    cdef unsigned long long before
     with nogil:
+        before = fs_flush_denormals()
         f(n, cnp.PyArray_DATA(x), cnp.PyArray_DATA(y))
+        fs_restore_denormals(before)
     return y
 
 

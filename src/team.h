@@ -4,9 +4,16 @@
 #ifndef FASTSEQ_TEAM_H
 #define FASTSEQ_TEAM_H
 
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#include <sched.h>
+#endif
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -38,12 +45,32 @@ static inline int fs_has_openmp(void)
 typedef struct fs_barrier {
     _Alignas(64) atomic_int arrived;
     _Alignas(64) atomic_int phase;
+    atomic_int sleepers;
 } fs_barrier;
+
+enum { FS_SPINS = 2000 }; /* some ten microseconds: most waits between steps are far shorter */
 
 static inline void fs_barrier_init(fs_barrier *barrier)
 {
     atomic_init(&barrier->arrived, 0);
     atomic_init(&barrier->phase, 0);
+    atomic_init(&barrier->sleepers, 0);
+}
+
+/*
+ * Gives this processor up until the phase is over. Where the thread waited for has no processor, this one has to
+ * fall idle before the system moves that thread here: yielding would keep both waiting for whole time slices.
+ */
+static inline void fs_barrier_sleep(fs_barrier *barrier, int phase)
+{
+#if defined(__linux__)
+    atomic_fetch_add(&barrier->sleepers, 1);
+    syscall(SYS_futex, &barrier->phase, FUTEX_WAIT_PRIVATE, phase, NULL, NULL, 0);
+    atomic_fetch_sub(&barrier->sleepers, 1);
+#else
+    (void)barrier, (void)phase;
+    sched_yield();
+#endif
 }
 
 /* Returns once all `team` threads are here; what each wrote before, all can read after. */
@@ -52,13 +79,16 @@ static inline void fs_barrier_wait(fs_barrier *barrier, int team)
     int phase = atomic_load_explicit(&barrier->phase, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&barrier->arrived, 1, memory_order_acq_rel) == team - 1) {
         atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&barrier->phase, phase + 1, memory_order_release);
+        atomic_store(&barrier->phase, phase + 1);
+#if defined(__linux__)
+        if (atomic_load(&barrier->sleepers))
+            syscall(SYS_futex, &barrier->phase, FUTEX_WAKE_PRIVATE, team, NULL, NULL, 0);
+#endif
         return;
     }
-    /* Spin for some microseconds; then others may need this processor to get here at all. */
     for (int spins = 0; atomic_load_explicit(&barrier->phase, memory_order_acquire) == phase; spins++) {
-        if (spins > 4000)
-            sched_yield();
+        if (spins >= FS_SPINS)
+            fs_barrier_sleep(barrier, phase);
 #if defined(__x86_64__)
         else
             _mm_pause();

@@ -97,7 +97,7 @@ INLINE vec fma_(vec a, vec b, vec c)
 }
 
 /* where(mask, a, b); a mask is a comparison of two vectors. */
-INLINE vec select(ivec mask, vec a, vec b)
+INLINE vec choose(ivec mask, vec a, vec b)
 {
     return (vec)((mask & (ivec)a) | (~mask & (ivec)b));
 }
@@ -113,12 +113,12 @@ INLINE vec at_most(vec x, vec bound)
     return (vec)_mm256_min_ps((__m256)bound, (__m256)x);
 #elif FS_VECTOR_BYTES == 32
     return (vec)_mm256_min_pd((__m256d)bound, (__m256d)x);
-#elif defined(__x86_64__) && FS_REAL_BYTES == 4
+#elif FS_VECTOR_BYTES == 16 && defined(__x86_64__) && FS_REAL_BYTES == 4
     return (vec)_mm_min_ps((__m128)bound, (__m128)x);
-#elif defined(__x86_64__)
+#elif FS_VECTOR_BYTES == 16 && defined(__x86_64__)
     return (vec)_mm_min_pd((__m128d)bound, (__m128d)x);
 #else
-    return select(x > bound, bound, x);
+    return choose(x > bound, bound, x);
 #endif
 }
 
@@ -132,12 +132,12 @@ INLINE vec at_least(vec x, vec bound)
     return (vec)_mm256_max_ps((__m256)bound, (__m256)x);
 #elif FS_VECTOR_BYTES == 32
     return (vec)_mm256_max_pd((__m256d)bound, (__m256d)x);
-#elif defined(__x86_64__) && FS_REAL_BYTES == 4
+#elif FS_VECTOR_BYTES == 16 && defined(__x86_64__) && FS_REAL_BYTES == 4
     return (vec)_mm_max_ps((__m128)bound, (__m128)x);
-#elif defined(__x86_64__)
+#elif FS_VECTOR_BYTES == 16 && defined(__x86_64__)
     return (vec)_mm_max_pd((__m128d)bound, (__m128d)x);
 #else
-    return select(x < bound, bound, x);
+    return choose(x < bound, bound, x);
 #endif
 }
 
