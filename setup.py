@@ -1,20 +1,23 @@
 """The build: one object for each instruction set and real type, and the compiled modules that use them.
 
-Switches, environment variables set to 1: FASTSEQ_DEBUG (no optimisation, debug symbols), FASTSEQ_SANITIZE (address
-and undefined-behaviour sanitizers), FASTSEQ_COVERAGE (gcov, and line tracing in Cython), FASTSEQ_NO_OPENMP.
+Switches, environment variables set to 1: FASTSEQ_DEBUG (made for a debugger), FASTSEQ_SANITIZE (address
+and undefined-behaviour sanitizers), FASTSEQ_COVERAGE (gcov, by lines of C and of Cython), FASTSEQ_NO_OPENMP.
 """
 
+import hashlib
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 # The flags of each instruction set; a set is simd/<name>_f32.c and simd/<name>_f64.c.
@@ -24,7 +27,8 @@ if X86_64:
     SETS["avx512"] = ["-mavx512f", "-mavx512dq", "-mprefer-vector-width=512"]
 
 # What is fused is written in the source; the compiler fuses nothing of its own.
-FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = ["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 
 PROBE = """
 #include <omp.h>
@@ -45,14 +49,18 @@ def switch(name: str) -> bool:
 class Build(build_ext):
     """Builds the leaves of every instruction set, each with its own flags, and links them into `_simd`."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+        self.force = True  # the flags may be others than those of the last build; only leaves are kept
+
     def build_extensions(self) -> None:
         flags, link = list(FLAGS), []
         if switch("FASTSEQ_DEBUG"):
-            flags += ["-O0", "-g"]
+            flags += ["-Og", "-g"]  # without any optimisation the leaves do not compile: they must be inlined
         if switch("FASTSEQ_SANITIZE"):
-            sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
-            flags += sanitize
-            link += sanitize
+            flags += SANITIZE
+            link += SANITIZE
         if switch("FASTSEQ_COVERAGE"):
             flags += ["--coverage"]
             link += ["--coverage"]
@@ -67,31 +75,34 @@ class Build(build_ext):
         super().build_extensions()
 
     def leaves(self, flags: list[str]) -> list[str]:
-        objects = []
+        """Compile the leaves, side by side, but for those that an earlier build left as they would be now."""
+        files = {"src/simd/find.c": flags}
         for name, set_flags in SETS.items():
-            sources = [f"src/simd/{name}_f32.c", f"src/simd/{name}_f64.c"]
-            objects += self.compile(sources, [*flags, *set_flags])
-        return objects + self.compile(["src/simd/find.c"], flags)
-
-    def compile(self, sources: list[str], flags: list[str]) -> list[str]:
+            files |= {f"src/simd/{name}_{real}.c": [*flags, *set_flags] for real in ("f32", "f64")}
         headers = [str(path) for path in Path("src").rglob("*.[hi]*")]
-        return self.compiler.compile(
-            sources, output_dir=self.build_temp, include_dirs=["src"], depends=headers, extra_postargs=flags
-        )
+
+        def leaf(source: str) -> str:
+            command = f"{platform.platform()} {self.compiler.compiler_so} {files[source]}"
+            folder = f"build/leaves/{hashlib.sha256(command.encode()).hexdigest()[:16]}"
+            (target,) = self.compiler.object_filenames([source], output_dir=folder)
+            if newer_group([source, *headers], target):
+                self.compiler.compile([source], folder, include_dirs=["src"], extra_postargs=files[source])
+            return target
+
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(pool.map(leaf, files))
 
     def openmp_flags(self) -> list[str]:
         """The flags that make OpenMP work, found by compiling, linking and running a program; else none."""
         if switch("FASTSEQ_NO_OPENMP"):
             return []
-        candidates = [["-fopenmp"], ["-Xpreprocessor", "-fopenmp", "-lomp"]]
-        for flags in candidates:
+        for flags in ["-fopenmp"], ["-Xpreprocessor", "-fopenmp", "-lomp"]:
             with tempfile.TemporaryDirectory() as folder:
-                source = Path(folder, "probe.c")
+                source, program = Path(folder, "probe.c"), Path(folder, "probe")
                 source.write_text(PROBE)
                 try:
                     objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
-                    program = str(Path(folder, "probe"))
-                    self.compiler.link_executable(objects, program, extra_postargs=flags)
+                    self.compiler.link_executable(objects, str(program), extra_postargs=flags)
                     subprocess.run([program], check=True, timeout=60)
                     return flags
                 except Exception as error:  # whatever goes wrong here, the build goes on without OpenMP
@@ -105,9 +116,7 @@ def extension(name: str) -> Extension:
         f"fastseq.{name}",
         [f"src/{name}.pyx"],
         include_dirs=["src", numpy.get_include()],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")]
-        + ([("CYTHON_TRACE_NOGIL", "1")] if switch("FASTSEQ_COVERAGE") else []),
-        depends=["src/leaves.pxd", "src/team.h", "src/simd/leaves.h"],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
     )
 
 
@@ -116,10 +125,9 @@ setup(
     ext_modules=cythonize(
         [extension("_simd"), extension("_recurrent")],
         include_path=["src"],
-        compiler_directives={
-            "language_level": 3,
-            "cdivision": True,
-            "linetrace": switch("FASTSEQ_COVERAGE"),
-        },
+        compiler_directives={"language_level": 3, "cdivision": True},
+        # Where coverage is counted, lines of C say which line of Cython they stand for.
+        emit_linenums=switch("FASTSEQ_COVERAGE"),
+        build_dir="build/coverage" if switch("FASTSEQ_COVERAGE") else None,
     ),
 )

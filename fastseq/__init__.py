@@ -15,8 +15,6 @@ from fastseq.state import LSTMState, State
 from fastseq.threads import get_num_threads, set_num_threads
 from fastseq.version import __version__
 
-
-
 __all__ = [
     "GRU",
     "LSTM",

@@ -75,7 +75,7 @@ def seed(name: str, value: Any) -> int | None:
 def real_dtype(name: str, value: Any, allowed: Sequence[str] | None) -> np.dtype[Any]:
     """A real floating dtype in native byte order; one of `allowed`, where that is given."""
     try:
-        dtype = np.dtype(value)
+        dtype: np.dtype[Any] = np.dtype(value)
     except Exception:  # NumPy parses strings, and raises what its parser raises
         raise TypeError(f"{name} should be a floating dtype, not {describe(value)}") from None
     if value is None or dtype.kind != "f":
@@ -112,17 +112,17 @@ def real_array(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
         with np.errstate(all="ignore"):
             value = value.astype(dtype, copy=False)
     flags = value.flags
-    if not flags.c_contiguous and value.ndim and value.strides[-1] != dtype.itemsize or not flags.aligned:
+    if (not flags.c_contiguous and value.ndim and value.strides[-1] != dtype.itemsize) or not flags.aligned:
         value = np.ascontiguousarray(value) if flags.aligned else value.copy()
-    return value
+    array: Array = value
+    return array
 
 
 def lengths(value: Any, batch: int, time: int) -> npt.NDArray[np.int64]:
     """Lengths of the rows of a batch: (batch,) of any integer dtype, each in 0..time."""
     array = as_array("lengths", value)
-    if array.dtype.kind not in "iu":
-        if array.size or array.dtype.kind == "b":
-            raise TypeError(f"lengths should hold integers, not {array.dtype}")
+    if array.dtype.kind not in "iu" and (array.size or array.dtype.kind == "b"):
+        raise TypeError(f"lengths should hold integers, not {array.dtype}")
     if array.shape != (batch,):
         hint = ""
         if array.shape == (time,):

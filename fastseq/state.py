@@ -74,27 +74,7 @@ class State:
         return iter([getattr(self, name) for name in self._fields])
 
     def __getitem__(self: S, rows: Any) -> S:
-        batch = self.batch_size
-        if isinstance(rows, slice) or rows is Ellipsis:
-            try:
-                index = np.arange(batch)[rows]
-            except (TypeError, ValueError, IndexError) as error:
-                raise type(error)(f"rows should be a slice of integers, not {rows!r}: {error}") from None
-        else:
-            if isinstance(rows, tuple):
-                raise TypeError(f"rows should be one index into the batch, not {checks.describe(rows)}")
-            index = checks.as_array("rows", rows)
-            if index.size == 0 and index.dtype.kind == "f":
-                index = index.astype(np.intp)  # an empty list
-            if index.dtype.kind not in "iub" or index.ndim > 1 or (index.dtype.kind == "b" and index.ndim != 1):
-                raise TypeError(f"rows should be an integer, a slice, or integers or booleans, not {checks.describe(rows)}")
-            if index.dtype.kind == "b":
-                if len(index) != batch:
-                    raise ValueError(f"rows should be of shape ({batch},), one boolean a row, not {index.shape}")
-                index = np.flatnonzero(index)
-            index = np.atleast_1d(index)
-            if index.size and (index.min() < -batch or index.max() >= batch):
-                raise ValueError(f"rows should be in {-batch}..{batch - 1} for a batch of {batch}, not {checks.describe(rows)}")
+        index = _row_indices(rows, self.batch_size)
         return type(self)(*(array[index] for array in self))
 
     @classmethod
@@ -141,8 +121,7 @@ class State:
         if type(other) is not type(self):
             return NotImplemented
         return all(
-            a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
-            for a, b in zip(self, other, strict=True)  # type: ignore[call-overload]
+            a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True) for a, b in zip(self, other, strict=True)
         )
 
     __hash__ = None  # type: ignore[assignment]  # arrays are compared by value, and may be large
@@ -156,6 +135,31 @@ class State:
         from fastseq import io
 
         io.save(path, type(self).__name__, {}, {name: getattr(self, name) for name in self._fields})
+
+
+def _row_indices(rows: Any, batch: int) -> Array:
+    """Indices of rows of a batch, given as an integer, a slice, integers or booleans."""
+    if isinstance(rows, slice) or rows is Ellipsis:
+        try:
+            return np.arange(batch)[rows]
+        except (TypeError, ValueError, IndexError) as error:
+            raise type(error)(f"rows should be a slice of integers, not {rows!r}: {error}") from None
+    given = checks.describe(rows)
+    if isinstance(rows, tuple):
+        raise TypeError(f"rows should be one index into the batch, not {given}")
+    index = checks.as_array("rows", rows)
+    if index.size == 0 and index.dtype.kind == "f":
+        index = index.astype(np.intp)  # an empty list
+    if index.dtype.kind not in "iub" or index.ndim > 1 or (index.dtype.kind == "b" and index.ndim != 1):
+        raise TypeError(f"rows should be an integer, a slice, or integers or booleans, not {given}")
+    if index.dtype.kind == "b":
+        if len(index) != batch:
+            raise ValueError(f"rows should be of shape ({batch},), one boolean a row, not {index.shape}")
+        return np.flatnonzero(index)
+    index = np.atleast_1d(index)
+    if index.size and (index.min() < -batch or index.max() >= batch):
+        raise ValueError(f"rows should be in {-batch}..{batch - 1} for a batch of {batch}, not {given}")
+    return index
 
 
 class LSTMState(State):
@@ -186,8 +190,8 @@ class LSTMState(State):
 
 # Slots are set through their descriptors: a state refuses assignment.
 _new_state, _new_lstm_state = State.__new__, LSTMState.__new__
-_set_h = State.h.__set__  # type: ignore[attr-defined]
-_set_c = LSTMState.c.__set__  # type: ignore[attr-defined]
+_set_h = State.h.__set__  # type: ignore[attr-defined, misc]
+_set_c = LSTMState.c.__set__  # type: ignore[attr-defined, misc]
 
 
 def adopt(h: Array, c: Array | None) -> State:

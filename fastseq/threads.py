@@ -4,8 +4,8 @@ In this order: what `set_num_threads` was given, the environment variable ``FAST
 environment variable ``OMP_NUM_THREADS``, and else what the process may use of the machine: the processors of
 its affinity mask, or fewer if its control groups (version 2) have a quota.
 
-A call whose work is too small to pay for more threads uses fewer, and so does one that the system refuses threads. In a child made by ``os.fork`` there is one
-thread, because the parent's workers do not exist there.
+A call whose work is too small to pay for more threads uses fewer, and so does one that the system refuses threads.
+In a child made by ``os.fork`` there is one thread, because the parent's workers do not exist there.
 """
 
 from __future__ import annotations

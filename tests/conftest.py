@@ -20,11 +20,6 @@ settings.register_profile(
 settings.load_profile("fastseq")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "every_isa: runs for every instruction set that the machine has")
-    config.addinivalue_line("filterwarnings", "error")
-
-
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
     """Whatever a test sets, the next one starts from what there was."""

@@ -21,9 +21,7 @@ _STATES = ("State", "LSTMState")
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64"}
 
 
-def save(
-    path: str | os.PathLike[str], class_name: str, config: Mapping[str, Any], arrays: Mapping[str, Array]
-) -> None:
+def save(path: str | os.PathLike[str], class_name: str, config: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
     """Write arrays and what they belong to, whole or not at all.
 
     The file is written beside `path` under another name, flushed to the disk and renamed.

@@ -12,7 +12,6 @@ from fastseq.checks import Array
 from fastseq.layers.base import Layer
 from fastseq.state import LSTMState, State, adopt
 
-
 MOST_LAYERS = 1024  # nobody stacks more, and each is some Python objects
 
 

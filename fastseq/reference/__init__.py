@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 from fastseq import layers
 from fastseq.io import load_into
@@ -18,22 +18,22 @@ from fastseq.state import LSTMState, State
 __all__ = ["GRU", "LSTM", "RNN", "LSTMState", "State", "load"]
 
 
-class RNN(layers.RNN):
+class RNN(layers.RNN):  # noqa: D101
     __doc__ = layers.RNN.__doc__
-    _operations = operations
-    _dtypes = None
+    _operations: ClassVar[Any] = operations
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 
-class LSTM(layers.LSTM):
+class LSTM(layers.LSTM):  # noqa: D101
     __doc__ = layers.LSTM.__doc__
-    _operations = operations
-    _dtypes = None
+    _operations: ClassVar[Any] = operations
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 
-class GRU(layers.GRU):
+class GRU(layers.GRU):  # noqa: D101
     __doc__ = layers.GRU.__doc__
-    _operations = operations
-    _dtypes = None
+    _operations: ClassVar[Any] = operations
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 
 def load(path: str | os.PathLike[str]) -> Any:

@@ -6,7 +6,7 @@ twice. Arrays are batch first; a cell's functions see one time step, x (B, I) an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,13 @@ def sigmoid(a: Array) -> Array:
 def relu(a: Array) -> Array:
     """max(a, 0)"""
     return np.maximum(a, 0)
+
+
+NONLINEARITIES: dict[str, Callable[[Array], Array]] = {
+    "rnn_tanh": np.tanh,
+    "rnn_relu": relu,
+    "rnn_sigmoid": sigmoid,
+}
 
 
 class Cell:
@@ -66,8 +73,7 @@ pack = Cell
 def rnn(cell: Cell, x: Array, h: Array) -> Array:
     """h' = f(W x + b + U h + d)"""
     (W,), (U,), (b,), (d,) = cell.W, cell.U, cell.b, cell.d
-    f = {"rnn_tanh": np.tanh, "rnn_relu": relu, "rnn_sigmoid": sigmoid}[cell.kind]
-    return f(x @ W.T + b + h @ U.T + d)
+    return NONLINEARITIES[cell.kind](x @ W.T + b + h @ U.T + d)
 
 
 def lstm(cell: Cell, x: Array, h: Array, c: Array) -> tuple[Array, Array]:
@@ -180,4 +186,3 @@ def _read_only(*arrays: Array | None) -> tuple[Any, ...]:
         if array is not None:
             array.flags.writeable = False
     return arrays
-

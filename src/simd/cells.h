@@ -172,11 +172,26 @@ INLINE void step_panel(const int CELL, const int VECTORS, const int STRIDE, cons
         case 1: step_tile(CELL, 1, 1, VECTORS, STRIDE, s, row, panel); break;
         case 2: step_tile(CELL, 2, 1, VECTORS, STRIDE, s, row, panel); break;
         case 3: step_tile(CELL, 3, 1, VECTORS, STRIDE, s, row, panel); break;
-        case 4: if (most >= 4) step_tile(CELL, 4, 1, VECTORS, STRIDE, s, row, panel); break;
-        case 5: if (most >= 5) step_tile(CELL, 5, 1, VECTORS, STRIDE, s, row, panel); break;
-        case 6: if (most >= 6) step_tile(CELL, 6, 1, VECTORS, STRIDE, s, row, panel); break;
-        case 7: if (most >= 7) step_tile(CELL, 7, 1, VECTORS, STRIDE, s, row, panel); break;
-        case 8: if (most >= 8) step_tile(CELL, 8, 1, VECTORS, STRIDE, s, row, panel); break;
+        case 4:
+            if (most >= 4)
+                step_tile(CELL, 4, 1, VECTORS, STRIDE, s, row, panel);
+            break;
+        case 5:
+            if (most >= 5)
+                step_tile(CELL, 5, 1, VECTORS, STRIDE, s, row, panel);
+            break;
+        case 6:
+            if (most >= 6)
+                step_tile(CELL, 6, 1, VECTORS, STRIDE, s, row, panel);
+            break;
+        case 7:
+            if (most >= 7)
+                step_tile(CELL, 7, 1, VECTORS, STRIDE, s, row, panel);
+            break;
+        case 8:
+            if (most >= 8)
+                step_tile(CELL, 8, 1, VECTORS, STRIDE, s, row, panel);
+            break;
         }
     }
 }

@@ -27,7 +27,7 @@ const fs_leaves *fs_find_leaves(const char *set, int item_size)
 {
     static const fs_leaves *const tables[] = {
 #if defined(__x86_64__)
-        &fs_avx512_f32, &fs_avx512_f64, &fs_avx2_f32, &fs_avx2_f64,
+        &fs_avx512_f32,   &fs_avx512_f64,   &fs_avx2_f32, &fs_avx2_f64,
 #endif
         &fs_baseline_f32, &fs_baseline_f64,
     };

@@ -33,17 +33,17 @@ typedef struct {
 /* Minimax for the relative error of what they are part of, 2^-32 and 2^-28, or 2^-61.
  * EXPM1: (expm1(r) - r) / r^2 on |r| <= ln 2 / 2.  TANH: (tanh(x) / x - 1) / x^2 in x^2 on |x| <= 0.625. */
 #if FS_REAL_BYTES == 4
-static const real EXPM1[] = {0x1.000000p-1f, 0x1.555554p-3f, 0x1.5554b0p-5f, 0x1.11118ap-7f, 0x1.6d723ep-10f,
-                             0x1.a032c4p-13f};
+static const real EXPM1[] = {0x1.000000p-1f, 0x1.555554p-3f,  0x1.5554b0p-5f,
+                             0x1.11118ap-7f, 0x1.6d723ep-10f, 0x1.a032c4p-13f};
 static const real TANH[] = {-0x1.555532p-2f, 0x1.110726p-3f, -0x1.b83c1ap-5f, 0x1.5224e4p-6f, -0x1.75d9d2p-8f};
 #else
 static const real EXPM1[] = {0x1.0000000000000p-1,  0x1.5555555555559p-3,  0x1.555555555553ep-5,
                              0x1.111111110f6c4p-7,  0x1.6c16c16c1f0e3p-10, 0x1.a01a01afdd8f1p-13,
                              0x1.a01a017bb0d51p-16, 0x1.71ddf863b83fep-19, 0x1.27e53642b57a3p-22,
                              0x1.af5ea85138f77p-26, 0x1.1ee8892120d08p-29};
-static const real TANH[] = {-0x1.5555555555552p-2,  0x1.1111111110c01p-3,  -0x1.ba1ba1b9ce42dp-5,
-                            0x1.664f48702fc91p-6,   -0x1.226e32c03f157p-7, 0x1.d6d35828b994dp-9,
-                            -0x1.7d9c1b72e51dap-10, 0x1.350ad12d85740p-11, -0x1.f10bfa5a47b92p-13,
+static const real TANH[] = {-0x1.5555555555552p-2,  0x1.1111111110c01p-3,   -0x1.ba1ba1b9ce42dp-5,
+                            0x1.664f48702fc91p-6,   -0x1.226e32c03f157p-7,  0x1.d6d35828b994dp-9,
+                            -0x1.7d9c1b72e51dap-10, 0x1.350ad12d85740p-11,  -0x1.f10bfa5a47b92p-13,
                             0x1.80038039610e1p-14,  -0x1.fa6a7f17525a6p-16, 0x1.956dd29329db3p-18};
 #endif
 enum { EXPM1_TERMS = sizeof EXPM1 / sizeof *EXPM1, TANH_TERMS = sizeof TANH / sizeof *TANH };
