@@ -1,7 +1,8 @@
 """The door: every argument of a public call is checked here, once, before anything is computed.
 
 A check returns the value in the form the operations want, or raises a `TypeError` or `ValueError` that names
-the argument, what it was and what it should be. Below the door nothing is checked again.
+the argument, what it was and what it should be; sizes that overflow are an `OverflowError`. Below the door nothing
+is checked again.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def describe(value: object) -> str:
@@ -54,7 +54,7 @@ def fraction(name: str, value: Any) -> float:
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} should be a number, not {describe(value)}")
     if not 0 <= value < 1:
-        raise ValueError(f"{name} should be in [0, 1), not {value}")
+        raise ValueError(f"{name} should be in [0, 1), not {describe(value)}")
     return float(value)
 
 
@@ -63,7 +63,7 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} should be one of {', '.join(map(repr, allowed))}, not {describe(value)}")
     if value not in allowed:
-        raise ValueError(f"{name} should be one of {', '.join(map(repr, allowed))}, not {value!r}")
+        raise ValueError(f"{name} should be one of {', '.join(map(repr, allowed))}, not {describe(value)}")
     return value
 
 
@@ -118,7 +118,7 @@ def real_array(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
     return array
 
 
-def lengths(value: Any, batch: int, time: int) -> npt.NDArray[np.int64]:
+def lengths(value: Any, batch: int, time: int) -> Array:
     """Lengths of the rows of a batch: (batch,) of any integer dtype, each in 0..time."""
     array = as_array("lengths", value)
     if array.dtype.kind not in "iu" and (array.size or array.dtype.kind == "b"):

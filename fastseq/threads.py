@@ -76,7 +76,7 @@ def _from_machine() -> tuple[int, str]:
         processors, source = os.cpu_count() or 1, "processors"
     quota = _cgroup_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     if quota is not None and quota < processors:
-        return max(1, math.ceil(quota)), "cgroup quota"
+        return min(max(1, math.ceil(quota)), MOST), "cgroup quota"
     return min(processors, MOST), source
 
 

@@ -1,7 +1,7 @@
 """Recurrent layers, compiled: packing the weights, and the loops over layers, directions, time and rows.
 
-`pack`, `run` and `step` are the operations; `fastseq.reference.operations` has the same three in NumPy, and their
-documentation. Arguments were checked at the door.
+`pack`, `run`, `fits` and `step` are the operations; `fastseq.reference.operations` has the same four in NumPy, and
+their documentation. Arguments were checked at the door.
 
 A direction of a layer is a `Job`. The rows of the batch stand longest first, so that the rows still running at a
 step are the first ones. A job is done in one of two ways, chosen by `plan`:
@@ -23,6 +23,8 @@ from libc.string cimport memcpy
 from leaves cimport (
     FS_BLEND, FS_IDENTITY, FS_RELU, FS_SIGMOID, FS_TANH, fs_finish, fs_leaves, fs_step, fs_weights,
 )
+
+import os
 
 import numpy as np
 
@@ -55,14 +57,22 @@ KINDS = {
     "gru_reset_before": (GRU_BEFORE, FS_IDENTITY),
 }
 
+# What a gate takes beside its sum, in multiply-adds.
+cdef Py_ssize_t GATE_WORK = 32
 # Below this many multiply-adds a step, a barrier costs more than another thread gives.
 cdef Py_ssize_t STEP_WORK = 32 * 1024
 # Below this many multiply-adds in all, waking another thread does.
 cdef Py_ssize_t TEAM_WORK = 256 * 1024
-# Multiply-adds of a lane between two looks for Ctrl-C: tens of milliseconds.
+# Multiply-adds of a lane between two looks for Ctrl-C: tens of milliseconds on each processor.
 cdef Py_ssize_t CHUNK_WORK = 64 * 1024 * 1024
-# The most rows walked at once, and the most input parts computed ahead.
+cdef int PROCESSORS = os.cpu_count() or 1
+# What factors are cut to, so that a product of two stays within 64 bits; far beyond what any decision turns on.
+cdef Py_ssize_t BOUND = 1 << 30
+# Bytes of weights that a core's own cache holds.
+cdef Py_ssize_t CACHE = 1024 * 1024
+# The most rows walked at once, over all threads, and the most input parts computed ahead.
 cdef Py_ssize_t ROW_BLOCK = 4096
+cdef Py_ssize_t POINTER_ROWS = 16 * ROW_BLOCK
 cdef Py_ssize_t AHEAD_ROWS = 1024
 cdef Py_ssize_t AHEAD_BYTES = 1024 * 1024
 
@@ -111,7 +121,7 @@ cdef const void *packed(Cell cell, cnp.ndarray weight, tuple gates, int blocks, 
     cdef const void *source = cnp.PyArray_DATA(weight)
     cdef void *target = cnp.PyArray_DATA(array)
     with nogil:
-        cell.leaves.pack(source, k, gate_rows, n_gates, blocks, units, k, target)
+        cell.leaves.pack(source, gate_rows, n_gates, blocks, units, k, target)
     return target
 
 
@@ -219,12 +229,17 @@ cdef inline Py_ssize_t panel_row(const Job *job, const fs_weights *weights, int 
     return weights.panels * vectors * job.leaves.lanes * job.item
 
 
+cdef inline Py_ssize_t work_of_part(const Job *job, const fs_weights *weights, int vectors) noexcept nogil:
+    return weights.panels * vectors * job.leaves.lanes * (weights.x_size + weights.h_size + GATE_WORK)
+
+
 cdef Py_ssize_t work_of_step(const Job *job) noexcept nogil:
-    """Multiply-adds of one row in one step."""
-    cdef Py_ssize_t gates = 1 if job.kind == RNN_CELL else 4 if job.kind == LSTM_CELL else 3
-    cdef Py_ssize_t work = job.main.units * gates * (job.main.x_size + job.main.h_size)
+    """Multiply-adds of one row in one step, those of padding included."""
+    cdef Py_ssize_t work = work_of_part(job, job.main, job.main_vectors)
+    if job.candidate != NULL:
+        work += work_of_part(job, job.candidate, 4)
     if job.projection != NULL:
-        work += job.projection.units * job.projection.h_size
+        work += work_of_part(job, job.projection, 4)
     return work
 
 
@@ -233,19 +248,17 @@ cdef void plan(Job *job, int n_threads) noexcept nogil:
     cdef int most = job.leaves.tile_rows[job.main_vectors]
     cdef Py_ssize_t work = work_of_step(job)
     cdef Py_ssize_t each
-    cdef Py_ssize_t threads = n_threads
-    job.split_panels = job.rows < 2 * most * threads or work * job.item > 1024 * 1024
-    if job.split_panels:
-        threads = min(threads, job.rows * work // STEP_WORK, job.main.panels)
-    else:
-        threads = min(threads, job.rows)
-    threads = min(threads, job.rows * work * job.time // TEAM_WORK)
-    job.threads = <int> max(1, threads)
+    cdef Py_ssize_t by_rows = min(n_threads, job.rows)
+    cdef Py_ssize_t by_panels = min(n_threads, job.main.panels, job.rows * work // STEP_WORK)
+    # Panels where there are few rows to split, and where all weights would not stay in a core's cache.
+    job.split_panels = (job.rows < 2 * most * n_threads and by_panels >= by_rows) or work * job.item > CACHE
+    cdef Py_ssize_t by_work = min(job.rows * work, BOUND) * min(job.time, BOUND) // TEAM_WORK
+    job.threads = <int> max(1, min(by_panels if job.split_panels else by_rows, by_work))
     if job.threads == 1:
         job.split_panels = True
     job.ahead = 0
     if job.rows < most and job.time > 1:
-        each = job.rows * (panel_row(job, job.main, job.main_vectors))
+        each = job.rows * panel_row(job, job.main, job.main_vectors)
         job.ahead = max(1, min(job.time, AHEAD_ROWS // job.rows, AHEAD_BYTES // each))
 
 
@@ -258,7 +271,7 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
     cdef Py_ssize_t x_step = -job.x_time if job.reverse else job.x_time
     cdef Py_ssize_t y_step = -job.y_time if job.reverse else job.y_time
     cdef bint meet = job.split_panels and team > 1
-    cdef Py_ssize_t n = 0, place, row, t, i, s, m
+    cdef Py_ssize_t n = 0, place, at_block, row, t, i, s, m
     cdef char *at
     cdef const void **x = <const void **> (job.pointers + thread * job.pointers_each)
     cdef const void **h = x + job.row_block
@@ -344,12 +357,12 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
         m = 0
         for s in range(to_step - from_step):
             for i in range(n):
-                place = lane + i * stride
-                if job.steps != NULL and job.steps[base + place] <= from_step + s:
+                at_block = lane + i * stride
+                if job.steps != NULL and job.steps[base + at_block] <= from_step + s:
                     break
                 ahead_x[m] = <const char *> x[i] + s * x_step
                 ahead_init[m] = job.main.bias
-                ahead_out[m] = job.input_part + (s * job.row_block + place) * job.input_part_row
+                ahead_out[m] = job.input_part + (s * job.row_block + at_block) * job.input_part_row
                 m += 1
         product = main
         product.rows = m
@@ -420,10 +433,14 @@ cdef int execute(Job *job, int n_threads) except -1:
     if job.rows == 0 or job.time == 0:
         return 0
     plan(job, n_threads)
-    job.threads = fs_team_limit(job.threads)
-    cdef Py_ssize_t work = work_of_step(job), limit = CHUNK_WORK * job.leaves.lanes * job.threads
+    # Every region is opened with all threads, or none: the runtime ends and starts threads when their number changes.
+    cdef int region = fs_team_limit(n_threads) if job.threads > 1 else 1
+    job.threads = min(job.threads, region)
+    cdef Py_ssize_t work = work_of_step(job)
+    cdef Py_ssize_t limit = CHUNK_WORK * job.leaves.lanes * min(job.threads, PROCESSORS)
     # Blocks of even height, such that one step of one is done within the limit.
-    cdef Py_ssize_t most = max(job.leaves.tile_rows[job.main_vectors] * job.threads, min(ROW_BLOCK, limit // work))
+    cdef Py_ssize_t most = min(ROW_BLOCK, POINTER_ROWS // job.threads, limit // work)
+    most = max(most, job.leaves.tile_rows[job.main_vectors] * min(job.threads, PROCESSORS))
     cdef Py_ssize_t blocks = (job.rows + most - 1) // most
     job.row_block = (job.rows + blocks - 1) // blocks
     job.pointers_each = <Py_ssize_t> sizeof(void *) * job.row_block * (POINTERS + AHEAD * job.ahead)
@@ -464,8 +481,11 @@ cdef int execute(Job *job, int n_threads) except -1:
                         walk_flushed(job, base, rows, from_step, to_step, 0, 1)
                     else:
                         fs_barrier_init(&job.barrier)
-                        with parallel(num_threads=job.threads):
-                            walk_flushed(job, base, rows, from_step, to_step, threadid(), fs_team_size())
+                        with parallel(num_threads=region):
+                            if threadid() < job.threads:
+                                walk_flushed(
+                                    job, base, rows, from_step, to_step, threadid(), min(fs_team_size(), job.threads)
+                                )
                 PyErr_CheckSignals()
     finally:
         if scratch != small:

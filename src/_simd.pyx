@@ -8,7 +8,7 @@ import os
 cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_New
 
-from leaves cimport fs_find_leaves, fs_leaves
+from leaves cimport FS_CHAINS, fs_find_leaves, fs_leaves
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def multiply_adds(ptrdiff_t rounds):
     """Run float32 multiply-adds on registers alone; returns how many floating-point operations that was."""
     with nogil:
         float32_leaves.multiply_adds(rounds)
-    return rounds * 12 * 2 * float32_leaves.lanes
+    return rounds * FS_CHAINS * 2 * float32_leaves.lanes
 
 
 def read_memory(ptrdiff_t rounds, cnp.ndarray x not None):

@@ -8,6 +8,9 @@ cdef extern from "simd/leaves.h" nogil:
         FS_SIGMOID
         FS_BLEND
 
+    enum:
+        FS_CHAINS
+
     ctypedef struct fs_weights:
         ptrdiff_t units
         ptrdiff_t panels
@@ -44,7 +47,7 @@ cdef extern from "simd/leaves.h" nogil:
         double (*multiply_adds)(ptrdiff_t rounds) noexcept nogil
         double (*read_memory)(ptrdiff_t rounds, ptrdiff_t n, const void *data) noexcept nogil
         void (*pack)(
-            const void *weight, ptrdiff_t row_stride, const ptrdiff_t *gate_rows, int gates, int blocks,
+            const void *weight, const ptrdiff_t *gate_rows, int gates, int blocks,
             ptrdiff_t units, ptrdiff_t k, void *panels,
         ) noexcept nogil
         void (*panels_product)(const fs_step *step, int vectors) noexcept nogil

@@ -54,7 +54,9 @@ static inline int fs_startable_threads(int n)
 
 /*
  * How many of `wanted` threads a region may ask for. The OpenMP runtime ends the process when the system refuses it
- * a thread, so where this thread asks for more than it last had, they are started and joined here first.
+ * a thread, so where this thread asks for more than it last had, they are started and joined here first. The runtime
+ * lets surplus threads go, so `last` follows it down as well. Two Python threads may still meet between this look
+ * and their regions; nothing the runtime offers closes that gap.
  */
 static inline int fs_team_limit(int wanted)
 {
@@ -94,7 +96,7 @@ typedef struct fs_barrier {
     atomic_int sleepers;
 } fs_barrier;
 
-enum { FS_SPINS = 2000 }; /* some ten microseconds: most waits between steps are far shorter */
+enum { FS_SPINS = 2000 }; /* ten to a hundred microseconds; most waits between steps are far shorter */
 
 static inline void fs_barrier_init(fs_barrier *barrier)
 {
@@ -153,10 +155,11 @@ static inline uint64_t fs_flush_denormals(void)
     _mm_setcsr(before | 0x8040); /* flush to zero, denormals are zero */
     return before;
 #elif defined(__aarch64__)
-    uint64_t before;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
-    __asm__ volatile("msr fpcr, %0" : : "r"(before | (UINT64_C(1) << 24)));
-    return before;
+    uint64_t control, status; /* 32 bits each */
+    __asm__ volatile("mrs %0, fpcr" : "=r"(control));
+    __asm__ volatile("mrs %0, fpsr" : "=r"(status));
+    __asm__ volatile("msr fpcr, %0" : : "r"(control | (UINT64_C(1) << 24)));
+    return status << 32 | (control & UINT32_MAX);
 #else
     return 0;
 #endif
@@ -167,7 +170,8 @@ static inline void fs_restore_denormals(uint64_t before)
 #if defined(__x86_64__)
     _mm_setcsr((unsigned)before);
 #elif defined(__aarch64__)
-    __asm__ volatile("msr fpcr, %0" : : "r"(before));
+    __asm__ volatile("msr fpcr, %0" : : "r"(before & UINT32_MAX));
+    __asm__ volatile("msr fpsr, %0" : : "r"(before >> 32));
 #else
     (void)before;
 #endif

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fastseq as fs
-from fastseq import _simd
+from fastseq import _simd, io
 from fastseq.cli import bench, cases, engines, limits, main, others, plot, report, worker
 
 TINY = ("--vs", "reference", "--shape", "1,1,8,8", "--kind", "lstm", "--rounds", "1", "--threads", "1")
@@ -288,9 +288,9 @@ def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     def full(handle):
         raise OSError("no space left")
 
-    monkeypatch.setattr(report.os, "fsync", full)
+    monkeypatch.setattr(io.os, "fsync", full)
     with pytest.raises(OSError):
-        report.write_whole(path, b"new")
+        io.write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -19,8 +19,9 @@ from fastseq.cli.cases import FEW, KINDS, TABLE, Case
 from fastseq.cli.limits import ROOFS, Limits, floor
 from fastseq.cli.others import Others
 from fastseq.cli.progress import Progress
-from fastseq.cli.report import Report, Row, as_json, size, table, write_whole
+from fastseq.cli.report import Report, Row, as_json, size, table
 from fastseq.cli.worker import EngineError, Worker
+from fastseq.io import write_whole
 from fastseq.version import __version__
 
 # Of the largest magnitude in the result. A gate exchanged or a state dropped costs far more, an approximate tanh less.

@@ -12,6 +12,7 @@ import numpy as np
 from fastseq import _simd
 from fastseq.checks import Array
 from fastseq.cli.cases import Case
+from fastseq.cli.worker import EngineError
 
 BURST = 0.004  # seconds: long beside waking a thread, short beside the seconds in which a shared machine changes
 TRIES = 3
@@ -75,7 +76,12 @@ class Limits:
             amount = work(thread, rounds)
             return start, perf_counter(), amount
 
-        starts, ends, amounts = zip(*self._pool.map(one, range(self.threads)), strict=True)
+        try:
+            pending = [self._pool.submit(one, thread) for thread in range(self.threads)]
+        except RuntimeError as error:  # the system refused a thread; those that wait for it must not
+            self._barrier.abort()
+            raise EngineError(f"the limits of {self.threads} threads cannot be measured: {error}") from None
+        starts, ends, amounts = zip(*(future.result() for future in pending), strict=True)
         return max(ends) - min(starts), sum(amounts)
 
 

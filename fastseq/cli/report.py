@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
@@ -195,24 +192,6 @@ def as_json(report: Report) -> str:
         "cases": rows,
     }
     return json.dumps(whole, indent=2) + "\n"
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all: beside it under another name, then renamed."""
-    target = path.resolve()  # through links, which stay
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def duration(seconds: float) -> str:

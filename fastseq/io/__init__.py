@@ -1,10 +1,11 @@
-"""Files: layers and states as safetensors, with the class and its configuration in the metadata."""
+"""Files: layers and states as safetensors, with the class and its configuration in the metadata.
+
+What only files need is imported when one is read or written: importing fastseq costs little more than NumPy.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -22,19 +23,25 @@ _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def save(path: str | os.PathLike[str], class_name: str, config: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-    """Write arrays and what they belong to, whole or not at all.
+    """Write arrays and what they belong to, whole or not at all."""
+    import json
 
-    The file is written beside `path` under another name, flushed to the disk and renamed.
-    """
     from safetensors.numpy import save as to_bytes
 
-    target = Path(checks.path("path", path))
+    target = checks.path("path", path)
+    if class_name not in _LAYERS + _STATES:
+        raise TypeError(f"a file can hold {', '.join(_LAYERS + _STATES)}, not a {class_name}")
     for name, array in arrays.items():
         if array.dtype.name not in _DTYPES.values():
             raise TypeError(f"a file can hold {', '.join(_DTYPES.values())}, but {name} is {array.dtype}")
     metadata = {"fastseq.format": _FORMAT, "fastseq.class": class_name, "fastseq.config": json.dumps(config)}
-    data = to_bytes({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
-    temporary = target.parent / f".fastseq-{secrets.token_hex(8)}.part"
+    write_whole(target, to_bytes({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file, whole or not at all: beside `path` under another name, flushed to the disk and renamed."""
+    target = Path(path).resolve()  # through links, which stay
+    temporary = target.parent / f".fastseq-{os.urandom(8).hex()}.part"
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -73,6 +80,8 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 def load_into(path: str | os.PathLike[str], namespace: ModuleType) -> Any:
     """`load`, with the classes of `namespace`."""
+    import json
+
     from safetensors import SafetensorError, safe_open
 
     name = checks.path("path", path)

@@ -15,6 +15,15 @@ from fastseq.checks import Array
 _replacing = threading.Lock()  # two threads that change different parameters must not lose one
 
 
+def _new_lock() -> None:
+    global _replacing
+    _replacing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)  # another thread of the parent may have held the old one
+
+
 class Parameters(MutableMapping[str, Array]):
     """The parameters of a layer: a mapping from name to read-only array.
 

@@ -176,8 +176,8 @@ class Recurrent(Layer):
         state : state, array (RNN, GRU) or pair of arrays (LSTM), optional
             Where each row starts, (B, num_layers * D, H); zeros by default.
         lengths : array of shape (B,), optional
-            The real steps of each row, integers in 0..T in any order. Past them `y` is 0 and nothing in `x`
-            matters; the state returned is the one after the last real step.
+            The real steps of each row, integers in 0..T in any order; (1,) for one sequence. Past them `y` is 0
+            and nothing in `x` matters; the state returned is the one after the last real step.
 
         Returns
         -------
@@ -229,8 +229,9 @@ class Recurrent(Layer):
 
         Raises
         ------
-        ValueError
-            Also for a bidirectional layer, whose reverse direction has no next step.
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be. Also for a bidirectional layer, whose
+            reverse direction has no next step.
         """
         cells = self._cells()
         if type(state) is self._state_class and self._operations.fits(cells, x_t, 2, state, out):
@@ -250,7 +251,7 @@ class Recurrent(Layer):
         batch = x.shape[0]
         h, c = self._state_arrays(state, batch, batch)
         if out is not None:
-            if type(out) is not np.ndarray or out.dtype is not self.dtype:
+            if type(out) is not np.ndarray or out.dtype != self.dtype:
                 raise TypeError(f"out should be an array of {self.dtype}, not {checks.describe(out)}")
             if out.shape != (batch, self._output_size):
                 raise ValueError(f"out should be of shape ({batch}, {self._output_size}), not {out.shape}")

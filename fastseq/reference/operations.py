@@ -1,7 +1,7 @@
 """RNN, LSTM and GRU as the textbooks write them, one equation a gate.
 
-Nothing here is shared with the compiled operations: `pack`, `run` and `step` are the three of both sets, written
-twice. Arrays are batch first; a cell's functions see one time step, x (B, I) and h (B, H).
+Nothing here is shared with the compiled operations: `pack`, `run`, `fits` and `step` are the four of both sets,
+written twice. Arrays are batch first; a cell's functions see one time step, x (B, I) and h (B, H).
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const in
                 sums[(r * PANELS + p) * VECTORS + 2] = load((const real *)w->h_bias + (panel + p) * LANES);
             }
     }
-    if (CELL != PRODUCT && w->h_size)
+    if (CELL != PRODUCT)
         chain(ROWS, PANELS, VECTORS, STRIDE, sums, s->h + row,
               (const real *)w->h + panel * w->h_size * panel_row, w->h_size * panel_row, w->h_size);
 

@@ -29,14 +29,17 @@ enum fs_finish {
     FS_BLEND     /* h = (1 - z) * tanh(a) + z * carry     */
 };
 
+/* Sums of `multiply_adds`: enough to hide the latency of one behind the others. */
+enum { FS_CHAINS = 12 };
+
 /* The packed weights of one cell, or of one part of it. Read only. */
 typedef struct fs_weights {
     ptrdiff_t units;    /* outputs, before padding to whole lanes                        */
     ptrdiff_t panels;   /* ceil(units / (blocks * lanes))                                */
-    ptrdiff_t x_size;   /* reduction length of the input part                            */
-    ptrdiff_t h_size;   /* reduction length of the recurrent part; 0: there is none      */
-    const void *x;      /* [panels][x_size][blocks * gates][lanes]                       */
-    const void *h;      /* [panels][h_size][blocks * gates][lanes], or NULL              */
+    ptrdiff_t x_size;   /* reduction length of the input part; 0: there is none          */
+    ptrdiff_t h_size;   /* reduction length of the recurrent part                        */
+    const void *x;      /* [panels][x_size][blocks * gates][lanes], or NULL              */
+    const void *h;      /* [panels][h_size][blocks * gates][lanes]                       */
     const void *bias;   /* [panels][blocks * gates][lanes]; where the chain starts       */
     const void *h_bias; /* [panels][lanes]: b_hn of the GRU that resets after, else NULL */
 } fs_weights;
@@ -72,13 +75,13 @@ typedef struct fs_leaves {
     void (*sigmoid)(ptrdiff_t n, const void *x, void *y);
 
     /*
-     * Packs one weight matrix. weight[g][unit] are rows of k reals, row_stride reals apart; gate g of the
-     * panel starts at weight + gate_rows[g] * row_stride. Writes every panel whole, padding included.
+     * Packs one weight matrix of rows of k reals: unit u of the panel's gate g is row gate_rows[g] + u. Writes
+     * every panel whole, padding included.
      */
-    void (*pack)(const void *weight, ptrdiff_t row_stride, const ptrdiff_t *gate_rows, int gates, int blocks,
-                 ptrdiff_t units, ptrdiff_t k, void *panels);
+    void (*pack)(const void *weight, const ptrdiff_t *gate_rows, int gates, int blocks, ptrdiff_t units,
+                 ptrdiff_t k, void *panels);
 
-    /* The limits, measured: rounds of 12 vectors of multiply-adds on registers; rounds of reading n reals. */
+    /* The limits, measured: rounds of FS_CHAINS vectors of multiply-adds on registers; rounds of reading n reals. */
     double (*multiply_adds)(ptrdiff_t rounds);
     double (*read_memory)(ptrdiff_t rounds, ptrdiff_t n, const void *data);
 

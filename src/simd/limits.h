@@ -5,27 +5,26 @@
 #define FASTSEQ_LIMITS_H
 
 #include "lanes.h"
+#include "leaves.h"
 
-enum { CHAINS = 12 }; /* enough to hide the latency of one multiply-add behind the others */
-
-/* `rounds` times CHAINS multiply-adds of LANES reals; returns something that depends on all of them. */
+/* `rounds` times FS_CHAINS multiply-adds of LANES reals; returns something that depends on all of them. */
 static double multiply_adds(ptrdiff_t rounds)
 {
-    vec sums[CHAINS];
+    vec sums[FS_CHAINS];
     vec factor = broadcast((real)0.999), term = broadcast((real)0.001);
     /* The compiler must not know the operands, or it computes the loop away. */
     __asm__ volatile("" : "+m"(factor), "+m"(term));
     vec a = factor, b = term;
 #pragma GCC unroll 12
-    for (int i = 0; i < CHAINS; i++)
+    for (int i = 0; i < FS_CHAINS; i++)
         sums[i] = broadcast((real)i);
     for (ptrdiff_t round = 0; round < rounds; round++)
 #pragma GCC unroll 12
-        for (int i = 0; i < CHAINS; i++)
+        for (int i = 0; i < FS_CHAINS; i++)
             sums[i] = fma_(sums[i], a, b);
     vec total = sums[0];
 #pragma GCC unroll 12
-    for (int i = 1; i < CHAINS; i++)
+    for (int i = 1; i < FS_CHAINS; i++)
         total += sums[i];
     return (double)total[0];
 }
