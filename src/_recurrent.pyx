@@ -262,6 +262,13 @@ cdef void plan(Job *job, int n_threads) noexcept nogil:
         job.ahead = max(1, min(job.time, AHEAD_ROWS // job.rows, AHEAD_BYTES // each))
 
 
+cdef inline void take_share(fs_step *step, const fs_weights *weights, int share, int shares) noexcept nogil:
+    """The panels of some weights that are one thread's."""
+    step.weights = weights
+    step.first = weights.panels * share // shares
+    step.last = weights.panels * (share + 1) // shares
+
+
 cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from_step, Py_ssize_t to_step,
                int thread, int team, fs_barrier *barrier) noexcept nogil:
     """What one thread does of the steps [from_step, to_step) for the `rows` rows from place `base` on."""
@@ -316,9 +323,7 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
     cdef int share = thread if job.split_panels else 0
     cdef int shares = team if job.split_panels else 1
     cdef fs_step main, candidate, projection
-    main.weights = job.main
-    main.first = job.main.panels * share // shares
-    main.last = job.main.panels * (share + 1) // shares
+    take_share(&main, job.main, share, shares)
     main.with_x = job.ahead == 0
     main.finish = job.finish
     main.init = init
@@ -331,18 +336,14 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
     candidate = main
     if job.candidate != NULL:
         main.out = middle
-        candidate.weights = job.candidate
-        candidate.first = job.candidate.panels * share // shares
-        candidate.last = job.candidate.panels * (share + 1) // shares
+        take_share(&candidate, job.candidate, share, shares)
         candidate.finish = FS_BLEND
         candidate.init = candidate_init
         candidate.h = <const void **> middle
     projection = main
     if job.projection != NULL:
         main.out = middle
-        projection.weights = job.projection
-        projection.first = job.projection.panels * share // shares
-        projection.last = job.projection.panels * (share + 1) // shares
+        take_share(&projection, job.projection, share, shares)
         projection.with_x = 0
         projection.finish = FS_IDENTITY
         projection.init = no_bias
