@@ -1,10 +1,11 @@
-"""What every layer has: a configuration, parameters, state dicts, files."""
+"""What every layer has: a configuration, parameters and their gradients, state dicts, files."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,22 @@ class Parameters(MutableMapping[str, Array]):
         return "{" + ", ".join(f"{name}: {array.shape}" for name, array in self.items()) + "}"
 
 
+class Tape:
+    """What `backward` needs of one `forward`: an opaque value that is never changed and may be used again.
+
+    It belongs to the layer of its forward and to the parameters the layer had then.
+    """
+
+    __slots__ = ("_kept", "_layer")
+
+    def __init__(self, layer: Layer, kept: Any) -> None:
+        self._layer = layer
+        self._kept = kept
+
+    def __repr__(self) -> str:
+        return f"<tape of {self._layer!r}>"
+
+
 class Layer:
     """A set of named parameters and a configuration. Layers hold no activations."""
 
@@ -66,7 +83,8 @@ class Layer:
     _config: dict[str, Any]
     # Never changed in place: a change puts a new dict here. Whatever is made from the parameters, as the packed
     # weights are, keeps the dict it was made from and is stale when that is no longer this one.
-    _arrays: dict[str, Array]
+    _arrays: Mapping[str, Array]
+    _gradients: dict[str, Array] | None = None  # made when first asked for: inference never does
 
     def __setattr__(self, name: str, value: object) -> None:
         if not name.startswith("_") and hasattr(self, name):
@@ -74,17 +92,63 @@ class Layer:
         super().__setattr__(name, value)
 
     def _replace(self, changed: Mapping[str, Array]) -> None:
+        """Take copies of some arrays, each of the shape of the parameter it replaces."""
         with np.errstate(all="ignore"):  # a small float64 may become a float32 of 0
-            copies = {name: np.array(array, dtype=self.dtype, order="C") for name, array in changed.items()}
-        for array in copies.values():
+            self._adopt({name: np.array(array, dtype=self.dtype, order="C") for name, array in changed.items()})
+
+    def _adopt(self, changed: Mapping[str, Array]) -> None:
+        """Take some arrays as they are: C-contiguous, of the layer's dtype, and nobody else's from now on."""
+        for array in changed.values():
             array.flags.writeable = False
         with _replacing:
-            self._arrays = {**self._arrays, **copies}
+            self._arrays = {**self._arrays, **changed}
 
     @property
     def parameters(self) -> Parameters:
         """Mapping from name to read-only array; assign to a name to change it."""
         return Parameters(self)
+
+    @property
+    def grads(self) -> Mapping[str, Array]:
+        """Mapping from the name of every parameter to the array that `backward` adds its gradient into."""
+        if self._gradients is None:
+            with _replacing:
+                if self._gradients is None:
+                    self._gradients = {name: np.zeros_like(array) for name, array in self._arrays.items()}
+        return MappingProxyType(self._gradients)
+
+    def zero_grad(self) -> None:
+        """Set every gradient to zero, in place."""
+        for array in self.grads.values():
+            array.fill(0)
+
+    def _targets(self, grads: Any) -> Mapping[str, Array]:
+        """Where `backward` adds gradients: the layer's own arrays, or those given, which are looked at here."""
+        if grads is None:
+            return self.grads
+        given = checks.mapping("grads", grads)
+        wanted = self._arrays
+        faults = [f"{name} is missing" for name in wanted if name not in given]
+        faults += [f"{name} is unknown" for name in given if name not in wanted]
+        for name in (name for name in wanted if name in given):
+            array = given[name]
+            if type(array) is not np.ndarray or array.dtype != self.dtype or not array.flags.carray:
+                faults.append(
+                    f"{name} should be a writeable, contiguous array of {self.dtype}, not {checks.describe(array)}"
+                )
+            elif array.shape != wanted[name].shape:
+                faults.append(f"{name} should be of shape {wanted[name].shape}, not {array.shape}")
+        if faults:
+            raise ValueError(f"grads does not fit {self!r}: {'; '.join(faults)}")
+        return given
+
+    def _kept(self, tape: Any) -> Any:
+        """What `forward` put on a tape of this layer."""
+        if not isinstance(tape, Tape):
+            raise TypeError(f"tape should be what forward returned, not {checks.describe(tape)}")
+        if tape._layer is not self:
+            raise ValueError(f"tape should be of a forward of this {self!r}, not of another layer's: {tape!r}")
+        return tape._kept
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of all parameters by name, as PyTorch names and lays them out."""
@@ -127,7 +191,7 @@ class Layer:
         io.save(path, type(self).__name__, self._config, self._arrays)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self._config, "arrays": self._arrays}
+        return {"config": self._config, "arrays": dict(self._arrays)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["config"])  # type: ignore[misc]
@@ -137,3 +201,37 @@ class Layer:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._config.items())
         count = sum(array.size for array in self._arrays.values())
         return f"{type(self).__name__}({settings}) with {count:,} parameters"
+
+
+class Composite(Layer):
+    """A layer made of layers: its parameters and gradients are theirs, named ``<child>.<name>``."""
+
+    _children: dict[str, Layer]
+
+    @property
+    def _arrays(self) -> Mapping[str, Array]:  # type: ignore[override]
+        return {f"{child}.{name}": a for child, layer in self._children.items() for name, a in layer._arrays.items()}
+
+    def _adopt(self, changed: Mapping[str, Array]) -> None:
+        for child, layer in self._children.items():
+            layer._adopt(_under(child, changed))
+
+    @property
+    def grads(self) -> Mapping[str, Array]:
+        """Mapping from the name of every parameter to the array that `backward` adds its gradient into."""
+        return MappingProxyType(
+            {f"{child}.{name}": a for child, layer in self._children.items() for name, a in layer.grads.items()}
+        )
+
+    def _child_targets(self, grads: Any) -> dict[str, Mapping[str, Array] | None]:
+        """What to give as `grads` to the backward of each child; what was given is looked at here."""
+        if grads is None:
+            return dict.fromkeys(self._children)
+        targets = self._targets(grads)
+        return {child: _under(child, targets) for child in self._children}
+
+
+def _under(child: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The entries of one child, under the names it has for them."""
+    prefix = f"{child}."
+    return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}

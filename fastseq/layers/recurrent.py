@@ -77,7 +77,7 @@ class Recurrent(Layer):
             "dtype": self.dtype.name,
             "seed": self.seed,
         }
-        self._packed: tuple[dict[str, Array], Any] | None = None
+        self._packed: tuple[Mapping[str, Array], Any] | None = None
         self._arrays = {}
         rng = np.random.default_rng(self.seed)
         bound = 1 / np.sqrt(self.hidden_size)  # PyTorch's default
