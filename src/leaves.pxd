@@ -43,6 +43,10 @@ cdef extern from "simd/leaves.h" nogil:
         void **middle
         void **dh_total
         void **dc_total
+        ptrdiff_t dy_next
+        ptrdiff_t gates_next
+        ptrdiff_t h_next
+        ptrdiff_t c_next
 
     ctypedef struct fs_step:
         const fs_weights *weights

@@ -73,6 +73,8 @@ typedef struct fs_back {
     void *const *middle;         /* OUT o * tanh(c) or r * h: what a second product of the cell took; or NULL */
     void *const *dh_total;       /* OUT gradient of h after the step, or NULL                              */
     void *const *dc_total;       /* OUT gradient of c after the step, or NULL                              */
+    /* Bytes from the rows of this step to those of the one before it, which comes next and is fetched ahead. */
+    ptrdiff_t dy_next, gates_next, h_next, c_next;
 } fs_back;
 
 /*
