@@ -440,25 +440,51 @@ def test_what_dropout_drops(module: Any) -> None:
 
 @EACH
 def test_gradient_flow_is_the_gradient_of_a_state_handed_on(kind: str, module: Any) -> None:
-    layer = make(kind, 4, 6, num_layers=2, dtype="float64", module=module)
+    layer = make(kind, 4, 6, dtype="float64", module=module)
     x, state = example(layer)
-    y, end, tape = layer.forward(x, state)
+    y, end, gates = layer(x, state, return_gates=True)
+    _, _, tape = layer.forward(x, state)
     dy, dstate = gradient_of(y, end)
-    dy[:, :4] = 0
     flow = gradient_flow(layer, tape, dy, dstate=dstate)
-    assert flow.shape == (6, 2) and flow.dtype == np.float64
+    assert flow.shape == (6, 1) and flow.dtype == np.float64
     assert not any(array.any() for array in layer.grads.values())
-    for t in range(4):
+    for t in range(6):
         _, middle = layer(x[:, : t + 1], state)
         _, _, rest = layer.forward(x[:, t + 1 :], middle)
         _, dmiddle = layer.backward(dy[:, t + 1 :], rest, dstate=dstate, grads=fresh(layer))
-        # Of the lower layer, the same step of the upper one has nothing: dy is zero here.
-        expected = np.sqrt(sum((array**2).sum(axis=(0, 2)) for array in dmiddle))
-        assert_close(flow[t], expected, RELATIVE, f"step {t}")
-    last = [dstate.h.copy(), *tuple(dstate)[1:]]
-    last[0][:, 1] += dy[:, 5]
-    expected = np.sqrt(sum((array[:, 1] ** 2).sum() for array in last))
-    assert_close(flow[5, 1:], np.array([expected]), RELATIVE, "the last step of the upper layer")
+        # As a value that is handed on, the state has nothing of the output of its own step, nor c of h.
+        dh, *dc = [array[:, 0] for array in dmiddle]
+        dh = dh + dy[:, t]
+        for array in dc:
+            dm = dh @ layer.parameters["weight_hr_l0"] if layer.proj_size else dh
+            array += dm * gates["o"][:, t, 0] * (1 - np.tanh(gates["c"][:, t, 0]) ** 2)
+        expected = np.sqrt(sum((array**2).sum() for array in (dh, *dc)))
+        assert_close(flow[t], np.array([expected]), RELATIVE, f"step {t}")
+
+
+@EACH
+def test_gradient_flow_of_layers(kind: str, module: Any) -> None:
+    """That of each layer is that of a layer alone, with the dx of the one above as its dy."""
+    layer = make(kind, 4, 6, num_layers=2, bidirectional=True, dtype="float64", module=module)
+    x, state = example(layer)
+    lengths = random_lengths(5, 6)
+    y, end, tape = layer.forward(x, state, lengths=lengths)
+    dy, dstate = gradient_of(y, end)
+    flow = gradient_flow(layer, tape, dy, dstate=dstate)
+    below, tapes = x, []
+    for number in range(2):
+        config = {**layer._config, "num_layers": 1, "input_size": below.shape[2]}
+        single = type(layer)(**config)
+        single.load_state_dict(
+            {name: layer.parameters[name.replace("_l0", f"_l{number}")] for name in single.parameters}
+        )
+        slots = slice(2 * number, 2 * number + 2)
+        below, _, tape = single.forward(below, type(state)(*(array[:, slots] for array in state)), lengths=lengths)
+        tapes.append((single, tape, slots))
+    for single, tape, slots in reversed(tapes):
+        of_layer = type(dstate)(*(array[:, slots] for array in dstate))
+        assert_close(gradient_flow(single, tape, dy, dstate=of_layer), flow[:, slots], RELATIVE)
+        dy, _ = single.backward(dy, tape, dstate=of_layer)
 
 
 def test_gradient_flow_of_what_vanishes_and_explodes(module: Any) -> None:
