@@ -455,9 +455,8 @@ def test_gradient_flow_is_the_gradient_of_a_state_handed_on(kind: str, module: A
         # As a value that is handed on, the state has nothing of the output of its own step, nor c of h.
         dh, *dc = [array[:, 0] for array in dmiddle]
         dh = dh + dy[:, t]
-        for array in dc:
-            dm = dh @ layer.parameters["weight_hr_l0"] if layer.proj_size else dh
-            array += dm * gates["o"][:, t, 0] * (1 - np.tanh(gates["c"][:, t, 0]) ** 2)
+        dm = dh @ layer.parameters["weight_hr_l0"] if layer.proj_size else dh
+        dc = [array + dm * gates["o"][:, t, 0] * (1 - np.tanh(gates["c"][:, t, 0]) ** 2) for array in dc]
         expected = np.sqrt(sum((array**2).sum() for array in (dh, *dc)))
         assert_close(flow[t], np.array([expected]), RELATIVE, f"step {t}")
 
