@@ -20,10 +20,10 @@ SOURCES = ROOT / "fastseq"
 FLOORS = [
     ["fastseq.version", "fastseq._simd"],
     ["fastseq.checks", "fastseq._recurrent"],
-    ["fastseq.threads", "fastseq.io", "fastseq.reference.operations"],
+    ["fastseq.threads", "fastseq.io", "fastseq.reference.operations", "fastseq.reference.dense"],
     ["fastseq.state"],
     ["fastseq.layers"],
-    ["fastseq.reference"],
+    ["fastseq.reference", "fastseq.training"],
     ["fastseq"],
     ["fastseq.cli"],
     ["fastseq.__main__"],
