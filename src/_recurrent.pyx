@@ -26,6 +26,10 @@ from leaves cimport (
     FS_BACK_SIGMOID, FS_BACK_TANH, FS_BLEND, FS_IDENTITY, FS_RELU, FS_SIGMOID, FS_TANH, fs_back, fs_finish, fs_leaves,
     fs_step, fs_weights,
 )
+from outer cimport (
+    OUTER_ROWS, Outer, add_outer, add_row, fs_barrier, lay_out_factors, lay_out_sums, set_factor, set_product, take_sums,
+    taken,
+)
 
 import os
 
@@ -36,8 +40,6 @@ from fastseq import _simd
 cnp.import_array()
 
 cdef extern from "team.h" nogil:
-    ctypedef struct fs_barrier:
-        pass
     int fs_team_limit(int wanted)
     int fs_team_size()
     void fs_barrier_init(fs_barrier *barrier)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import numpy as np
 
-from fastseq import _recurrent, checks, threads
+from fastseq import _dense, _recurrent, checks, threads
 from fastseq.checks import Array
 from fastseq.layers.base import Layer, Tape
 from fastseq.state import LSTMState, State, adopt
