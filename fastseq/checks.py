@@ -7,6 +7,7 @@ is checked again.
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,23 @@ def fraction(name: str, value: Any) -> float:
     if not 0 <= value < 1:
         raise ValueError(f"{name} should be in [0, 1), not {describe(value)}")
     return float(value)
+
+
+def number(name: str, value: Any, least: float | None = None, above: float | None = None) -> float:
+    """A finite real number, at least `least` or more than `above`."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} should be a number, not {describe(value)}")
+    try:
+        real = float(value)
+    except OverflowError:
+        real = math.inf
+    if not math.isfinite(real):
+        raise ValueError(f"{name} should be finite, not {describe(value)}")
+    if least is not None and real < least:
+        raise ValueError(f"{name} should be at least {least}, not {describe(value)}")
+    if above is not None and real <= above:
+        raise ValueError(f"{name} should be more than {above}, not {describe(value)}")
+    return real
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
@@ -118,11 +136,42 @@ def real_array(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
     return array
 
 
+def like(name: str, value: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    """A real array as `dtype`, contiguous, of a shape that is known: a gradient, targets."""
+    array = real_array(name, value, dtype)
+    if array.shape != shape:
+        raise ValueError(f"{name} should be of shape {shape}, not {array.shape}")
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def integers(name: str, value: Any) -> Array:
+    """An array of any integer dtype; bool is none."""
+    array = as_array(name, value)
+    if array.dtype.kind not in "iu" and (array.size or array.dtype.kind == "b"):
+        raise TypeError(f"{name} should hold integers, not {array.dtype}")
+    return array
+
+
+def ids(name: str, value: Any, count: int, counted: Array | None = None) -> Array:
+    """Numbers of `count` things, of any integer dtype: contiguous, as int64.
+
+    Only those where `counted` is True are looked at, if it is given; the others become -1.
+    """
+    array = integers(name, value)
+    wrong = (array < 0) | (array >= count)
+    if counted is not None:
+        wrong &= counted
+    if wrong.any():
+        place = np.unravel_index(int(np.argmax(wrong)), array.shape)
+        where = f"{name}[{', '.join(map(str, place))}]" if place else name
+        raise ValueError(f"{name} should be in 0..{count - 1}, but {where} is {array[place]}")
+    numbers = np.ascontiguousarray(array, dtype=np.int64).reshape(array.shape)
+    return numbers if counted is None else np.where(counted, numbers, -1)
+
+
 def lengths(value: Any, batch: int, time: int) -> Array:
     """Lengths of the rows of a batch: (batch,) of any integer dtype, each in 0..time."""
-    array = as_array("lengths", value)
-    if array.dtype.kind not in "iu" and (array.size or array.dtype.kind == "b"):
-        raise TypeError(f"lengths should hold integers, not {array.dtype}")
+    array = integers("lengths", value)
     if array.shape != (batch,):
         hint = ""
         if array.shape == (time,):

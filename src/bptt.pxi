@@ -12,6 +12,8 @@
 
 # A chunk has about this many rows of gradients, and the product of step 3 takes at most so many at once.
 cdef Py_ssize_t CHUNK_ROWS = 384
+# Bytes of packed groups that a core's second cache holds beside a panel.
+cdef Py_ssize_t GROUPS_BYTES = 384 * 1024
 # The most rows of the batch walked at once; a number of threads may not change it, because the order of sums hangs on it.
 cdef Py_ssize_t BACK_BLOCK = 1024
 
@@ -384,7 +386,7 @@ cdef void walk_back(Undo *job, int thread, int team, fs_barrier *barrier) noexce
     cdef bint projected = job.weights.projection.units != 0
     # Where the rows of gradients of this step and of the one after it begin in the chunk; -1: in `later`.
     cdef Py_ssize_t first = 0, first_later = -1
-    cdef Py_ssize_t step = job.to_step, count, n, crossing, last, i, k, at, place, row, t
+    cdef Py_ssize_t step = job.to_step, count, n = 0, crossing, last, i, k, at, place, row, t
     cdef bint crosses, joins, cut
     cdef const void **init = <const void **> (job.pointers + thread * job.pointers_each)
     cdef const void **later = init + job.row_block
@@ -423,6 +425,10 @@ cdef void walk_back(Undo *job, int thread, int team, fs_barrier *barrier) noexce
     back.dc = dc
     back.dc_before = dc_before
     back.carry = carry
+    back.dy_next = job.dy_time if job.reverse else -job.dy_time
+    back.gates_next = job.gates_time if job.reverse else -job.gates_time
+    back.h_next = job.y_time if job.reverse else -job.y_time
+    back.c_next = job.c_steps_time if job.reverse else -job.c_steps_time
     back.dh_total = dh_total if job.dh_total != NULL else NULL
     second = main
     second_back = back
@@ -475,7 +481,7 @@ cdef void walk_back(Undo *job, int thread, int team, fs_barrier *barrier) noexce
                 later[i] = job.gradients + (first_later + at) * job.gradient_row
             out[i] = job.gradients + (first + at) * job.gradient_row
             carry[i] = job.carry + at * job.output_row
-            init[i] = carry[i] if joins or (gru and crosses) else job.zeros
+            init[i] = <const void *> carry[i] if joins or (gru and crosses) else job.zeros
             dy[i] = job.dy + row * job.dy_row + t * job.dy_time
             h[i] = job.y + row * job.y_row + t * job.y_time
             h_before[i] = job.h_rows[first + at]
@@ -487,7 +493,7 @@ cdef void walk_back(Undo *job, int thread, int team, fs_barrier *barrier) noexce
                     job, place, step, job.c_steps, job.c_steps_row, job.c_steps_time, job.c, job.c_row
                 )
                 dc_before[i] = job.dc + row * job.dc_row
-                dc[i] = dc_before[i] if joins or crosses else job.zeros
+                dc[i] = <const void *> dc_before[i] if joins or crosses else job.zeros
             if projected:
                 middle[i] = job.middle + (first + at) * job.middle_row
                 output[i] = job.outputs + (first + at) * job.output_row
@@ -572,7 +578,7 @@ cdef void add_products(Undo *job, int thread, int team, fs_barrier *barrier) noe
     cdef const fs_leaves *leaves = job.leaves
     cdef Py_ssize_t tile = leaves.tile_rows[4], wide = 4 * leaves.lanes
     cdef Py_ssize_t blocks = (job.n + CHUNK_ROWS - 1) // CHUNK_ROWS
-    cdef Py_ssize_t block, first, n, group, end, panels, panel, columns, i, k
+    cdef Py_ssize_t block, first, n, group, end, count, most, panels, panel, columns, i, k
     cdef const Factor *a
     cdef const Factor *b
     cdef const Product *product
@@ -605,15 +611,20 @@ cdef void add_products(Undo *job, int thread, int team, fs_barrier *barrier) noe
             product = &job.products[i]
             group = groups_of(job, product.a) * thread // team
             end = groups_of(job, product.a) * (thread + 1) // team
-            for panel in range(panels_of(job, product.b)):
-                columns = min(wide, product.b.columns - panel * wide)
-                leaves.outer(
-                    n, end - group, product.a.packed + group * n * tile * job.item,
-                    product.b.packed + panel * n * wide * job.item,
-                    <int> ((columns + leaves.lanes - 1) // leaves.lanes),
-                    product.sum + (group * tile * product.sum_columns + panel * wide) * job.item,
-                    product.sum_columns,
-                )
+            # As many groups at a time as stay in the second cache while every panel passes by.
+            most = max(1, GROUPS_BYTES // (n * tile * job.item))
+            while group < end:
+                count = min(most, end - group)
+                for panel in range(panels_of(job, product.b)):
+                    columns = min(wide, product.b.columns - panel * wide)
+                    leaves.outer(
+                        n, count, product.a.packed + group * n * tile * job.item,
+                        product.b.packed + panel * n * wide * job.item,
+                        <int> ((columns + leaves.lanes - 1) // leaves.lanes),
+                        product.sum + (group * tile * product.sum_columns + panel * wide) * job.item,
+                        product.sum_columns,
+                    )
+                group += count
         if team > 1:
             fs_barrier_wait(barrier, team)
 

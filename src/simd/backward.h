@@ -12,15 +12,10 @@
 #include "leaves.h"
 #include "units.h"
 
-/* Gate `gate` of the unit block at `unit`, of a row of gates that each have `units` units. */
-INLINE vec load_gate(const void *row, int gate, ptrdiff_t unit, ptrdiff_t units)
+INLINE void fetch_gates(const fs_step *s, int gates, ptrdiff_t row, ptrdiff_t unit)
 {
-    return load_units((const real *)row + gate * units, unit, units);
-}
-
-INLINE void store_gate(void *row, int gate, vec value, ptrdiff_t unit, ptrdiff_t units)
-{
-    store_units((real *)row + gate * units, value, unit, units);
+    for (int gate = 0; gate < gates; gate++)
+        fetch(s->back->gates[row], unit + gate * s->weights->units, s->back->gates_next);
 }
 
 /* h = tanh(a)      da = dh (1 - h^2)
@@ -31,6 +26,7 @@ INLINE void back_rnn(const fs_step *s, ptrdiff_t row, ptrdiff_t unit, vec dh)
     const ptrdiff_t units = s->weights->units;
     const vec h = load_units(s->back->h[row], unit, units);
     vec da;
+    fetch(s->back->h[row], unit, s->back->h_next);
     if (s->finish == FS_BACK_TANH)
         da = dh * fma_(-h, h, broadcast(1));
     else if (s->finish == FS_BACK_RELU)
@@ -48,6 +44,8 @@ INLINE void back_lstm(const fs_step *s, ptrdiff_t row, ptrdiff_t unit, vec dh)
     const fs_back *b = s->back;
     const ptrdiff_t units = s->weights->units;
     const vec one = broadcast(1);
+    fetch_gates(s, 4, row, unit);
+    fetch(b->c_before[row], unit, b->c_next);
     const vec i = load_gate(b->gates[row], 0, unit, units), f = load_gate(b->gates[row], 1, unit, units);
     const vec g = load_gate(b->gates[row], 2, unit, units), o = load_gate(b->gates[row], 3, unit, units);
     const vec c_before = load_units(b->c_before[row], unit, units);
@@ -83,6 +81,8 @@ INLINE void back_gru_after(const fs_step *s, ptrdiff_t row, ptrdiff_t unit, vec 
 {
     const fs_back *b = s->back;
     const ptrdiff_t units = s->weights->units;
+    fetch_gates(s, 4, row, unit);
+    fetch(b->h_before[row], unit, b->h_next);
     const vec r = load_gate(b->gates[row], 0, unit, units), z = load_gate(b->gates[row], 1, unit, units);
     const vec n = load_gate(b->gates[row], 2, unit, units), q = load_gate(b->gates[row], 3, unit, units);
     const blend_gradients d = back_blend(dh, z, n, load_units(b->h_before[row], unit, units));
@@ -98,6 +98,8 @@ INLINE void back_gru_output(const fs_step *s, ptrdiff_t row, ptrdiff_t unit, vec
 {
     const fs_back *b = s->back;
     const ptrdiff_t units = s->weights->units;
+    fetch_gates(s, 3, row, unit);
+    fetch(b->h_before[row], unit, b->h_next);
     const vec z = load_gate(b->gates[row], 1, unit, units), n = load_gate(b->gates[row], 2, unit, units);
     const blend_gradients d = back_blend(dh, z, n, load_units(b->h_before[row], unit, units));
     store_gate(s->out[row], 1, d.z, unit, units);
@@ -124,8 +126,10 @@ static void finish_backward(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, in
     for (int v = 0; v < vectors; v++) {
         const ptrdiff_t unit = (panel * 4 + v) * LANES;
         vec dh = a[v];
-        if (b->dy)
+        if (b->dy) {
             dh += load_units(b->dy[row], unit, units);
+            fetch(b->dy[row], unit, b->dy_next);
+        }
         if (b->dh_total)
             store_units(b->dh_total[row], dh, unit, units);
         switch (s->finish) {

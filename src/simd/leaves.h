@@ -19,6 +19,7 @@
 #define FASTSEQ_LEAVES_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 /* What a unit of one gate does with its pre-activation. */
 enum fs_finish {
@@ -73,6 +74,8 @@ typedef struct fs_back {
     void *const *middle;         /* OUT o * tanh(c) or r * h: what a second product of the cell took; or NULL */
     void *const *dh_total;       /* OUT gradient of h after the step, or NULL                              */
     void *const *dc_total;       /* OUT gradient of c after the step, or NULL                              */
+    /* Bytes from the rows of this step to those of the one before it, which comes next and is fetched ahead. */
+    ptrdiff_t dy_next, gates_next, h_next, c_next;
 } fs_back;
 
 /*
@@ -96,6 +99,18 @@ typedef struct fs_step {
     void *const *z;          /* GRU that resets before: OUT of `gru_gates`, IN of FS_BLEND, [units] */
     void *const *out;        /* OUT [units]: h; of `gru_gates`: r * h; of `panels_product`: see below */
 } fs_step;
+
+/* What the softmax cross-entropy of a row is made of: see simd/losses.h. */
+typedef struct fs_softmax_sums {
+    double others, target, offset;
+} fs_softmax_sums;
+
+/*
+ * A loss of n elements: returns the sum of their losses; gradient[i] = scale d loss / d x[i]. Only `huber` looks at
+ * delta.
+ */
+typedef double (*fs_loss)(ptrdiff_t n, const void *x, const void *targets, double delta, double scale,
+                          void *gradient);
 
 typedef struct fs_leaves {
     const char *set;  /* "baseline", "avx2" or "avx512"                                  */
@@ -143,6 +158,23 @@ typedef struct fs_leaves {
     void (*gru)(const fs_step *step);
     /* Gates r, z of the GRU that resets before; 2 blocks. */
     void (*gru_gates)(const fs_step *step);
+
+    /* Rows of n reals, one behind the other: simd/rows.h has the equations. weight and bias may be NULL. */
+    void (*layer_norm)(ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, const void *weight,
+                       const void *bias, void *y, void *means, void *scales);
+    void (*layer_norm_dx)(ptrdiff_t rows, ptrdiff_t n, const void *x, const void *weight, const void *means,
+                          const void *scales, const void *dy, void *dx);
+    void (*layer_norm_sums)(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, const void *x,
+                            const void *means, const void *scales, const void *dy, void *dweight, void *dbias);
+    void (*scatter_add)(ptrdiff_t rows, const int64_t *ids, int64_t skip, ptrdiff_t width, ptrdiff_t first,
+                        ptrdiff_t last, const void *dy, void *gradient);
+    void (*dropout)(ptrdiff_t n, const void *x, void *y, uint64_t first, uint64_t seed, uint64_t stream,
+                    uint32_t threshold, double scale);
+
+    /* simd/losses.h */
+    void (*softmax_cross_entropy)(ptrdiff_t rows, ptrdiff_t n, const void *x, const int64_t *targets,
+                                  double smoothing, double scale, void *gradient, fs_softmax_sums *sums);
+    fs_loss binary_cross_entropy, squared_error, huber;
 } fs_leaves;
 
 /* The table of an instruction set ("baseline", "avx2", "avx512") for reals of item_size bytes; NULL where this

@@ -84,10 +84,30 @@ static void outer(ptrdiff_t n, ptrdiff_t groups, const void *a, const void *pane
     }
 }
 
+INLINE void sum_vectors(const int VECTORS, const void *const *rows, ptrdiff_t n, ptrdiff_t column, real *sum)
+{
+    vec total[8];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++)
+        total[v] = load(sum + column + v * LANES);
+    for (ptrdiff_t k = 0; k < n; k++)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++)
+            total[v] += load((const real *)rows[k] + column + v * LANES);
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++)
+        store(sum + column + v * LANES, total[v]);
+}
+
 /* sum[i] += row[i] for every row, one after another, and the columns [first, last) */
 static void sum_rows(const void *const *rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, void *sum)
 {
-    for (ptrdiff_t column = first; column < last; column += LANES) {
+    ptrdiff_t column = first;
+    for (; column + 8 * LANES <= last; column += 8 * LANES)
+        sum_vectors(8, rows, n, column, sum);
+    for (; column + LANES <= last; column += LANES)
+        sum_vectors(1, rows, n, column, sum);
+    if (column < last) {
         vec total = load_units(sum, column, last);
         for (ptrdiff_t k = 0; k < n; k++)
             total += load_units(rows[k], column, last);
