@@ -3,6 +3,7 @@ from typing import Final
 from fastseq.checks import Array
 
 KINDS: Final[dict[str, tuple[int, int]]]
+GATE_NAMES: Final[dict[int, str]]
 
 GATE_NAMES: Final[dict[int, str]]
 
