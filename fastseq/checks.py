@@ -183,6 +183,20 @@ def lengths(value: Any, batch: int, time: int) -> Array:
     return array.astype(np.int64)
 
 
+def resets(value: Any, batch: int, time: int, batched: bool) -> Array:
+    """Where states go back to zeros: (batch, time) booleans; (time,) where x has no batch."""
+    array = as_array("resets", value)
+    if array.dtype.kind != "b" and (array.size or isinstance(value, np.ndarray)):
+        raise TypeError(f"resets should hold booleans, not {array.dtype}")
+    wanted = (batch, time) if batched else (time,)
+    if array.shape != wanted:
+        hint = ""
+        if array.shape == (time, batch):
+            hint = "; it looks like (T, B): the batch comes first here, pass swapaxes(0, 1)"
+        raise ValueError(f"resets should be of shape {wanted}, one a step, not {array.shape}{hint}")
+    return np.array(array, dtype=bool, order="C").reshape(batch, time)
+
+
 def mapping(name: str, value: Any) -> Mapping[str, Any]:
     """A mapping from strings."""
     if not isinstance(value, Mapping):

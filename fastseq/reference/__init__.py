@@ -33,18 +33,21 @@ __all__ = [
 class RNN(layers.RNN):  # noqa: D101
     __doc__ = layers.RNN.__doc__
     _operations: ClassVar[Any] = operations
+    _dense: ClassVar[Any] = dense
     _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 
 class LSTM(layers.LSTM):  # noqa: D101
     __doc__ = layers.LSTM.__doc__
     _operations: ClassVar[Any] = operations
+    _dense: ClassVar[Any] = dense
     _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 
 class GRU(layers.GRU):  # noqa: D101
     __doc__ = layers.GRU.__doc__
     _operations: ClassVar[Any] = operations
+    _dense: ClassVar[Any] = dense
     _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 

@@ -1,0 +1,5 @@
+"""How models learn."""
+
+from fastseq.training.flow import gradient_flow
+
+__all__ = ["gradient_flow"]
