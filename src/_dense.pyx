@@ -8,7 +8,7 @@ cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from leaves cimport FS_IDENTITY, fs_leaves, fs_step, fs_weights
 from share cimport share_out
@@ -96,17 +96,13 @@ cdef void product_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexc
     cdef void *out[BLOCK_ROWS]
     cdef fs_step step
     cdef Py_ssize_t i, base = 0 if p.by_panels else first, end = p.rows if p.by_panels else last
+    memset(&step, 0, sizeof(step))
     step.weights = p.weights
     step.first = first if p.by_panels else 0
     step.last = last if p.by_panels else p.weights.panels
-    step.with_x = 0
     step.finish = FS_IDENTITY
     step.init = init
-    step.x = x
     step.h = x
-    step.carry = x
-    step.c = NULL
-    step.z = NULL
     step.out = out
     while base < end:
         step.rows = min(BLOCK_ROWS, end - base)
