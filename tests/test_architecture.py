@@ -23,7 +23,7 @@ FLOORS = [
     ["fastseq.threads", "fastseq.io", "fastseq.reference.operations", "fastseq.reference.dense"],
     ["fastseq.state", "fastseq.losses", "fastseq.reference.loss_operations"],
     ["fastseq.layers"],
-    ["fastseq.reference", "fastseq.training"],
+    ["fastseq.reference", "fastseq.training", "fastseq.init"],
     ["fastseq"],
     ["fastseq.cli"],
     ["fastseq.__main__"],
