@@ -191,7 +191,9 @@ cdef struct Gradient:
     fs_barrier barrier
 
 
-cdef Py_ssize_t lay_out(Gradient *job, Py_ssize_t rows, int threads, Py_ssize_t *zero_bytes, size_t base) noexcept nogil:
+cdef Py_ssize_t lay_out(
+    Gradient *job, Py_ssize_t rows, int threads, Py_ssize_t *zero_bytes, size_t base,
+) noexcept nogil:
     """Give the scratch arrays their places from `base` on; returns how many bytes that takes."""
     cdef Py_ssize_t n_bytes = 0, pointer = sizeof(void *)
     job.bias = taken(base, &n_bytes, job.outer.a[0].columns * job.leaves.item_size)
@@ -216,7 +218,9 @@ cdef void gradient_share(Gradient *job, Py_ssize_t rows, int thread, int team) n
     fs_restore_denormals(before)
 
 
-cdef int add_weight_gradient(cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dweight, cnp.ndarray dbias, int n_threads) except -1:
+cdef int add_weight_gradient(
+    cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dweight, cnp.ndarray dbias, int n_threads,
+) except -1:
     """dweight += dy^T x;  dbias += the sum over the rows of dy"""
     cdef Gradient job
     cdef Py_ssize_t total = cnp.PyArray_DIM(x, 0), units = cnp.PyArray_DIM(dweight, 0), k = cnp.PyArray_DIM(dweight, 1)

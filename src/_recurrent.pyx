@@ -27,8 +27,8 @@ from leaves cimport (
     fs_step, fs_weights,
 )
 from outer cimport (
-    OUTER_ROWS, Outer, add_outer, add_row, fs_barrier, lay_out_factors, lay_out_sums, set_factor, set_product, take_sums,
-    taken,
+    OUTER_ROWS, Outer, add_outer, add_row, fs_barrier, lay_out_factors, lay_out_sums, set_factor, set_product,
+    take_sums, taken,
 )
 
 import os
@@ -82,9 +82,9 @@ cdef Py_ssize_t AHEAD_ROWS = 1024
 cdef Py_ssize_t AHEAD_BYTES = 1024 * 1024
 
 cdef enum:
-    SMALL = 8192  # up to this many bytes of scratch stand on the stack
-    POINTERS = 12 # arrays of pointers that `walk` keeps, one entry a row
-    AHEAD = 3     # and those of the input parts, one entry a row and step
+    SMALL = 8192   # up to this many bytes of scratch stand on the stack
+    POINTERS = 12  # arrays of pointers that `walk` keeps, one entry a row
+    AHEAD = 3      # and those of the input parts, one entry a row and step
 
 
 # The weights of a cell as backward multiplies with them: gradients of pre-activations in, of what they saw out.
