@@ -8,7 +8,7 @@
 ((8, 100, 128), (8, 1, 128))
 """
 
-from fastseq import reference
+from fastseq import reference, training
 from fastseq.io import load
 from fastseq.layers import GRU, LSTM, RNN
 from fastseq.state import LSTMState, State
@@ -26,4 +26,5 @@ __all__ = [
     "load",
     "reference",
     "set_num_threads",
+    "training",
 ]

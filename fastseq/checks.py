@@ -7,6 +7,7 @@ is checked again.
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,25 @@ def fraction(name: str, value: Any) -> float:
     if not 0 <= value < 1:
         raise ValueError(f"{name} should be in [0, 1), not {describe(value)}")
     return float(value)
+
+
+def number(
+    name: str, value: Any, *, least: float | None = None, above: float | None = None, below: float | None = None
+) -> float:
+    """A finite real number: at least `least`, more than `above`, less than `below`, where those are given."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} should be a number, not {describe(value)}")
+    bounds = [f"at least {least:g}"] if least is not None else []
+    bounds += [f"more than {above:g}"] if above is not None else []
+    bounds += [f"less than {below:g}"] if below is not None else []
+    try:
+        result = float(value)
+    except OverflowError:
+        result = math.inf
+    fits = (least is None or result >= least) and (above is None or result > above)
+    if not (math.isfinite(result) and fits and (below is None or result < below)):
+        raise ValueError(f"{name} should be {' and '.join(bounds) or 'finite'}, not {describe(value)}")
+    return result
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
