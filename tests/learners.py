@@ -79,8 +79,8 @@ class Affine(Layer):
 
     def backward(self, dy: Any, tape: Any, *, grads: Any = None) -> Any:
         x, targets = self._kept(tape), self._targets(grads)
-        targets["weight"][...] += np.einsum("...i,...j->ij", dy, x)
-        targets["bias"][...] += dy.sum(tuple(range(dy.ndim - 1)))
+        targets["weight"][...] += np.einsum("bti,btj->ij", dy, x)
+        targets["bias"][...] += dy.sum((0, 1))
         return dy @ self._arrays["weight"]
 
 
