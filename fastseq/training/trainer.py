@@ -327,9 +327,8 @@ class _Run:
 
     def __init__(self, learner: _Learner, data: Any, validation: Any, optimiser: Any, schedule: Any, seed: Any) -> None:
         self.learner, self.model = learner, learner.model
-        self.seed = checks.seed("seed", seed)
-        if self.seed is None:
-            self.seed = int(np.random.SeedSequence().generate_state(1)[0])
+        known = checks.seed("seed", seed)
+        self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if known is None else known
         self.given_data = datasets.checked("data", data)
         self.data = datasets.seeded(self.given_data, self.seed)
         self.validation = None
@@ -410,7 +409,7 @@ class _Run:
             "epoch": self.epoch,
             "batch": self.index,
             "seed": self.seed,
-            "model": dict(self.model.parameters),
+            "model": self.model.state_dict(),
             "optimiser": {"kind": type(self.optimiser).__name__, "state": self.optimiser.state_dict()},
             "schedule": self.schedule.state_dict() if hasattr(self.schedule, "state_dict") else None,
             "data": self.data.state_dict() if hasattr(self.data, "state_dict") else None,
@@ -432,7 +431,7 @@ class _Run:
             if kind != type(self.optimiser).__name__:
                 raise ValueError(f"its optimiser is {kind}, not {type(self.optimiser).__name__}")
             for name, array in content["model"].items():
-                if array.dtype != self.model.dtype:
+                if name in self.model.parameters and array.dtype != self.model.dtype:
                     raise ValueError(f"its {name} is {array.dtype}, that of the model {self.model.dtype}")
             self.model.load_state_dict(content["model"])
             self.optimiser.load_state_dict(content["optimiser"]["state"])
