@@ -1,5 +1,7 @@
 # What simd/leaves.h declares; the comments are there.
 
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
 cdef extern from "simd/leaves.h" nogil:
     ctypedef enum fs_finish "enum fs_finish":
         FS_IDENTITY
@@ -7,6 +9,15 @@ cdef extern from "simd/leaves.h" nogil:
         FS_RELU
         FS_SIGMOID
         FS_BLEND
+        FS_ADD
+        FS_BACK_IDENTITY
+        FS_BACK_TANH
+        FS_BACK_RELU
+        FS_BACK_SIGMOID
+        FS_BACK_LSTM
+        FS_BACK_GRU_AFTER
+        FS_BACK_GRU_OUTPUT
+        FS_BACK_GRU_RESET
 
     enum:
         FS_CHAINS
@@ -21,6 +32,24 @@ cdef extern from "simd/leaves.h" nogil:
         const void *bias
         const void *h_bias
 
+    ctypedef struct fs_back:
+        const void **dy
+        const void **gates
+        const void **h
+        const void **h_before
+        const void **c
+        const void **c_before
+        const void **dc
+        void **dc_before
+        void **carry
+        void **middle
+        void **dh_total
+        void **dc_total
+        ptrdiff_t dy_next
+        ptrdiff_t gates_next
+        ptrdiff_t h_next
+        ptrdiff_t c_next
+
     ctypedef struct fs_step:
         const fs_weights *weights
         ptrdiff_t first
@@ -32,9 +61,21 @@ cdef extern from "simd/leaves.h" nogil:
         const void **x
         const void **h
         const void **carry
+        const void **c_before
         void **c
+        void **gates
+        const fs_back *back
         void **z
         void **out
+
+    ctypedef struct fs_softmax_sums:
+        double others
+        double target
+        double offset
+
+    ctypedef double (*fs_loss)(
+        ptrdiff_t n, const void *x, const void *targets, double delta, double scale, void *gradient,
+    ) noexcept nogil
 
     ctypedef struct fs_update:
         const void *p
@@ -67,11 +108,46 @@ cdef extern from "simd/leaves.h" nogil:
             const void *weight, const ptrdiff_t *gate_rows, int gates, int blocks,
             ptrdiff_t units, ptrdiff_t k, void *panels,
         ) noexcept nogil
+        void (*pack_groups)(const void **rows, ptrdiff_t n, ptrdiff_t columns, void *groups) noexcept nogil
+        void (*pack_panels)(
+            const void **rows, ptrdiff_t n, ptrdiff_t columns, ptrdiff_t first, ptrdiff_t last, void *panels,
+        ) noexcept nogil
+        void (*outer)(
+            ptrdiff_t n, ptrdiff_t groups, const void *a, const void *panel, int vectors, void *c, ptrdiff_t c_row,
+        ) noexcept nogil
+        void (*sum_rows)(const void **rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, void *sum) noexcept nogil
         void (*panels_product)(const fs_step *step, int vectors) noexcept nogil
         void (*plain)(const fs_step *step) noexcept nogil
         void (*lstm)(const fs_step *step) noexcept nogil
         void (*gru)(const fs_step *step) noexcept nogil
         void (*gru_gates)(const fs_step *step) noexcept nogil
+        void (*layer_norm)(
+            ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, const void *weight, const void *bias, void *y,
+            void *means, void *scales,
+        ) noexcept nogil
+        void (*layer_norm_dx)(
+            ptrdiff_t rows, ptrdiff_t n, const void *x, const void *weight, const void *means, const void *scales,
+            const void *dy, void *dx,
+        ) noexcept nogil
+        void (*layer_norm_sums)(
+            ptrdiff_t rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, const void *x, const void *means,
+            const void *scales, const void *dy, void *dweight, void *dbias,
+        ) noexcept nogil
+        void (*scatter_add)(
+            ptrdiff_t rows, const int64_t *ids, int64_t skip, ptrdiff_t width, ptrdiff_t first, ptrdiff_t last,
+            const void *dy, void *gradient,
+        ) noexcept nogil
+        void (*dropout)(
+            ptrdiff_t n, const void *x, void *y, uint64_t first, uint64_t seed, uint64_t stream, uint32_t threshold,
+            double scale,
+        ) noexcept nogil
+        void (*softmax_cross_entropy)(
+            ptrdiff_t rows, ptrdiff_t n, const void *x, const int64_t *targets, double smoothing, double scale,
+            void *gradient, fs_softmax_sums *sums,
+        ) noexcept nogil
+        fs_loss binary_cross_entropy
+        fs_loss squared_error
+        fs_loss huber
         void (*sgd)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
         void (*rmsprop)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
         void (*adam)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil

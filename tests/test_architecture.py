@@ -19,9 +19,15 @@ SOURCES = ROOT / "fastseq"
 # Each floor, from the ground up: its modules may import from floors below theirs, and from their own package.
 FLOORS = [
     ["fastseq.version", "fastseq._simd"],
-    ["fastseq.checks", "fastseq._recurrent", "fastseq._optimisers"],
-    ["fastseq.threads", "fastseq.io", "fastseq.reference.operations", "fastseq.reference.optimisers"],
-    ["fastseq.state"],
+    ["fastseq.checks", "fastseq._recurrent", "fastseq._dense", "fastseq._losses", "fastseq._optimisers"],
+    [
+        "fastseq.threads",
+        "fastseq.io",
+        "fastseq.reference.operations",
+        "fastseq.reference.dense",
+        "fastseq.reference.optimisers",
+    ],
+    ["fastseq.state", "fastseq.losses", "fastseq.reference.loss_operations"],
     ["fastseq.layers"],
     ["fastseq.reference", "fastseq.training"],
     ["fastseq"],
@@ -123,7 +129,7 @@ def test_no_flag_lets_the_compiler_change_the_arithmetic():
     assert not re.search("fast-math|Ofast|unsafe-math|associative-math|reciprocal-math|finite-math", text)
 
 
-@pytest.mark.parametrize("module", ["_simd", "_recurrent", "_optimisers"])
+@pytest.mark.parametrize("module", ["_simd", "_recurrent", "_dense", "_losses", "_optimisers"])
 def test_stubs_name_what_the_compiled_modules_have(module):
     compiled = importlib.import_module(f"fastseq.{module}")
     has = {n for n, value in vars(compiled).items() if not n.startswith("_") and not isinstance(value, ModuleType)}

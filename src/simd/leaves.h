@@ -19,6 +19,7 @@
 #define FASTSEQ_LEAVES_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 /* What a unit of one gate does with its pre-activation. */
 enum fs_finish {
@@ -26,7 +27,17 @@ enum fs_finish {
     FS_TANH,     /* h = tanh(a)                           */
     FS_RELU,     /* h = max(a, 0)                         */
     FS_SIGMOID,  /* h = sigmoid(a)                        */
-    FS_BLEND     /* h = (1 - z) * tanh(a) + z * carry     */
+    FS_BLEND,    /* h = (1 - z) * tanh(a) + z * carry     */
+    FS_ADD,      /* h += a                                */
+    /* And where the step is one of a backward pass: see backward.h. */
+    FS_BACK_IDENTITY,
+    FS_BACK_TANH,
+    FS_BACK_RELU,
+    FS_BACK_SIGMOID,
+    FS_BACK_LSTM,
+    FS_BACK_GRU_AFTER,
+    FS_BACK_GRU_OUTPUT,
+    FS_BACK_GRU_RESET
 };
 
 /* Sums of `multiply_adds`: enough to hide the latency of one behind the others. */
@@ -45,6 +56,29 @@ typedef struct fs_weights {
 } fs_weights;
 
 /*
+ * What a backward step needs beside the fields of fs_step. Arrays of pointers have one entry a row, and point to
+ * [units] reals where nothing else is said. `units` is what the cell has of them: gates, c and dc are its own, dy and
+ * dh_total those of its output.
+ */
+typedef struct fs_back {
+    const void *const *dy;       /* IN  gradient of the output of this step; NULL: none joins here         */
+    const void *const *gates;    /* IN  [gates][units]: the row of the tape                                */
+    const void *const *h;        /* IN  h after the step, RNN                                              */
+    const void *const *h_before; /* IN  h before the step, GRU                                             */
+    const void *const *c;        /* IN  c after the step, LSTM                                             */
+    const void *const *c_before; /* IN  c before the step, LSTM                                            */
+    const void *const *dc;       /* IN  gradient that reaches c from later steps, LSTM                     */
+    void *const *dc_before;      /* OUT gradient of c before the step, LSTM; may be dc                     */
+    void *const *carry; /* OUT what reaches h before the step but through the recurrent weights, GRU; may be
+                                    `init` of the same step */
+    void *const *middle; /* OUT o * tanh(c) or r * h: what a second product of the cell took; or NULL */
+    void *const *dh_total; /* OUT gradient of h after the step, or NULL                              */
+    void *const *dc_total; /* OUT gradient of c after the step, or NULL                              */
+    /* Bytes from the rows of this step to those of the one before it, which comes next and is fetched ahead. */
+    ptrdiff_t dy_next, gates_next, h_next, c_next;
+} fs_back;
+
+/*
  * One time step for `rows` rows and the panels [first, last). All arrays of pointers have one entry a row.
  * Input rows (x, h, carry, init) may be shared between rows; out, c and z rows are distinct from one another
  * and from every input row of the same step.
@@ -52,43 +86,58 @@ typedef struct fs_weights {
 typedef struct fs_step {
     const fs_weights *weights;
     ptrdiff_t first, last, rows;
-    int with_x;              /* 0: `init` holds the input part already                             */
-    enum fs_finish finish;   /* for `plain`                                                        */
+    int with_x; /* 0: `init` holds the input part already                             */
+    enum fs_finish finish; /* for `plain`                                                        */
     const void *const *init; /* IN  [panels][vectors][lanes]: the bias, or bias plus input part    */
-    const void *const *x;    /* IN  [x_size]; not read when with_x is 0                            */
-    const void *const *h;    /* IN  [h_size]: what the recurrent weights multiply                  */
-    const void *const *carry;/* IN  [units]: h of the step before, where a GRU carries it over     */
-    void *const *c;          /* IN/OUT [units]: the LSTM's cell state                              */
-    void *const *z;          /* GRU that resets before: OUT of `gru_gates`, IN of FS_BLEND, [units] */
-    void *const *out;        /* OUT [units]: h; of `gru_gates`: r * h; of `panels_product`: see below */
+    const void *const *x; /* IN  [x_size]; not read when with_x is 0                            */
+    const void *const *h; /* IN  [h_size]: what the recurrent weights multiply                  */
+    const void *const *carry; /* IN  [units]: h of the step before, where a GRU carries it over     */
+    const void *const *c_before; /* IN [units]: the LSTM's cell state                              */
+    void *const *c; /* OUT [units]: the same after the step; may be c_before              */
+    void *const *gates; /* OUT [gates][units]: what backward needs, or NULL                   */
+    const fs_back *back; /* a backward step: `out` takes gradients of pre-activations; or NULL */
+    void *const *z; /* GRU that resets before: OUT of `gru_gates`, IN of FS_BLEND, [units] */
+    void *const *out; /* OUT [units]: h; of `gru_gates`: r * h; of `panels_product`: see below */
 } fs_step;
+
+/* What the softmax cross-entropy of a row is made of: see simd/losses.h. */
+typedef struct fs_softmax_sums {
+    double others, target, offset;
+} fs_softmax_sums;
+
+/*
+ * A loss of n elements: returns the sum of their losses; gradient[i] = scale d loss / d x[i]. Only `huber` looks at
+ * delta.
+ */
+typedef double (*fs_loss)(ptrdiff_t n, const void *x, const void *targets, double delta, double scale,
+                          void *gradient);
 
 /*
  * One step of an optimiser over one parameter of n reals. `out` is distinct from every other array. The numbers are
  * rounded to the table's real type; a slot that an optimiser does not use is NULL.
  */
 typedef struct fs_update {
-    const void *p;       /* IN     [n]: the parameter                                              */
-    const void *g;       /* IN     [n]: its gradient                                               */
-    void *first;         /* IN/OUT [n]: momentum of `sgd` (or NULL) and `adam`; squares of `rmsprop` */
-    void *second;        /* IN/OUT [n]: squares of `adam`; momentum of `rmsprop` (or NULL)         */
-    void *out;           /* OUT    [n]: the parameter after the step                               */
-    double rate;         /* how far along the direction; of `adam`, lr over the bias of the mean   */
-    double decay;        /* added to the gradient, times the parameter                             */
-    double keep;         /* of `adam`: the parameter is multiplied by this first                   */
-    double momentum;     /* of `sgd` and `rmsprop`: how much of the momentum stays                 */
-    double take_first;   /* of `adam`: share of the gradient in the mean, 1 - beta1                */
-    double keep_second;  /* share of the squares that stays: beta2 or alpha                        */
-    double take_second;  /* share of the new square, 1 - keep_second                               */
-    double unbias;       /* of `adam`: 1 / sqrt(1 - beta2^t)                                       */
-    double eps;          /* added to the root of the squares                                       */
-    int nesterov;        /* of `sgd`                                                               */
+    const void *p; /* IN     [n]: the parameter                                              */
+    const void *g; /* IN     [n]: its gradient                                               */
+    void *first; /* IN/OUT [n]: momentum of `sgd` (or NULL) and `adam`; squares of `rmsprop` */
+    void *second; /* IN/OUT [n]: squares of `adam`; momentum of `rmsprop` (or NULL)         */
+    void *out; /* OUT    [n]: the parameter after the step                               */
+    double rate; /* how far along the direction; of `adam`, lr over the bias of the mean   */
+    double decay; /* added to the gradient, times the parameter                             */
+    double keep; /* of `adam`: the parameter is multiplied by this first                   */
+    double momentum; /* of `sgd` and `rmsprop`: how much of the momentum stays                 */
+    double take_first; /* of `adam`: share of the gradient in the mean, 1 - beta1                */
+    double keep_second; /* share of the squares that stays: beta2 or alpha                        */
+    double take_second; /* share of the new square, 1 - keep_second                               */
+    double unbias; /* of `adam`: 1 / sqrt(1 - beta2^t)                                       */
+    double eps; /* added to the root of the squares                                       */
+    int nesterov; /* of `sgd`                                                               */
 } fs_update;
 
 typedef struct fs_leaves {
-    const char *set;  /* "baseline", "avx2" or "avx512"                                  */
-    int lanes;        /* reals in a vector                                               */
-    int item_size;    /* bytes in a real                                                 */
+    const char *set; /* "baseline", "avx2" or "avx512"                                  */
+    int lanes; /* reals in a vector                                               */
+    int item_size; /* bytes in a real                                                 */
     int tile_rows[5]; /* [v]: the most rows a tile takes at v (3 or 4) vectors a row     */
 
     /* y[i] = f(x[i]) for n reals; x and y may be the same array. At most 2 ulp in float32. */
@@ -102,6 +151,19 @@ typedef struct fs_leaves {
      */
     void (*pack)(const void *weight, const ptrdiff_t *gate_rows, int gates, int blocks, ptrdiff_t units,
                  ptrdiff_t k, void *panels);
+
+    /*
+     * C += A^T B, summed over the n rows of A and B one after another; a row of each is where rows[k] points.
+     * pack_groups: [group][n][tile_rows[4]], every group whole; pack_panels: [panel][n][4][lanes], the panels
+     * [first, last). outer: `groups` groups against one panel, into tile_rows[4] * groups rows of c that lie c_row
+     * reals apart. sum_rows: sum += every row of A, columns [first, last).
+     */
+    void (*pack_groups)(const void *const *rows, ptrdiff_t n, ptrdiff_t columns, void *groups);
+    void (*pack_panels)(const void *const *rows, ptrdiff_t n, ptrdiff_t columns, ptrdiff_t first,
+                        ptrdiff_t last, void *panels);
+    void (*outer)(ptrdiff_t n, ptrdiff_t groups, const void *a, const void *panel, int vectors, void *c,
+                  ptrdiff_t c_row);
+    void (*sum_rows)(const void *const *rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, void *sum);
 
     /* The limits, measured: rounds of FS_CHAINS vectors of multiply-adds on registers; rounds of reading n reals. */
     double (*multiply_adds)(ptrdiff_t rounds);
@@ -118,6 +180,23 @@ typedef struct fs_leaves {
     void (*gru)(const fs_step *step);
     /* Gates r, z of the GRU that resets before; 2 blocks. */
     void (*gru_gates)(const fs_step *step);
+
+    /* Rows of n reals, one behind the other: simd/rows.h has the equations. weight and bias may be NULL. */
+    void (*layer_norm)(ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, const void *weight,
+                       const void *bias, void *y, void *means, void *scales);
+    void (*layer_norm_dx)(ptrdiff_t rows, ptrdiff_t n, const void *x, const void *weight, const void *means,
+                          const void *scales, const void *dy, void *dx);
+    void (*layer_norm_sums)(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, const void *x,
+                            const void *means, const void *scales, const void *dy, void *dweight, void *dbias);
+    void (*scatter_add)(ptrdiff_t rows, const int64_t *ids, int64_t skip, ptrdiff_t width, ptrdiff_t first,
+                        ptrdiff_t last, const void *dy, void *gradient);
+    void (*dropout)(ptrdiff_t n, const void *x, void *y, uint64_t first, uint64_t seed, uint64_t stream,
+                    uint32_t threshold, double scale);
+
+    /* simd/losses.h */
+    void (*softmax_cross_entropy)(ptrdiff_t rows, ptrdiff_t n, const void *x, const int64_t *targets,
+                                  double smoothing, double scale, void *gradient, fs_softmax_sums *sums);
+    fs_loss binary_cross_entropy, squared_error, huber;
 
     /* One step of an optimiser over the elements [first, last); fastseq/reference/optimisers.py has the equations. */
     void (*sgd)(const fs_update *update, ptrdiff_t first, ptrdiff_t last);
