@@ -29,7 +29,7 @@ FLOORS = [
     ],
     ["fastseq.state", "fastseq.losses", "fastseq.reference.loss_operations"],
     ["fastseq.layers"],
-    ["fastseq.reference", "fastseq.training"],
+    ["fastseq.reference", "fastseq.training", "fastseq.init"],
     ["fastseq"],
     ["fastseq.cli"],
     ["fastseq.__main__"],

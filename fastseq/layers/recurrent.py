@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import numpy as np
 
-from fastseq import _recurrent, checks, threads
+from fastseq import _dense, _recurrent, checks, threads
 from fastseq.checks import Array
-from fastseq.layers.base import Layer, Tape
+from fastseq.layers.base import Layer, Tape, mask_seed
 from fastseq.state import LSTMState, State, adopt
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # of one direction of one layer
@@ -31,7 +31,7 @@ class Recurrent(Layer):
     # The set of operations: `pack`, `run`, `fits`, `step`, `forward`, `gates` and `backward`, compiled or in NumPy;
     # and the set that has `dropout`.
     _operations: ClassVar[Any] = _recurrent
-    _dense: ClassVar[Any]
+    _dense: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _gates: ClassVar[int]
     _state_class: ClassVar[type[State]] = State
@@ -91,9 +91,11 @@ class Recurrent(Layer):
         }
         self._packed: tuple[Mapping[str, Array], Any] | None = None
         self._arrays = {}
-        rng = np.random.default_rng(self.seed)
-        bound = 1 / np.sqrt(self.hidden_size)  # PyTorch's default
-        self._replace({n: rng.uniform(-bound, bound, s) for n, s in self._parameter_shapes().items()})
+        self._replace(self._initial(np.random.default_rng(self.seed)))
+
+    def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
+        bound = 1 / np.sqrt(self.hidden_size)
+        return {name: rng.uniform(-bound, bound, shape) for name, shape in self._parameter_shapes().items()}
 
     def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         rows, outputs = self._gates * self.hidden_size, self._output_size
@@ -314,14 +316,12 @@ class Recurrent(Layer):
             lengths = checks.lengths(lengths, *x.shape[:2])
         if resets is not None:
             resets = checks.resets(resets, x.shape[0], x.shape[1], batched)
-        seed = checks.seed("seed", seed)
+        masks: int | None = mask_seed(seed)
         if self.dropout == 0 or self.num_layers == 1:
-            seed = None
-        elif seed is None:
-            seed = int(np.random.default_rng().integers(2**63))
-        y, end, tapes = self._through(cells, x, h, c, lengths, resets, seed)
+            masks = None
+        y, end, tapes = self._through(cells, x, h, c, lengths, resets, masks)
         y.flags.writeable = False
-        return (y if batched else y[0]), end, Tape(self, Kept(tapes, batched, y.shape, seed))
+        return (y if batched else y[0]), end, Tape(self, Kept(tapes, batched, y.shape, masks))
 
     def backward(
         self, dy: Any, tape: Tape, *, dstate: Any = None, truncate: Any = None, grads: Any = None
