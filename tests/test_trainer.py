@@ -597,6 +597,18 @@ def test_checkpoints_are_kept_to_a_number_with_the_best_beside(tmp_path: Path) -
     assert files(tmp_path / "epochs") == [name_of(step) for step in (19, 38, 40)]
 
 
+def test_a_run_from_an_older_checkpoint_keeps_its_own(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "checkpoint": tmp_path,
+        "checkpoint_every": 10,
+        "validation": None,
+        "validate_every": None,
+    }
+    train(steps=50, keep=None, **options)
+    train(steps=25, keep=1, resume=tmp_path / name_of(20), **options)
+    assert files(tmp_path) == [name_of(step) for step in (25, 30, 40, 50)]
+
+
 def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
     model, history, _ = train(steps=20, checkpoint=tmp_path, patience=9)
     content = load_checkpoint(tmp_path / name_of(20))
