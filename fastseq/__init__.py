@@ -8,7 +8,7 @@
 ((8, 100, 128), (8, 1, 128))
 """
 
-from fastseq import reference
+from fastseq import models, reference
 from fastseq.io import load
 from fastseq.layers import GRU, LSTM, RNN
 from fastseq.state import LSTMState, State
@@ -24,6 +24,7 @@ __all__ = [
     "__version__",
     "get_num_threads",
     "load",
+    "models",
     "reference",
     "set_num_threads",
 ]

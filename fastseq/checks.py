@@ -7,6 +7,7 @@ is checked again.
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,25 @@ def fraction(name: str, value: Any) -> float:
     if not 0 <= value < 1:
         raise ValueError(f"{name} should be in [0, 1), not {describe(value)}")
     return float(value)
+
+
+def number(
+    name: str, value: Any, *, least: float | None = None, above: float | None = None, below: float | None = None
+) -> float:
+    """A finite real number: at least `least`, more than `above`, less than `below`, where those are given."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} should be a number, not {describe(value)}")
+    bounds = [f"at least {least:g}"] if least is not None else []
+    bounds += [f"more than {above:g}"] if above is not None else []
+    bounds += [f"less than {below:g}"] if below is not None else []
+    try:
+        result = float(value)
+    except OverflowError:
+        result = math.inf
+    fits = (least is None or result >= least) and (above is None or result > above)
+    if not (math.isfinite(result) and fits and (below is None or result < below)):
+        raise ValueError(f"{name} should be {' and '.join(bounds) or 'finite'}, not {describe(value)}")
+    return result
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
@@ -131,6 +151,21 @@ def lengths(value: Any, batch: int, time: int) -> Array:
     if batch and (array.min() < 0 or array.max() > time):
         row = int(np.flatnonzero((array < 0) | (array > time))[0])
         raise ValueError(f"lengths should be in 0..{time}, but lengths[{row}] is {array[row]}")
+    return array.astype(np.int64)
+
+
+def ids(name: str, value: Any, count: int, real: Array | None = None) -> Array:
+    """An array of ids in 0..count-1, as int64; where `real` is False, the shape of the array, anything may stand."""
+    array = as_array(name, value)
+    if array.dtype.kind not in "iu" and (array.size or array.dtype.kind == "b"):
+        raise TypeError(f"{name} should hold integer ids, not {array.dtype}")
+    wrong = (array < 0) | (array >= count)
+    if real is not None:
+        wrong &= real
+    if wrong.any():
+        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        where = ", ".join(map(str, place))
+        raise ValueError(f"{name} should hold ids in 0..{count - 1}, but {name}[{where}] is {array[place]}")
     return array.astype(np.int64)
 
 

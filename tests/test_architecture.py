@@ -19,10 +19,11 @@ SOURCES = ROOT / "fastseq"
 # Each floor, from the ground up: its modules may import from floors below theirs, and from their own package.
 FLOORS = [
     ["fastseq.version", "fastseq._simd"],
-    ["fastseq.checks", "fastseq._recurrent"],
-    ["fastseq.threads", "fastseq.io", "fastseq.reference.operations"],
+    ["fastseq.checks", "fastseq._recurrent", "fastseq._models"],
+    ["fastseq.threads", "fastseq.io", "fastseq.reference.operations", "fastseq.reference.autoregression"],
     ["fastseq.state"],
     ["fastseq.layers"],
+    ["fastseq.models"],
     ["fastseq.reference"],
     ["fastseq"],
     ["fastseq.cli"],
@@ -119,7 +120,7 @@ def test_no_flag_lets_the_compiler_change_the_arithmetic():
     assert not re.search("fast-math|Ofast|unsafe-math|associative-math|reciprocal-math|finite-math", text)
 
 
-@pytest.mark.parametrize("module", ["_simd", "_recurrent"])
+@pytest.mark.parametrize("module", ["_simd", "_recurrent", "_models"])
 def test_stubs_name_what_the_compiled_modules_have(module):
     compiled = importlib.import_module(f"fastseq.{module}")
     has = {n for n, value in vars(compiled).items() if not n.startswith("_") and not isinstance(value, ModuleType)}
