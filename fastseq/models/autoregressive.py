@@ -200,7 +200,8 @@ class AutoRegressive(Model):
     def bic(self) -> Array:
         """Schwarz's criterion of each series that was fitted, (S,): p log n - 2 log L for its n residuals."""
         penalty: Array = (self.order + 2) * np.log(self._needs_fit()["counts"])
-        return penalty - 2 * self._log_likelihood()
+        result: Array = penalty - 2 * self._log_likelihood()
+        return result
 
     def _log_likelihood(self) -> Array:
         """Of what was fitted, at the variance that makes it largest."""
