@@ -8,7 +8,7 @@
 ((8, 100, 128), (8, 1, 128))
 """
 
-from fastseq import models, reference
+from fastseq import models, reference, training
 from fastseq.io import load
 from fastseq.layers import GRU, LSTM, RNN
 from fastseq.state import LSTMState, State
@@ -27,4 +27,5 @@ __all__ = [
     "models",
     "reference",
     "set_num_threads",
+    "training",
 ]

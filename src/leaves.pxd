@@ -36,6 +36,23 @@ cdef extern from "simd/leaves.h" nogil:
         void **z
         void **out
 
+    ctypedef struct fs_update:
+        const void *p
+        const void *g
+        void *first
+        void *second
+        void *out
+        double rate
+        double decay
+        double keep
+        double momentum
+        double take_first
+        double keep_second
+        double take_second
+        double unbias
+        double eps
+        int nesterov
+
     ctypedef struct fs_leaves:
         const char *set
         int lanes
@@ -55,5 +72,10 @@ cdef extern from "simd/leaves.h" nogil:
         void (*lstm)(const fs_step *step) noexcept nogil
         void (*gru)(const fs_step *step) noexcept nogil
         void (*gru_gates)(const fs_step *step) noexcept nogil
+        void (*sgd)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
+        void (*rmsprop)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
+        void (*adam)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
+        void (*scale)(ptrdiff_t n, void *x, double factor) noexcept nogil
+        double (*sum_of_squares)(ptrdiff_t n, const void *x) noexcept nogil
 
     const fs_leaves *fs_find_leaves(const char *set, int item_size)

@@ -19,10 +19,17 @@ SOURCES = ROOT / "fastseq"
 # Each floor, from the ground up: its modules may import from floors below theirs, and from their own package.
 FLOORS = [
     ["fastseq.version", "fastseq._simd"],
-    ["fastseq.checks", "fastseq._recurrent", "fastseq._models"],
-    ["fastseq.threads", "fastseq.io", "fastseq.reference.operations", "fastseq.reference.autoregression"],
+    ["fastseq.checks", "fastseq._recurrent", "fastseq._optimisers", "fastseq._models"],
+    [
+        "fastseq.threads",
+        "fastseq.io",
+        "fastseq.reference.operations",
+        "fastseq.reference.optimisers",
+        "fastseq.reference.autoregression",
+    ],
     ["fastseq.state"],
     ["fastseq.layers"],
+    ["fastseq.training"],
     ["fastseq.models"],
     ["fastseq.reference"],
     ["fastseq"],
@@ -30,7 +37,11 @@ FLOORS = [
     ["fastseq.__main__"],
 ]
 # What each floor may import from outside besides NumPy and the standard library.
-OUTSIDE = {"fastseq.io": {"safetensors"}, "fastseq.cli": {"matplotlib", "onnx", "onnxruntime", "openvino", "torch"}}
+OUTSIDE = {
+    "fastseq.io": {"safetensors"},
+    "fastseq.training": {"matplotlib", "safetensors", "tqdm"},
+    "fastseq.cli": {"matplotlib", "onnx", "onnxruntime", "openvino", "torch"},
+}
 # `load` gives back layers, which stand above it: it finds them by name, when it is called.
 LATE = {("fastseq.io", "fastseq"), ("fastseq.state", "fastseq.io")}
 
@@ -120,7 +131,7 @@ def test_no_flag_lets_the_compiler_change_the_arithmetic():
     assert not re.search("fast-math|Ofast|unsafe-math|associative-math|reciprocal-math|finite-math", text)
 
 
-@pytest.mark.parametrize("module", ["_simd", "_recurrent", "_models"])
+@pytest.mark.parametrize("module", ["_simd", "_recurrent", "_optimisers", "_models"])
 def test_stubs_name_what_the_compiled_modules_have(module):
     compiled = importlib.import_module(f"fastseq.{module}")
     has = {n for n, value in vars(compiled).items() if not n.startswith("_") and not isinstance(value, ModuleType)}
@@ -133,7 +144,9 @@ def test_stubs_name_what_the_compiled_modules_have(module):
             assert [a.arg for a in node.args.args] == list(inspect.signature(getattr(compiled, node.name)).parameters)
 
 
-@pytest.mark.parametrize("package", ["safetensors", "onnx", "onnxruntime", "torch", "matplotlib", "fastseq.cli"])
+@pytest.mark.parametrize(
+    "package", ["safetensors", "onnx", "onnxruntime", "torch", "matplotlib", "tqdm", "fastseq.cli"]
+)
 def test_import_of_fastseq_does_not_import(package):
     code = f"import sys, fastseq; sys.exit({package!r} in sys.modules)"
     folder = Path(fastseq.__file__).parent.parent

@@ -63,6 +63,28 @@ typedef struct fs_step {
     void *const *out;        /* OUT [units]: h; of `gru_gates`: r * h; of `panels_product`: see below */
 } fs_step;
 
+/*
+ * One step of an optimiser over one parameter of n reals. `out` is distinct from every other array. The numbers are
+ * rounded to the table's real type; a slot that an optimiser does not use is NULL.
+ */
+typedef struct fs_update {
+    const void *p;       /* IN     [n]: the parameter                                              */
+    const void *g;       /* IN     [n]: its gradient                                               */
+    void *first;         /* IN/OUT [n]: momentum of `sgd` (or NULL) and `adam`; squares of `rmsprop` */
+    void *second;        /* IN/OUT [n]: squares of `adam`; momentum of `rmsprop` (or NULL)         */
+    void *out;           /* OUT    [n]: the parameter after the step                               */
+    double rate;         /* how far along the direction; of `adam`, lr over the bias of the mean   */
+    double decay;        /* added to the gradient, times the parameter                             */
+    double keep;         /* of `adam`: the parameter is multiplied by this first                   */
+    double momentum;     /* of `sgd` and `rmsprop`: how much of the momentum stays                 */
+    double take_first;   /* of `adam`: share of the gradient in the mean, 1 - beta1                */
+    double keep_second;  /* share of the squares that stays: beta2 or alpha                        */
+    double take_second;  /* share of the new square, 1 - keep_second                               */
+    double unbias;       /* of `adam`: 1 / sqrt(1 - beta2^t)                                       */
+    double eps;          /* added to the root of the squares                                       */
+    int nesterov;        /* of `sgd`                                                               */
+} fs_update;
+
 typedef struct fs_leaves {
     const char *set;  /* "baseline", "avx2" or "avx512"                                  */
     int lanes;        /* reals in a vector                                               */
@@ -96,6 +118,14 @@ typedef struct fs_leaves {
     void (*gru)(const fs_step *step);
     /* Gates r, z of the GRU that resets before; 2 blocks. */
     void (*gru_gates)(const fs_step *step);
+
+    /* One step of an optimiser over the elements [first, last); fastseq/reference/optimisers.py has the equations. */
+    void (*sgd)(const fs_update *update, ptrdiff_t first, ptrdiff_t last);
+    void (*rmsprop)(const fs_update *update, ptrdiff_t first, ptrdiff_t last);
+    void (*adam)(const fs_update *update, ptrdiff_t first, ptrdiff_t last);
+    /* x[i] * factor, in place; the sum of x[i]^2 in double, in one order on every instruction set. */
+    void (*scale)(ptrdiff_t n, void *x, double factor);
+    double (*sum_of_squares)(ptrdiff_t n, const void *x);
 } fs_leaves;
 
 /* The table of an instruction set ("baseline", "avx2", "avx512") for reals of item_size bytes; NULL where this
