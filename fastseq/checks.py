@@ -154,19 +154,18 @@ def lengths(value: Any, batch: int, time: int) -> Array:
     return array.astype(np.int64)
 
 
-def ids(name: str, value: Any, count: int, real: Array | None = None) -> Array:
-    """An array of ids in 0..count-1, as int64; where `real` is False, the shape of the array, anything may stand."""
-    array = as_array(name, value)
-    if array.dtype.kind not in "iu" and (array.size or array.dtype.kind == "b"):
-        raise TypeError(f"{name} should hold integer ids, not {array.dtype}")
-    wrong = (array < 0) | (array >= count)
-    if real is not None:
-        wrong &= real
-    if wrong.any():
-        place = tuple(int(i) for i in np.argwhere(wrong)[0])
-        where = ", ".join(map(str, place))
-        raise ValueError(f"{name} should hold ids in 0..{count - 1}, but {name}[{where}] is {array[place]}")
-    return array.astype(np.int64)
+def resets(value: Any, batch: int, time: int, batched: bool) -> Array:
+    """Where states go back to zeros: (batch, time) booleans; (time,) where x has no batch."""
+    array = as_array("resets", value)
+    if array.dtype.kind != "b" and (array.size or isinstance(value, np.ndarray)):
+        raise TypeError(f"resets should hold booleans, not {array.dtype}")
+    wanted = (batch, time) if batched else (time,)
+    if array.shape != wanted:
+        hint = ""
+        if array.shape == (time, batch):
+            hint = "; it looks like (T, B): the batch comes first here, pass swapaxes(0, 1)"
+        raise ValueError(f"resets should be of shape {wanted}, one a step, not {array.shape}{hint}")
+    return np.array(array, dtype=bool, order="C").reshape(batch, time)
 
 
 def mapping(name: str, value: Any) -> Mapping[str, Any]:

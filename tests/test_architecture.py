@@ -26,6 +26,7 @@ FLOORS = [
         "fastseq.reference.operations",
         "fastseq.reference.optimisers",
         "fastseq.reference.autoregression",
+        "fastseq.reference.dense",
     ],
     ["fastseq.state"],
     ["fastseq.layers"],

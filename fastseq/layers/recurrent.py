@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import numpy as np
 
 from fastseq import _recurrent, checks, threads
 from fastseq.checks import Array
-from fastseq.layers.base import Layer
+from fastseq.layers.base import Layer, Tape
 from fastseq.state import LSTMState, State, adopt
 
+NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # of one direction of one layer
 MOST_LAYERS = 1024  # nobody stacks more, and each is some Python objects
+
+
+class Kept(NamedTuple):
+    """What is on the tape of a recurrent layer."""
+
+    tapes: tuple[Any, ...]  # one a layer, of the operation
+    batched: bool
+    y_shape: tuple[int, ...]  # with the batch
+    seed: int | None  # of the masks between layers; None: there are none
 
 
 class Recurrent(Layer):
     """What the three recurrent layers share."""
 
-    # The set of operations: `pack`, `run`, `fits` and `step`, compiled or in NumPy.
+    # The set of operations: `pack`, `run`, `fits`, `step`, `forward`, `gates` and `backward`, compiled or in NumPy;
+    # and the set that has `dropout`.
     _operations: ClassVar[Any] = _recurrent
+    _dense: ClassVar[Any]
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _gates: ClassVar[int]
     _state_class: ClassVar[type[State]] = State
@@ -105,21 +117,20 @@ class Recurrent(Layer):
         if packed is not None and packed[0] is arrays:
             return packed[1]
         cells = tuple(
-            tuple(
-                self._operations.pack(
-                    self._cell,
-                    arrays[f"weight_ih_{suffix}"],
-                    arrays[f"weight_hh_{suffix}"],
-                    arrays.get(f"bias_ih_{suffix}"),
-                    arrays.get(f"bias_hh_{suffix}"),
-                    arrays.get(f"weight_hr_{suffix}"),
-                )
-                for suffix in (_suffix(layer, direction) for direction in range(self._directions))
-            )
+            tuple(self._operations.pack(self._cell, *weights) for weights in self._by_direction(arrays, layer))
             for layer in range(self.num_layers)
         )
         self._packed = (arrays, cells)
         return cells
+
+    def _by_direction(self, arrays: Mapping[str, Array], layer: int) -> tuple[tuple[Array | None, ...], ...]:
+        """The arrays of one layer in the order the operations have them; None for what it does not have."""
+        suffixes = [_suffix(layer, direction) for direction in range(self._directions)]
+        return tuple(tuple(arrays.get(f"{name}_{suffix}") for name in NAMES) for suffix in suffixes)
+
+    def _slots_of(self, layer: int) -> slice:
+        """Where a layer's states stand among those of all layers."""
+        return slice(layer * self._directions, (layer + 1) * self._directions)
 
     def initial_state(self, batch_size: int) -> State:
         """The state of zeros that a sequence starts from when none is given.
@@ -137,24 +148,24 @@ class Recurrent(Layer):
         c = np.zeros((batch, self._slots, self.hidden_size), self.dtype) if self._state_class is LSTMState else None
         return h, c
 
-    def _state_arrays(self, state: Any, batch: int, time: int) -> tuple[Array, Array | None]:
+    def _state_arrays(self, state: Any, batch: int, time: int, argument: str = "state") -> tuple[Array, Array | None]:
         """The arrays of a state in any of the forms it may be given in, for `batch` rows of `time` steps."""
         if state is None:
             return self._zeros(batch)
         wants = self._state_class
         if isinstance(state, State):
             if type(state) is not wants:
-                raise TypeError(f"state should be a {wants.__name__}, not a {type(state).__name__}")
+                raise TypeError(f"{argument} should be a {wants.__name__}, not a {type(state).__name__}")
             given = tuple(state)
         elif wants is LSTMState:
             if not isinstance(state, tuple | list) or len(state) != 2:
-                raise TypeError(f"state should be an LSTMState or a pair (h, c), not {checks.describe(state)}")
+                raise TypeError(f"{argument} should be an LSTMState or a pair (h, c), not {checks.describe(state)}")
             given = tuple(state)
         else:
             given = (state,)
         arrays = []
         for part, value, width in zip("hc", given, (self._output_size, self.hidden_size), strict=False):
-            array = checks.real_array(f"state.{part}", value, self.dtype)
+            array = checks.real_array(f"{argument}.{part}", value, self.dtype)
             wanted = (batch, self._slots, width)
             if array.shape != wanted:
                 hint = ""
@@ -162,11 +173,23 @@ class Recurrent(Layer):
                     hint = "; it looks like (num_layers * D, B, H): the batch comes first here, pass swapaxes(0, 1)"
                 elif array.shape == (time, self._slots, width):
                     hint = "; x looks like (T, B, I): the batch comes first here, pass x.swapaxes(0, 1)"
-                raise ValueError(f"state.{part} should be of shape {wanted}, not {array.shape}{hint}")
+                raise ValueError(f"{argument}.{part} should be of shape {wanted}, not {array.shape}{hint}")
             arrays.append(array)
         return arrays[0], (arrays[1] if wants is LSTMState else None)
 
-    def __call__(self, x: Any, state: Any = None, *, lengths: Any = None) -> tuple[Array, State]:
+    @overload
+    def __call__(
+        self, x: Any, state: Any = ..., *, lengths: Any = ..., resets: Any = ..., return_gates: Literal[False] = ...
+    ) -> tuple[Array, State]: ...
+
+    @overload
+    def __call__(
+        self, x: Any, state: Any = ..., *, lengths: Any = ..., resets: Any = ..., return_gates: Literal[True]
+    ) -> tuple[Array, State, dict[str, Array]]: ...
+
+    def __call__(
+        self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, return_gates: Any = False
+    ) -> Any:
         """Run whole sequences; inference.
 
         Parameters
@@ -178,6 +201,11 @@ class Recurrent(Layer):
         lengths : array of shape (B,), optional
             The real steps of each row, integers in 0..T in any order; (1,) for one sequence. Past them `y` is 0
             and nothing in `x` matters; the state returned is the one after the last real step.
+        resets : array of bool of shape (B, T), or (T,), optional
+            True where a row's state goes back to zeros before the step; the reverse direction, which comes to a step
+            from the one after it, drops the state it comes with.
+        return_gates : bool
+            Whether to return what stood in the gates as well.
 
         Returns
         -------
@@ -185,6 +213,9 @@ class Recurrent(Layer):
             The outputs of the last layer at every step, forward then reverse.
         state : State or LSTMState
             Where each row ends.
+        gates : dict of ndarrays of shape (B, T, num_layers * D, H), or (T, num_layers * D, H)
+            With `return_gates`: "i", "f", "g", "o" and the cell state "c" of an LSTM, "r", "z" and "n" of a GRU, and
+            "h", the outputs of every layer. 0 past a row's length.
 
         Raises
         ------
@@ -196,17 +227,182 @@ class Recurrent(Layer):
             h, c = state.h, getattr(state, "c", None)
             batched = True
         else:
-            x = checks.real_array("x", x, self.dtype)
-            batched = x.ndim == 3
-            if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
-                raise ValueError(f"x should be of shape (B, T, {self.input_size}), not {x.shape}")
-            if not batched:
-                x = x[None]
-            h, c = self._state_arrays(state, *x.shape[:2])
+            x, h, c, batched = self._check_call(x, state)
         if lengths is not None:
             lengths = checks.lengths(lengths, *x.shape[:2])
-        y, h, c = self._operations.run(cells, x, h, c, lengths, threads.get_num_threads())
+        if resets is not None:
+            resets = checks.resets(resets, x.shape[0], x.shape[1], batched)
+        if return_gates is not False and checks.flag("return_gates", return_gates):
+            y, end, tapes = self._through(cells, x, h, c, lengths, resets, None)
+            of_layers = [self._operations.gates(tape) for tape in tapes]
+            gates = {name: _joined([gates[name] for gates in of_layers]) for name in of_layers[0]}
+            return (y, end, gates) if batched else (y[0], end, {name: array[0] for name, array in gates.items()})
+        y, h, c = self._operations.run(cells, x, h, c, lengths, resets, threads.get_num_threads())
         return (y if batched else y[0]), adopt(h, c)
+
+    def _check_call(self, x: Any, state: Any) -> tuple[Array, Array, Array | None, bool]:
+        """Inputs and state as the operations want them, and whether there was a batch."""
+        x = checks.real_array("x", x, self.dtype)
+        batched = x.ndim == 3
+        if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
+            raise ValueError(f"x should be of shape (B, T, {self.input_size}), not {x.shape}")
+        if not batched:
+            x = x[None]
+        return x, *self._state_arrays(state, *x.shape[:2]), batched
+
+    def _through(
+        self,
+        cells: Any,
+        x: Array,
+        h: Array,
+        c: Array | None,
+        lengths: Array | None,
+        resets: Array | None,
+        seed: int | None,
+    ) -> tuple[Array, State, tuple[Any, ...]]:
+        """All layers, dropout between them where there is a seed, and the tape of each."""
+        n_threads = threads.get_num_threads()
+        h_n, c_n = self._zeros(x.shape[0])
+        tapes = []
+        for layer, directions in enumerate(cells):
+            if layer and seed is not None:
+                x = self._dense.dropout(x, self.dropout, seed, layer - 1, n_threads)
+            slots = self._slots_of(layer)
+            c_0 = None if c is None else c[:, slots]
+            x, h_n[:, slots], end, tape = self._operations.forward(
+                directions, x, h[:, slots], c_0, lengths, resets, n_threads
+            )
+            if c_n is not None:
+                c_n[:, slots] = end
+            tapes.append(tape)
+        return x, _state_of(h_n, c_n), tuple(tapes)
+
+    def forward(
+        self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, seed: Any = None
+    ) -> tuple[Array, State, Tape]:
+        """Run whole sequences for training: what a call gives, but for dropout, and what `backward` needs.
+
+        Parameters
+        ----------
+        x, state, lengths, resets
+            As for a call. The tape refers to `x`, where no conversion was needed: leave it as it is until `backward`.
+        seed : int, optional
+            Fixes what dropout drops; by default another one each time.
+
+        Returns
+        -------
+        y : ndarray of shape (B, T, D * H), or (T, D * H)
+            The outputs of the last layer. Read-only, since the tape refers to them.
+        state : State or LSTMState
+            Where each row ends.
+        tape : Tape
+            For `backward`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be.
+        """
+        cells = self._cells()
+        given = state
+        x, h, c, batched = self._check_call(x, state)
+        if given is not None and not isinstance(given, State):
+            h, c = h.copy(), None if c is None else c.copy()  # whoever holds these arrays may change them
+        if lengths is not None:
+            lengths = checks.lengths(lengths, *x.shape[:2])
+        if resets is not None:
+            resets = checks.resets(resets, x.shape[0], x.shape[1], batched)
+        seed = checks.seed("seed", seed)
+        if self.dropout == 0 or self.num_layers == 1:
+            seed = None
+        elif seed is None:
+            seed = int(np.random.default_rng().integers(2**63))
+        y, end, tapes = self._through(cells, x, h, c, lengths, resets, seed)
+        y.flags.writeable = False
+        return (y if batched else y[0]), end, Tape(self, Kept(tapes, batched, y.shape, seed))
+
+    def backward(
+        self, dy: Any, tape: Tape, *, dstate: Any = None, truncate: Any = None, grads: Any = None
+    ) -> tuple[Array, State]:
+        """Backpropagation through time [1]_: gradients of the inputs, the initial state and all parameters.
+
+        Parameters
+        ----------
+        dy : array of shape (B, T, D * H), or (T, D * H)
+            The gradient of the loss with respect to the `y` of `forward`. Past a row's length nothing in it matters.
+        tape : Tape
+            What `forward` returned.
+        dstate : state, array (RNN, GRU) or pair of arrays (LSTM), optional
+            The gradient with respect to the state that `forward` returned; zeros by default.
+        truncate : int, optional
+            k: no gradient crosses from step mk to step mk - 1 of a layer's state, counted in each direction's own
+            order from its first real step. The initial state has the gradient of the first k steps. Between layers
+            nothing is cut.
+        grads : mapping from the name of every parameter to an array, optional
+            What the gradients are added to; by default the arrays in `grads` of the layer.
+
+        Returns
+        -------
+        dx : ndarray of the shape of x
+            The gradient with respect to `x`: 0 past a row's length.
+        dstate : State or LSTMState
+            The gradient with respect to the state that `forward` started from.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be.
+
+        References
+        ----------
+        .. [1] P. J. Werbos, "Backpropagation through time: what it does and how to do it", Proceedings of the IEEE
+           78, 1990.
+        """
+        dx, start, _ = self._back(dy, tape, dstate, truncate, grads, False)
+        return dx, start
+
+    def _flow(self, dy: Any, tape: Tape, dstate: Any) -> tuple[Array, Array | None]:
+        """The gradients of h and c after every step: (B, T, num_layers * D, H). Nothing is added anywhere."""
+        nowhere = {name: np.zeros_like(array) for name, array in self._arrays.items()}
+        _, _, flows = self._back(dy, tape, dstate, None, nowhere, True)
+        c = [flow[1] for flow in flows]
+        return _joined([flow[0] for flow in flows]), (None if c[0] is None else _joined(c))
+
+    def _back(
+        self, dy: Any, tape: Any, dstate: Any, truncate: Any, grads: Any, keep: bool
+    ) -> tuple[Array, State, list[Any]]:
+        """Undo `forward`; with `keep` what the operation kept of each layer as well."""
+        kept: Kept = self._kept(tape)
+        dy = checks.real_array("dy", dy, self.dtype)
+        shape = kept.y_shape if kept.batched else kept.y_shape[1:]
+        if dy.shape != shape:
+            raise ValueError(f"dy should be of the shape of y, {shape}, not {dy.shape}")
+        dy = dy.reshape(kept.y_shape) if kept.batched else dy[None]
+        dh = dc = None
+        if dstate is not None:
+            dh, dc = self._state_arrays(dstate, kept.y_shape[0], kept.y_shape[1], "dstate")
+        truncate = None if truncate is None else checks.size("truncate", truncate, 1)
+        grads = self._targets(grads)
+        n_threads = threads.get_num_threads()
+        dh_0, dc_0 = self._zeros(kept.y_shape[0])
+        flows: list[Any] = [None] * self.num_layers
+        for layer in reversed(range(self.num_layers)):
+            slots = self._slots_of(layer)
+            dy, dh_0[:, slots], start, flows[layer] = self._operations.backward(
+                kept.tapes[layer],
+                dy,
+                None if dh is None else dh[:, slots],
+                None if dc is None else dc[:, slots],
+                truncate,
+                self._by_direction(grads, layer),
+                keep,
+                n_threads,
+            )
+            if dc_0 is not None:
+                dc_0[:, slots] = start
+            if layer and kept.seed is not None:
+                dy = self._dense.dropout(dy, self.dropout, kept.seed, layer - 1, n_threads)
+        return (dy if kept.batched else dy[0]), _state_of(dh_0, dc_0), flows
 
     def step(self, x_t: Any, state: Any = None, *, out: Array | None = None) -> tuple[Array, State]:
         """Run one time step, for streams.
@@ -277,6 +473,19 @@ class Recurrent(Layer):
         settings += ["bias=False"] if "bias_ih_l0" not in shapes else []
         settings += ["bidirectional=True"] if "weight_hh_l0_reverse" in shapes else []
         return f"; it looks like the state dict of {kind}({', '.join(settings)})"
+
+
+def _state_of(h: Array, c: Array | None) -> State:
+    """A state of arrays that are nobody else's."""
+    h.flags.writeable = False
+    if c is not None:
+        c.flags.writeable = False
+    return adopt(h, c)
+
+
+def _joined(of_layers: list[Array]) -> Array:
+    """What every layer has for its own states, (B, T, D, H), for those of all."""
+    return of_layers[0] if len(of_layers) == 1 else np.concatenate(of_layers, axis=2)
 
 
 def _suffix(layer: int, direction: int) -> str:

@@ -1,7 +1,7 @@
 """The same layers over NumPy: what the compiled ones are compared with, and what there is to read.
 
 Every class here is the class of the same name in `fastseq`, with the same signature and parameters, over the
-operations in `fastseq.reference.operations`. It takes any floating dtype.
+operations in `fastseq.reference.operations` and `fastseq.reference.dense`. It takes any floating dtype.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from fastseq import layers
 from fastseq.io import load_into
-from fastseq.reference import operations
+from fastseq.reference import dense, operations
 from fastseq.state import LSTMState, State
 
 __all__ = ["GRU", "LSTM", "RNN", "LSTMState", "State", "load"]
@@ -21,18 +21,21 @@ __all__ = ["GRU", "LSTM", "RNN", "LSTMState", "State", "load"]
 class RNN(layers.RNN):  # noqa: D101
     __doc__ = layers.RNN.__doc__
     _operations: ClassVar[Any] = operations
+    _dense: ClassVar[Any] = dense
     _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 
 class LSTM(layers.LSTM):  # noqa: D101
     __doc__ = layers.LSTM.__doc__
     _operations: ClassVar[Any] = operations
+    _dense: ClassVar[Any] = dense
     _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 
 class GRU(layers.GRU):  # noqa: D101
     __doc__ = layers.GRU.__doc__
     _operations: ClassVar[Any] = operations
+    _dense: ClassVar[Any] = dense
     _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 

@@ -3,6 +3,7 @@
 from fastseq.training.checkpoints import load_checkpoint, save_checkpoint
 from fastseq.training.clipping import clip_grad_norm, clip_grad_value
 from fastseq.training.data import Batch, PaddedBatches, Streams, Windows
+from fastseq.training.flow import gradient_flow
 from fastseq.training.history import History
 from fastseq.training.optimisers import SGD, Adam, AdamW, RMSProp
 from fastseq.training.schedules import ConstantSchedule, CosineSchedule, PlateauSchedule, StepSchedule
@@ -27,6 +28,7 @@ __all__ = [
     "clip_grad_norm",
     "clip_grad_value",
     "fit",
+    "gradient_flow",
     "load_checkpoint",
     "save_checkpoint",
 ]
