@@ -8,9 +8,9 @@
 ((8, 100, 128), (8, 1, 128))
 """
 
-from fastseq import models, reference, training
+from fastseq import losses, models, reference, training
 from fastseq.io import load
-from fastseq.layers import GRU, LSTM, RNN
+from fastseq.layers import GRU, LSTM, RNN, Dropout, Embedding, LayerNorm, Linear
 from fastseq.state import LSTMState, State
 from fastseq.threads import get_num_threads, set_num_threads
 from fastseq.version import __version__
@@ -19,11 +19,16 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Dropout",
+    "Embedding",
     "LSTMState",
+    "LayerNorm",
+    "Linear",
     "State",
     "__version__",
     "get_num_threads",
     "load",
+    "losses",
     "models",
     "reference",
     "set_num_threads",

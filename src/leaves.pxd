@@ -1,5 +1,7 @@
 # What simd/leaves.h declares; the comments are there.
 
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
 cdef extern from "simd/leaves.h" nogil:
     ctypedef enum fs_finish "enum fs_finish":
         FS_IDENTITY
@@ -53,6 +55,15 @@ cdef extern from "simd/leaves.h" nogil:
         double eps
         int nesterov
 
+    ctypedef struct fs_softmax_sums:
+        double others
+        double target
+        double offset
+
+    ctypedef double (*fs_loss)(
+        ptrdiff_t n, const void *x, const void *targets, double delta, double scale, void *gradient,
+    ) noexcept nogil
+
     ctypedef struct fs_leaves:
         const char *set
         int lanes
@@ -77,5 +88,32 @@ cdef extern from "simd/leaves.h" nogil:
         void (*adam)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
         void (*scale)(ptrdiff_t n, void *x, double factor) noexcept nogil
         double (*sum_of_squares)(ptrdiff_t n, const void *x) noexcept nogil
+        void (*layer_norm)(
+            ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, const void *weight, const void *bias, void *y,
+            void *means, void *scales,
+        ) noexcept nogil
+        void (*layer_norm_dx)(
+            ptrdiff_t rows, ptrdiff_t n, const void *x, const void *weight, const void *means, const void *scales,
+            const void *dy, void *dx,
+        ) noexcept nogil
+        void (*layer_norm_sums)(
+            ptrdiff_t rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, const void *x, const void *means,
+            const void *scales, const void *dy, void *dweight, void *dbias,
+        ) noexcept nogil
+        void (*scatter_add)(
+            ptrdiff_t rows, const int64_t *ids, int64_t skip, ptrdiff_t width, ptrdiff_t first, ptrdiff_t last,
+            const void *dy, void *gradient,
+        ) noexcept nogil
+        void (*dropout)(
+            ptrdiff_t n, const void *x, void *y, uint64_t first, uint64_t seed, uint64_t stream, uint32_t threshold,
+            double scale,
+        ) noexcept nogil
+        void (*softmax_cross_entropy)(
+            ptrdiff_t rows, ptrdiff_t n, const void *x, const int64_t *targets, double smoothing, double scale,
+            void *gradient, fs_softmax_sums *sums,
+        ) noexcept nogil
+        fs_loss binary_cross_entropy
+        fs_loss squared_error
+        fs_loss huber
 
     const fs_leaves *fs_find_leaves(const char *set, int item_size)

@@ -17,7 +17,7 @@ from fastseq import checks
 from fastseq.checks import Array
 
 _FORMAT = "1"
-_LAYERS = ("RNN", "LSTM", "GRU")
+_LAYERS = ("RNN", "LSTM", "GRU", "Linear", "Embedding", "LayerNorm", "Dropout")
 _STATES = ("State", "LSTMState")
 _MODELS = ("MarkovChain", "AutoRegressive")
 _CLASSES = _LAYERS + _STATES + _MODELS

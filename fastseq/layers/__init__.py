@@ -1,5 +1,9 @@
 """The layers, over the compiled operations."""
 
+from fastseq.layers.dropout import Dropout
+from fastseq.layers.embedding import Embedding
+from fastseq.layers.linear import Linear
+from fastseq.layers.norm import LayerNorm
 from fastseq.layers.recurrent import GRU, LSTM, RNN
 
-__all__ = ["GRU", "LSTM", "RNN"]
+__all__ = ["GRU", "LSTM", "RNN", "Dropout", "Embedding", "LayerNorm", "Linear"]

@@ -197,10 +197,13 @@ class Layer:
         self.__init__(**state["config"])  # type: ignore[misc]
         self._replace(state["arrays"])
 
-    def __repr__(self) -> str:
+    def _making(self) -> str:
+        """The call that makes a layer of this configuration."""
         settings = ", ".join(f"{name}={value!r}" for name, value in self._config.items())
-        count = sum(array.size for array in self._arrays.values())
-        return f"{type(self).__name__}({settings}) with {count:,} parameters"
+        return f"{type(self).__name__}({settings})"
+
+    def __repr__(self) -> str:
+        return f"{self._making()} with {sum(array.size for array in self._arrays.values()):,} parameters"
 
 
 class Composite(Layer):
@@ -235,3 +238,14 @@ def _under(child: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """The entries of one child, under the names it has for them."""
     prefix = f"{child}."
     return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def mask_seed(seed: Any) -> int:
+    """The seed of the dropout masks of a forward: as given, or drawn."""
+    given = checks.seed("seed", seed)
+    return int.from_bytes(os.urandom(8), "little") >> 1 if given is None else given
+
+
+def child_seed(seed: int, child: int) -> int:
+    """The seed that a layer made of layers gives one of them."""
+    return int(np.random.SeedSequence(seed, spawn_key=(child,)).generate_state(1, np.uint64)[0] >> np.uint64(1))

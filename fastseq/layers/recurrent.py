@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import numpy as np
 
-from fastseq import _recurrent, checks, threads
+from fastseq import _dense, _recurrent, checks, threads
 from fastseq.checks import Array
 from fastseq.layers.base import Layer, Tape
 from fastseq.state import LSTMState, State, adopt
@@ -31,7 +31,7 @@ class Recurrent(Layer):
     # The set of operations: `pack`, `run`, `fits`, `step`, `forward`, `gates` and `backward`, compiled or in NumPy;
     # and the set that has `dropout`.
     _operations: ClassVar[Any] = _recurrent
-    _dense: ClassVar[Any]
+    _dense: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _gates: ClassVar[int]
     _state_class: ClassVar[type[State]] = State

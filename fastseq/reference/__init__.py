@@ -12,10 +12,22 @@ from typing import Any, ClassVar
 
 from fastseq import layers
 from fastseq.io import load_into
-from fastseq.reference import dense, operations
+from fastseq.reference import dense, losses, operations
 from fastseq.state import LSTMState, State
 
-__all__ = ["GRU", "LSTM", "RNN", "LSTMState", "State", "load"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Dropout",
+    "Embedding",
+    "LSTMState",
+    "LayerNorm",
+    "Linear",
+    "State",
+    "load",
+    "losses",
+]
 
 
 class RNN(layers.RNN):  # noqa: D101
@@ -36,6 +48,30 @@ class GRU(layers.GRU):  # noqa: D101
     __doc__ = layers.GRU.__doc__
     _operations: ClassVar[Any] = operations
     _dense: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class Linear(layers.Linear):  # noqa: D101
+    __doc__ = layers.Linear.__doc__
+    _operations: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class Embedding(layers.Embedding):  # noqa: D101
+    __doc__ = layers.Embedding.__doc__
+    _operations: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class LayerNorm(layers.LayerNorm):  # noqa: D101
+    __doc__ = layers.LayerNorm.__doc__
+    _operations: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class Dropout(layers.Dropout):  # noqa: D101
+    __doc__ = layers.Dropout.__doc__
+    _operations: ClassVar[Any] = dense
     _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 

@@ -1,29 +1,125 @@
-"""Dropout as the textbook writes it, over a mask that is computed where it is needed and never stored."""
+"""Linear, embedding, layer normalisation and dropout as the textbooks write them.
+
+Nothing here is shared with the compiled operations of `fastseq._dense`, which has the same functions. Arrays are
+(rows, width). Each `_backward` returns the gradient of x, and adds to the arrays given for those of the parameters.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from fastseq.checks import Array
 
-GOLDEN = 0x9E3779B97F4A7C15
+
+def linear_pack(weight: Array, bias: Array | None) -> tuple[Array, Array | None]:
+    """The weights as the two below want them."""
+    return weight, bias
 
 
-def splitmix64(state: Array) -> Array:
-    """64 bits that look random, of each of a row of counters; arithmetic is modulo 2⁶⁴."""
-    z = state + np.uint64(GOLDEN)
+def linear_forward(packed: tuple[Array, Array | None], x: Array, n_threads: int) -> Array:
+    """y = x W^T + b"""
+    W, b = packed
+    return x @ W.T if b is None else x @ W.T + b
+
+
+def linear_backward(
+    packed: tuple[Array, Array | None], x: Array, dy: Array, dweight: Array, dbias: Array | None, n_threads: int
+) -> Array:
+    """dx = dy W;  dW = dy^T x;  db = sum over rows of dy"""
+    W, _ = packed
+    dweight += dy.T @ x
+    if dbias is not None:
+        dbias += dy.sum(axis=0)
+    return dy @ W
+
+
+def embedding_forward(weight: Array, ids: Array, n_threads: int) -> Array:
+    """The rows of a matrix that ids (rows,) name."""
+    return weight[ids]
+
+
+def embedding_backward(ids: Array, dy: Array, dweight: Array, padding_idx: int, n_threads: int) -> None:
+    """Add each row of dy to the gradient of its id; that of `padding_idx` to none."""
+    counted = ids != padding_idx
+    np.add.at(dweight, ids[counted], dy[counted])
+
+
+def layer_norm_forward(
+    x: Array, weight: Array | None, bias: Array | None, eps: float, n_threads: int
+) -> tuple[Array, Array, Array]:
+    """y = (x - mean) / sqrt(variance + eps) weight + bias; mean and 1 / sqrt(variance + eps) are kept"""
+    mean = x.mean(axis=1)
+    d = x - mean[:, None]
+    scale = 1 / np.sqrt((d * d).mean(axis=1) + x.dtype.type(eps))
+    y = d * scale[:, None]
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y, mean, scale
+
+
+def layer_norm_backward(
+    x: Array,
+    weight: Array | None,
+    means: Array,
+    scales: Array,
+    dy: Array,
+    dweight: Array | None,
+    dbias: Array | None,
+    n_threads: int,
+) -> Array:
+    """With g = dy weight and x^ = (x - mean) scale: dx = scale (g - mean of g - x^ mean of g x^)"""
+    scale = scales[:, None]
+    normal = (x - means[:, None]) * scale
+    if dweight is not None:
+        dweight += (dy * normal).sum(axis=0)
+    if dbias is not None:
+        dbias += dy.sum(axis=0)
+    g = dy if weight is None else dy * weight
+    dx: Array = scale * (g - g.mean(axis=1, keepdims=True) - normal * (g * normal).mean(axis=1, keepdims=True))
+    return dx
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mix(z: Array) -> Array:
+    """The finaliser of splitmix64, of 64-bit unsigned integers that wrap around."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-def dropout(x: Array, p: float, seed: int, stream: int, n_threads: int) -> Array:
-    """Each element of x is 0 with probability p, else divided by 1 - p.
+def random_words(index: Array, seed: int, stream: int) -> Array:
+    """32 random bits for each 64-bit index into a stream of a seed: the hash that src/simd/rows.h defines."""
+    key = mix(mix(np.array([seed], np.uint64) + GOLDEN) + np.uint64(stream) + GOLDEN)
+    key = mix(key + (index >> np.uint64(32)) + GOLDEN)
+    h = index.astype(np.uint32) + key.astype(np.uint32)
+    h = ((h ^ (h >> np.uint32(17))) * np.uint32(0xED5AD4BB)) ^ (key >> np.uint64(32)).astype(np.uint32)
+    h = (h ^ (h >> np.uint32(11))) * np.uint32(0xAC4C1B51)
+    h = (h ^ (h >> np.uint32(15))) * np.uint32(0x31848BAB)
+    return h ^ (h >> np.uint32(14))
 
-    Which ones follows from `seed`, `stream` and their places, so that the gradient of the result, given as x, becomes
-    that of x.
+
+def dropout(x: Array, p: float, seed: int, stream: int, n_threads: int) -> Array:
+    """Each element of x times 1 / (1 - p), or 0 with probability p.
+
+    Its own backward: the same elements are kept for the same seed, stream and position.
+
+    Parameters
+    ----------
+    x : array
+        Contiguous; element i is the i-th in memory.
+    p : float in [0, 1)
+    seed, stream : int
+        What the mask is a function of, besides the position.
+    n_threads : int
+        For the compiled operation.
     """
-    key = splitmix64(splitmix64(np.array([seed], np.uint64)) ^ np.uint64((stream + 1) * GOLDEN % 2**64))
-    uniform = (splitmix64(key + np.arange(x.size, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
-    result: Array = np.where(uniform.reshape(x.shape) >= p, x * x.dtype.type(1 / (1 - p)), x.dtype.type(0))
-    return result
+    threshold = min(int(np.ceil(p * 2**32)), 2**32 - 1)
+    kept = random_words(np.arange(x.size, dtype=np.uint64), seed, stream) >= threshold
+    factor: Any = x.dtype.type(1 / (1 - p))
+    return np.where(kept.reshape(x.shape), x * factor, x.dtype.type(0))

@@ -19,6 +19,7 @@
 #define FASTSEQ_LEAVES_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 /* What a unit of one gate does with its pre-activation. */
 enum fs_finish {
@@ -85,6 +86,18 @@ typedef struct fs_update {
     int nesterov;        /* of `sgd`                                                               */
 } fs_update;
 
+/* What the softmax cross-entropy of a row is made of: see simd/losses.h. */
+typedef struct fs_softmax_sums {
+    double others, target, offset;
+} fs_softmax_sums;
+
+/*
+ * A loss of n elements: returns the sum of their losses; gradient[i] = scale d loss / d x[i]. Only `huber` looks at
+ * delta.
+ */
+typedef double (*fs_loss)(ptrdiff_t n, const void *x, const void *targets, double delta, double scale,
+                          void *gradient);
+
 typedef struct fs_leaves {
     const char *set;  /* "baseline", "avx2" or "avx512"                                  */
     int lanes;        /* reals in a vector                                               */
@@ -126,6 +139,23 @@ typedef struct fs_leaves {
     /* x[i] * factor, in place; the sum of x[i]^2 in double, in one order on every instruction set. */
     void (*scale)(ptrdiff_t n, void *x, double factor);
     double (*sum_of_squares)(ptrdiff_t n, const void *x);
+
+    /* Rows of n reals, one behind the other: simd/rows.h has the equations. weight and bias may be NULL. */
+    void (*layer_norm)(ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, const void *weight,
+                       const void *bias, void *y, void *means, void *scales);
+    void (*layer_norm_dx)(ptrdiff_t rows, ptrdiff_t n, const void *x, const void *weight, const void *means,
+                          const void *scales, const void *dy, void *dx);
+    void (*layer_norm_sums)(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, const void *x,
+                            const void *means, const void *scales, const void *dy, void *dweight, void *dbias);
+    void (*scatter_add)(ptrdiff_t rows, const int64_t *ids, int64_t skip, ptrdiff_t width, ptrdiff_t first,
+                        ptrdiff_t last, const void *dy, void *gradient);
+    void (*dropout)(ptrdiff_t n, const void *x, void *y, uint64_t first, uint64_t seed, uint64_t stream,
+                    uint32_t threshold, double scale);
+
+    /* simd/losses.h */
+    void (*softmax_cross_entropy)(ptrdiff_t rows, ptrdiff_t n, const void *x, const int64_t *targets,
+                                  double smoothing, double scale, void *gradient, fs_softmax_sums *sums);
+    fs_loss binary_cross_entropy, squared_error, huber;
 } fs_leaves;
 
 /* The table of an instruction set ("baseline", "avx2", "avx512") for reals of item_size bytes; NULL where this

@@ -1,0 +1,136 @@
+"""Embedding: a row of a matrix for every symbol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fastseq import _dense, checks, threads
+from fastseq.checks import Array
+from fastseq.layers.base import Layer, Tape
+
+
+class Embedding(Layer):
+    """A vector for every symbol: y = the row of `weight` that an id names.
+
+    Parameters
+    ----------
+    num_embeddings, embedding_dim : int
+        V and D: the parameter `weight` is (V, D).
+    padding_idx : int, optional
+        An id, -V..V-1, whose row starts at zero and gets no gradient.
+    dtype : {"float32", "float64"}
+        Of parameters and outputs.
+    seed : int, optional
+        Fixes the initial parameters, normal with mean 0 and variance 1.
+    """
+
+    # The set of operations, compiled or in NumPy.
+    _operations: ClassVar[Any] = _dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    seed: int | None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        padding_idx: int | None = None,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        self.num_embeddings = checks.size("num_embeddings", num_embeddings, 1)
+        self.embedding_dim = checks.size("embedding_dim", embedding_dim, 1)
+        if padding_idx is not None:
+            index = checks.size("padding_idx", padding_idx, -self.num_embeddings)
+            if index >= self.num_embeddings:
+                raise ValueError(f"padding_idx should be less than num_embeddings={num_embeddings}, not {index}")
+            padding_idx = index % self.num_embeddings
+        self.padding_idx = padding_idx
+        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.seed = checks.seed("seed", seed)
+        self._config = {
+            "num_embeddings": self.num_embeddings,
+            "embedding_dim": self.embedding_dim,
+            "padding_idx": self.padding_idx,
+            "dtype": self.dtype.name,
+            "seed": self.seed,
+        }
+        self._arrays = {}
+        self._replace(self._initial(np.random.default_rng(self.seed)))
+
+    def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
+        """Parameters to start from: PyTorch's default."""
+        weight = rng.normal(size=(self.num_embeddings, self.embedding_dim))
+        if self.padding_idx is not None:
+            weight[self.padding_idx] = 0
+        return {"weight": weight}
+
+    def __call__(self, ids: Any) -> Array:
+        """Look up some symbols.
+
+        Parameters
+        ----------
+        ids : array
+            Of any shape and integer dtype, each in 0..V-1.
+
+        Returns
+        -------
+        y : ndarray of shape (..., D)
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be; of an id out of range, its position and value.
+        """
+        return self._looked_up(checks.ids("ids", ids, self.num_embeddings))
+
+    def forward(self, ids: Any, seed: int | None = None) -> tuple[Array, Tape]:
+        """Call, and keep what `backward` needs.
+
+        Parameters
+        ----------
+        ids : array
+            Of any shape and integer dtype, each in 0..V-1. Not to be changed as long as the tape is used.
+        seed : int, optional
+            Nothing here is random.
+
+        Returns
+        -------
+        y : ndarray of shape (..., D)
+        tape : Tape
+        """
+        checks.seed("seed", seed)
+        ids = checks.ids("ids", ids, self.num_embeddings)
+        return self._looked_up(ids), Tape(self, ids)
+
+    def _looked_up(self, ids: Array) -> Array:
+        y: Array = self._operations.embedding_forward(
+            self._arrays["weight"], ids.reshape(-1), threads.get_num_threads()
+        )
+        return y.reshape(*ids.shape, self.embedding_dim)
+
+    def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> None:
+        """Gradient of the parameter, given that of the outputs; symbols have none, and there is nothing to return.
+
+        Parameters
+        ----------
+        dy : array of shape (..., D)
+        tape : Tape
+            What `forward` returned.
+        grads : mapping from str to ndarray, optional
+            Where the gradient of the parameter is added; `grads` of the layer by default.
+        """
+        ids = self._kept(tape)
+        dy = checks.like("dy", dy, self.dtype, (*ids.shape, self.embedding_dim)).reshape(-1, self.embedding_dim)
+        none = -1  # no id
+        padding = none if self.padding_idx is None else self.padding_idx
+        self._operations.embedding_backward(
+            ids.reshape(-1), dy, self._targets(grads)["weight"], padding, threads.get_num_threads()
+        )
