@@ -11,6 +11,7 @@
 from fastseq import losses, models, reference, training
 from fastseq.io import load
 from fastseq.layers import GRU, LSTM, RNN, Dropout, Embedding, LayerNorm, Linear
+from fastseq.reference import models as _reference_models  # noqa: F401  so that it is there
 from fastseq.state import LSTMState, State
 from fastseq.threads import get_num_threads, set_num_threads
 from fastseq.version import __version__

@@ -306,3 +306,10 @@ def rollout_perceptron(
         job.hidden * (job.order + 10), n_threads,
     )
     return np.ascontiguousarray(result[:, job.order:])
+
+
+def activate(cnp.ndarray x not None, str activation):
+    """What `rollout_perceptron` makes of its hidden units; see `fastseq.reference.autoregression.activate`."""
+    if activation == "relu":
+        return np.maximum(x, 0)
+    return getattr(_simd, activation)(x)

@@ -19,7 +19,7 @@ from fastseq.checks import Array
 _FORMAT = "1"
 _LAYERS = ("RNN", "LSTM", "GRU", "Linear", "Embedding", "LayerNorm", "Dropout")
 _STATES = ("State", "LSTMState")
-_MODELS = ("MarkovChain", "AutoRegressive")
+_MODELS = ("MarkovChain", "AutoRegressive", "RecurrentLM", "RecurrentForecaster")
 _CLASSES = _LAYERS + _STATES + _MODELS
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}
 

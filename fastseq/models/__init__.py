@@ -5,5 +5,6 @@
 
 from fastseq.models.autoregressive import AutoRegressive
 from fastseq.models.markov import MarkovChain
+from fastseq.models.recurrent import RecurrentForecaster, RecurrentLM
 
-__all__ = ["AutoRegressive", "MarkovChain"]
+__all__ = ["AutoRegressive", "MarkovChain", "RecurrentForecaster", "RecurrentLM"]

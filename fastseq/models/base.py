@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastseq import checks, io
 from fastseq.checks import Array
-from fastseq.layers.base import Composite
+from fastseq.layers.base import Composite, child_seed
 
 
 class Model(Composite):
     """Layers with trained parameters, none in some models, and what `fit` measured beside them."""
 
     # The names of what `fit` measures: all of them are there, or none.
-    _measured: ClassVar[tuple[str, ...]] = ()
+    _measured: tuple[str, ...] = ()
     _fitted: Mapping[str, Array]
 
     def _start(self, config: dict[str, Any], **children: Any) -> None:
@@ -47,6 +47,11 @@ class Model(Composite):
     def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
         """Take all parameters, and what `fit` measured, from what `state_dict` returned.
 
+        Parameters
+        ----------
+        mapping : mapping from str to array
+            Without anything that `fit` measured, that stays as it is.
+
         Raises
         ------
         ValueError
@@ -57,7 +62,7 @@ class Model(Composite):
         if measured and len(measured) < len(self._measured):
             missing = [name for name in self._measured if name not in given]
             raise ValueError(f"mapping does not fit {self!r}: {', '.join(missing)} should be there too")
-        fitted = self._check_fitted(measured) if measured else {}
+        fitted = self._check_fitted(measured) if measured else self._fitted
         super().load_state_dict({name: value for name, value in given.items() if name not in measured})
         self._take_fitted(fitted)
 
@@ -71,6 +76,11 @@ class Model(Composite):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["config"])  # type: ignore[misc]
         self.load_state_dict(state["arrays"])
+
+
+def seeds_of(seed: int | None, count: int) -> list[int | None]:
+    """A seed for each of some layers."""
+    return [None if seed is None else child_seed(seed, i) for i in range(count)]
 
 
 class Symbols(NamedTuple):
@@ -269,51 +279,94 @@ def sample(logits: Array, temperature: float, uniform: Array) -> Array:
 class Series(NamedTuple):
     """Real-valued series as rows, padded."""
 
-    values: Array  # (S, T), contiguous
+    values: Array  # (S, T), or (S, T, I) of I values a step; contiguous
     lengths: Array  # (S,) int64
-    alone: bool  # given as (T,)
+    alone: bool  # given without the axis of series
+    flat: bool  # given without the axis of values, though `values` has it
 
     def like(self, result: Array) -> Array:
         """A result in the form the series were given in."""
+        if self.flat:
+            result = result[..., 0]
         return result[0] if self.alone else result
+
+    def real(self) -> Array:
+        """Where there are values and no padding, (S, T)."""
+        result: Array = np.arange(self.values.shape[1]) < self.lengths[:, None]
+        return result
 
     def check_finite(self, name: str) -> None:
         """Refuse what is not finite among the real values."""
-        wrong = ~np.isfinite(self.values) & (np.arange(self.values.shape[1]) < self.lengths[:, None])
+        wrong = ~np.isfinite(self.values)
+        wrong[~self.real()] = False
         if wrong.any():
-            row, step = np.argwhere(wrong)[0]
-            raise ValueError(f"{name} should be finite, but {name}[{row}, {step}] is {self.values[row, step]}")
+            place = tuple(int(i) for i in np.argwhere(wrong)[0])
+            where = ", ".join(map(str, place[: wrong.ndim - self.flat]))
+            raise ValueError(f"{name} should be finite, but {name}[{where}] is {self.values[place]}")
 
-    def recent(self, name: str, count: int) -> Array:
-        """The last `count` values of every series, (S, count)."""
-        if (self.lengths < count).any():
-            row = int(np.flatnonzero(self.lengths < count)[0])
-            raise ValueError(f"{name}[{row}] should have at least {count} values, not {self.lengths[row]}")
-        return np.ascontiguousarray(
-            np.take_along_axis(self.values, self.lengths[:, None] - count + np.arange(count), axis=1)
-        )
+    def check_lengths(self, name: str, least: int) -> None:
+        """Refuse series shorter than `least`."""
+        if (self.lengths < least).any():
+            row = int(np.flatnonzero(self.lengths < least)[0])
+            raise ValueError(f"{name}[{row}] should have at least {least} values, not {self.lengths[row]}")
+
+    def rows(self) -> list[Array]:
+        """The series one by one, without padding."""
+        return [row[:length] for row, length in zip(self.values, self.lengths, strict=True)]
 
 
-def series_of(name: str, value: Any, lengths: Any, dtype: np.dtype[Any]) -> Series:
-    """Series in any form they may be given in: (T,), (S, T) with or without lengths, or a list of arrays."""
+def series_of(name: str, value: Any, lengths: Any, dtype: np.dtype[Any], width: int | None = None) -> Series:
+    """Series in any form they may be given in: (T,), (S, T) with or without lengths, or a list of arrays.
+
+    Of `width` values a step each form has an axis more, which may be left out where that is one.
+    """
+    axes = 2 if width is not None and width > 1 else 1
+    form = "(T,)" if axes == 1 else f"(T, {width})"
     if lengths is None and _is_list_of_rows(value):
         rows = [checks.real_array(f"{name}[{i}]", row, dtype) for i, row in enumerate(value)]
         for i, row in enumerate(rows):
-            if row.ndim != 1:
-                raise ValueError(f"{name}[{i}] should be of shape (T,), not {row.shape}")
+            if row.ndim != axes or (axes == 2 and row.shape[1] != width):
+                raise ValueError(f"{name}[{i}] should be of shape {form}, not {row.shape}")
         counts = np.array([len(row) for row in rows], np.int64)
-        values = np.zeros((len(rows), counts.max()), dtype)
-        for into, row in zip(values, rows, strict=True):
+        array = np.zeros((len(rows), int(counts.max()), *rows[0].shape[1:]), dtype)
+        for into, row in zip(array, rows, strict=True):
             into[: len(row)] = row
-        return Series(values, counts, False)
-    array = checks.real_array(name, value, dtype)
-    if array.ndim not in (1, 2):
-        raise ValueError(f"{name} should be of shape (S, T) or (T,), or a list of arrays, not {array.shape}")
-    values = np.ascontiguousarray(array if array.ndim == 2 else array[None])
-    counts = np.full(len(values), values.shape[1], np.int64)
-    if lengths is not None:
-        counts = checks.lengths(lengths, *values.shape)
-    return Series(values, counts, array.ndim == 1)
+        alone = False
+    else:
+        array = checks.real_array(name, value, dtype)
+        if width == 1 and array.ndim == 3:
+            axes, form = 2, "(T, 1)"
+        if array.ndim not in (axes, axes + 1) or (axes == 2 and array.shape[-1] != width):
+            raise ValueError(f"{name} should be of shape (S, {form[1:]} or {form}, or a list, not {array.shape}")
+        alone = array.ndim == axes
+        array = array[None] if alone else array
+        counts = np.full(len(array), array.shape[1], np.int64)
+        if lengths is not None:
+            counts = checks.lengths(lengths, *array.shape[:2])
+    flat = width is not None and array.ndim == 2
+    return Series(np.ascontiguousarray(array[..., None] if flat else array), counts, alone, flat)
+
+
+def spread_of(values: Array) -> tuple[Array, Array]:
+    """Mean and standard deviation of each column of (N, I), in float64; a column of one value has 1."""
+    wide = values.astype(np.float64)
+    mean = wide.mean(axis=0)
+    deviation = wide.std(axis=0)
+    return mean, np.where(deviation > 0, deviation, 1.0)
+
+
+def gaussian(residuals: Array, counts: Array, sigma2: Array) -> Array:
+    """The log-density of the first `counts` residuals of each row of (S, T), of variance (S,) or (1,)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = row_sums(np.square(residuals, dtype=np.float64), counts)
+        variance = bounded(sigma2)
+        result: Array = -0.5 * (counts * np.log(2 * np.pi * variance) + squares / variance)
+    return result
+
+
+def bounded(sigma2: Array) -> Array:
+    """A variance that can be divided by: what is predicted without any error has a density without bound."""
+    return np.maximum(sigma2, np.finfo(np.float64).tiny)
 
 
 def row_sums(values: Array, counts: Array) -> Array:

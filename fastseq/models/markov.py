@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class MarkovChain(SymbolModel):
        Speech & Language 13, 1999: interpolated modified Kneser-Ney, discounts by their closed form.
     """
 
-    _measured: ClassVar[tuple[str, ...]] = ("grams", "counts")
+    _measured = ("grams", "counts")
 
     vocab_size: int
     order: int

@@ -128,3 +128,8 @@ def rollout_perceptron(
         hidden = _ACTIVATIONS[activation](y[:, t - order : t] @ hidden_weight.T + hidden_bias)
         y[:, t] = (hidden @ output_weight.T + output_bias)[:, 0]
     return y[:, order:]
+
+
+def activate(x: Array, activation: str) -> Array:
+    """What `rollout_perceptron` makes of its hidden units: "sigmoid", "tanh" or "relu" of each element."""
+    return _ACTIVATIONS[activation](x)
