@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -215,7 +216,7 @@ class SymbolModel(Model):
         temperature = checks.number("temperature", temperature, least=0)
         result = np.empty((len(given.lengths), max_new), np.int64)
         if result.size:
-            numbers = Uniforms(seed, _occurrences(given))
+            numbers = Uniforms(seed, _streams(given))
             logits, carried = self._begin(given)
             for i in range(max_new):
                 if i:
@@ -224,14 +225,15 @@ class SymbolModel(Model):
         return result if _is_list_of_rows(prompt) or np.ndim(prompt) == 2 else result[0]
 
 
-def _occurrences(given: Symbols) -> Array:
-    """How many earlier rows are equal to each row."""
+def _streams(given: Symbols) -> Array:
+    """A number for each row that its symbols and how many earlier rows are equal determine."""
     seen: dict[bytes, int] = {}
-    result = np.zeros(len(given.lengths), np.uint64)
+    result = np.empty(len(given.lengths), np.uint64)
     for i, row in enumerate(np.split(given.ids, np.cumsum(given.lengths)[:-1])):
-        key = row.tobytes()
-        result[i] = seen.get(key, 0)
-        seen[key] = int(result[i]) + 1
+        key = row.astype("<i8").tobytes()
+        seen[key] = seen.get(key, 0) + 1
+        digest = hashlib.blake2b(key + seen[key].to_bytes(8, "little"), digest_size=8).digest()
+        result[i] = int.from_bytes(digest, "little")
     return result
 
 
