@@ -1,7 +1,8 @@
 """Recurrent layers, compiled: packing the weights, and the loops over layers, directions, time and rows.
 
-`pack`, `run`, `fits` and `step` are the operations; `fastseq.reference.operations` has the same four in NumPy, and
-their documentation. Arguments were checked at the door.
+`pack`, `run`, `fits` and `step` are the operations, and for training `forward`, `gates` and `backward`, which are in
+bptt.pxi; `fastseq.reference.operations` has the same in NumPy, and their documentation. Arguments were checked at the
+door.
 
 A direction of a layer is a `Job`. The rows of the batch stand longest first, so that the rows still running at a
 step are the first ones. A job is done in one of two ways, chosen by `plan`:
@@ -18,10 +19,12 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport parallel, threadid
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from leaves cimport (
-    FS_BLEND, FS_IDENTITY, FS_RELU, FS_SIGMOID, FS_TANH, fs_finish, fs_leaves, fs_step, fs_weights,
+    FS_ADD, FS_BACK_GRU_AFTER, FS_BACK_GRU_OUTPUT, FS_BACK_GRU_RESET, FS_BACK_IDENTITY, FS_BACK_LSTM, FS_BACK_RELU,
+    FS_BACK_SIGMOID, FS_BACK_TANH, FS_BLEND, FS_IDENTITY, FS_RELU, FS_SIGMOID, FS_TANH, fs_back, fs_finish, fs_leaves,
+    fs_step, fs_weights,
 )
 
 import os
@@ -78,8 +81,16 @@ cdef Py_ssize_t AHEAD_BYTES = 1024 * 1024
 
 cdef enum:
     SMALL = 8192  # up to this many bytes of scratch stand on the stack
-    POINTERS = 9  # arrays of pointers that `walk` keeps, one entry a row
+    POINTERS = 12 # arrays of pointers that `walk` keeps, one entry a row
     AHEAD = 3     # and those of the input parts, one entry a row and step
+
+
+# The weights of a cell as backward multiplies with them: gradients of pre-activations in, of what they saw out.
+cdef struct Transposed:
+    fs_weights recurrent   # to h; of GRU_BEFORE its gates r and z only
+    fs_weights candidate   # to r * h, GRU_BEFORE
+    fs_weights projection  # to o * tanh(c), where the LSTM has one
+    fs_weights input       # to x
 
 
 cdef class Cell:
@@ -96,6 +107,10 @@ cdef class Cell:
     cdef fs_weights candidate
     cdef fs_weights projection
     cdef list buffers  # keeps what the pointers above point into
+    # For `backward`, which packs them its own way when it first runs.
+    cdef cnp.ndarray weight_ih, weight_hh, weight_hr
+    cdef Transposed transposed
+    cdef bint has_transposed
 
 
 cdef cnp.ndarray aligned(Cell cell, Py_ssize_t count):
@@ -154,6 +169,7 @@ def pack(str kind, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr):
     cell.input_size = weight_ih.shape[1]
     cell.hidden_size = weight_ih.shape[0] // gates
     cell.output_size = weight_hh.shape[1]
+    cell.weight_ih, cell.weight_hh, cell.weight_hr = weight_ih, weight_hh, weight_hr
     if bias_ih is None:
         bias_ih = bias_hh = np.zeros(len(weight_ih), weight_ih.dtype)
     with np.errstate(all="ignore"):  # inf and NaN are the user's
@@ -200,8 +216,17 @@ cdef struct Job:
     Py_ssize_t y_time
     const char *h            # where each row starts
     Py_ssize_t h_row
-    char *c                  # IN/OUT, LSTM
+    const char *c            # the same, LSTM
     Py_ssize_t c_row
+    char *c_out              # c after each step; where no time is kept, c_out_time is 0 and c_out may be c
+    Py_ssize_t c_out_row
+    Py_ssize_t c_out_time
+    char *gates              # the tape, or NULL
+    Py_ssize_t gates_row
+    Py_ssize_t gates_time
+    const char *resets       # a byte for each row and time, or NULL
+    Py_ssize_t resets_row
+    const char *zeros        # a state of zeros, where there are resets
     Py_ssize_t rows
     Py_ssize_t time
     bint reverse
@@ -277,6 +302,8 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
     cdef Py_ssize_t lane = 0 if job.split_panels else thread
     cdef Py_ssize_t x_step = -job.x_time if job.reverse else job.x_time
     cdef Py_ssize_t y_step = -job.y_time if job.reverse else job.y_time
+    cdef Py_ssize_t c_step = -job.c_out_time if job.reverse else job.c_out_time
+    cdef Py_ssize_t gates_step = -job.gates_time if job.reverse else job.gates_time
     cdef bint meet = job.split_panels and team > 1
     cdef Py_ssize_t n = 0, place, at_block, row, t, i, s, m
     cdef char *at
@@ -289,7 +316,10 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
     cdef void **middle = out + job.row_block
     cdef void **z = middle + job.row_block
     cdef const void **no_bias = <const void **> (z + job.row_block)
-    cdef const void **ahead_x = no_bias + job.row_block
+    cdef const void **c_before = no_bias + job.row_block
+    cdef const char **reset = <const char **> (c_before + job.row_block)
+    cdef void **gates = <void **> (reset + job.row_block)
+    cdef const void **ahead_x = <const void **> (gates + job.row_block)
     cdef const void **ahead_init
     cdef void **ahead_out
 
@@ -307,7 +337,11 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
         x[n] = job.x + row * job.x_row + t * job.x_time
         out[n] = at
         h[n] = job.h + row * job.h_row if from_step == 0 else at - y_step
-        c[n] = job.c + row * job.c_row
+        c[n] = job.c_out + row * job.c_out_row + t * job.c_out_time
+        c_before[n] = job.c + row * job.c_row if from_step == 0 else <char *> c[n] - c_step
+        gates[n] = job.gates + row * job.gates_row + t * job.gates_time
+        if job.resets != NULL:
+            reset[n] = job.resets + row * job.resets_row + t
         middle[n] = job.middle + i * job.middle_row
         z[n] = job.z + i * job.middle_row
         init[n] = job.main.bias
@@ -330,7 +364,10 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
     main.x = x
     main.h = h
     main.carry = h
+    main.c_before = c_before
     main.c = c
+    main.gates = gates if job.gates != NULL else NULL
+    main.back = NULL
     main.z = z
     main.out = out
     candidate = main
@@ -392,6 +429,12 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
                 n -= 1
         if n == 0:
             break
+        if job.resets != NULL:
+            for i in range(n):
+                if reset[i][0]:
+                    h[i] = job.zeros
+                    c_before[i] = job.zeros
+                reset[i] += -1 if job.reverse else 1
         main.rows = n
         if job.kind == RNN_CELL:
             leaves.plain(&main)
@@ -416,6 +459,9 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
             x[i] = <const char *> x[i] + x_step
             h[i] = out[i]
             out[i] = <char *> out[i] + y_step
+            c_before[i] = c[i]
+            c[i] = <char *> c[i] + c_step
+            gates[i] = <char *> gates[i] + gates_step
             init[i] = <const char *> init[i] + init_step
         if job.candidate != NULL:
             for i in range(n):
@@ -519,11 +565,17 @@ cdef void set_state(Job *job, cnp.ndarray h, cnp.ndarray c, Py_ssize_t slot) noe
     """Where the rows of one slot start; c is where they end, too."""
     job.h = slot_of(h, slot)
     job.h_row = cnp.PyArray_STRIDE(h, 0)
-    job.c = NULL
-    job.c_row = 0
+    job.c = job.c_out = NULL
+    job.c_row = job.c_out_row = job.c_out_time = 0
     if c is not None:
-        job.c = slot_of(c, slot)
-        job.c_row = cnp.PyArray_STRIDE(c, 0)
+        job.c = job.c_out = slot_of(c, slot)
+        job.c_row = job.c_out_row = cnp.PyArray_STRIDE(c, 0)
+
+
+cdef void set_no_tape(Job *job) noexcept:
+    job.gates = NULL
+    job.gates_row = job.gates_time = 0
+    job.resets = job.zeros = NULL
 
 
 cdef tuple finished(cnp.ndarray y, cnp.ndarray h, cnp.ndarray c):
@@ -534,37 +586,83 @@ cdef tuple finished(cnp.ndarray y, cnp.ndarray h, cnp.ndarray c):
     return y, h, c
 
 
-def run(tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, lengths, int n_threads):
-    """Whole sequences through all layers and directions; see `fastseq.reference.operations.run`."""
-    cdef Py_ssize_t batch = cnp.PyArray_DIM(x, 0), time = cnp.PyArray_DIM(x, 1)
-    cdef Py_ssize_t width = cnp.PyArray_DIM(h, 2)
-    cdef Py_ssize_t slot = 0, place, row, steps
-    cdef int direction, directions
+cdef class Rows:
+    """The rows of a batch, longest first: their lengths and resets, and the arrays that hold them."""
+
+    cdef object lengths, resets
+    cdef cnp.ndarray order, steps, reset_bytes, zeros
+
+    cdef int set(self, Job *job, cnp.ndarray x, lengths, resets, Py_ssize_t width) except -1:
+        """Put them into a job over the rows and times of x, whose states are at most `width` wide."""
+        job.rows = cnp.PyArray_DIM(x, 0)
+        job.time = cnp.PyArray_DIM(x, 1)
+        job.order = NULL
+        job.steps = NULL
+        set_no_tape(job)
+        if lengths is not None:
+            self.order = np.argsort(-lengths, kind="stable").astype(np.intp, copy=False)
+            self.steps = lengths[self.order].astype(np.intp, copy=False)
+            job.order = <const Py_ssize_t *> cnp.PyArray_DATA(self.order)
+            job.steps = <const Py_ssize_t *> cnp.PyArray_DATA(self.steps)
+        if resets is not None:
+            self.reset_bytes = np.ascontiguousarray(resets).view(np.uint8)
+            self.zeros = np.zeros(width, x.dtype)
+            job.resets = cnp.PyArray_BYTES(self.reset_bytes)
+            job.resets_row = job.time
+            job.zeros = cnp.PyArray_BYTES(self.zeros)
+        return 0
+
+
+cdef void set_sequence(Job *job, cnp.ndarray x, cnp.ndarray y) noexcept:
+    job.x = cnp.PyArray_BYTES(x)
+    job.x_row = cnp.PyArray_STRIDE(x, 0)
+    job.x_time = cnp.PyArray_STRIDE(x, 1)
+    job.y_row = cnp.PyArray_STRIDE(y, 0)
+    job.y_time = cnp.PyArray_STRIDE(y, 1)
+
+
+cdef cnp.ndarray sequence(cnp.ndarray x, Py_ssize_t width, bint padded):
+    """An array (B, T, width) for something of every step of x; what is padding holds zeros, the rest anything."""
     cdef cnp.npy_intp[3] shape
+    shape[0], shape[1], shape[2] = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), width
+    if padded:
+        return cnp.PyArray_ZEROS(3, shape, cnp.PyArray_TYPE(x), 0)
+    return cnp.PyArray_EMPTY(3, shape, cnp.PyArray_TYPE(x), 0)
+
+
+cdef void take_last(
+    const Job *job, const char *steps_of, Py_ssize_t row_stride, Py_ssize_t time_stride, cnp.ndarray state,
+    Py_ssize_t slot,
+) noexcept:
+    """Where each row ends is what it has at its last step; a row of no steps keeps what it came with."""
+    cdef Py_ssize_t place, row, steps
+    cdef Py_ssize_t n_bytes = cnp.PyArray_DIM(state, 2) * job.item
+    for place in range(job.rows):
+        row = place if job.order == NULL else job.order[place]
+        steps = job.time if job.steps == NULL else job.steps[place]
+        if steps:
+            memcpy(
+                slot_of(state, slot) + row * cnp.PyArray_STRIDE(state, 0),
+                steps_of + row * row_stride + (0 if job.reverse else steps - 1) * time_stride,
+                n_bytes,
+            )
+
+
+def run(
+    tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, lengths, resets,
+    int n_threads,
+):
+    """Whole sequences through all layers and directions; see `fastseq.reference.operations.run`."""
+    cdef Py_ssize_t width = cnp.PyArray_DIM(h, 2), slot = 0
+    cdef int direction, directions
     cdef Job job
-    cdef cnp.ndarray order, sorted_lengths, y = x, h_n = state_copy(h), c_n = state_copy(c)
-    cdef const char *last
-    job.rows = batch
-    job.time = time
-    job.order = NULL
-    job.steps = NULL
-    if lengths is not None:
-        order = np.argsort(-lengths, kind="stable").astype(np.intp, copy=False)
-        sorted_lengths = lengths[order].astype(np.intp, copy=False)
-        job.order = <const Py_ssize_t *> cnp.PyArray_DATA(order)
-        job.steps = <const Py_ssize_t *> cnp.PyArray_DATA(sorted_lengths)
+    cdef Rows rows = Rows()
+    cdef cnp.ndarray y = x, h_n = state_copy(h), c_n = state_copy(c)
+    rows.set(&job, x, lengths, resets, width if c is None else cnp.PyArray_DIM(c, 2))
     for layer in cells:
         directions = len(layer)
-        shape[0], shape[1], shape[2] = batch, time, directions * width
-        if lengths is None:
-            y = cnp.PyArray_EMPTY(3, shape, cnp.PyArray_TYPE(x), 0)
-        else:
-            y = cnp.PyArray_ZEROS(3, shape, cnp.PyArray_TYPE(x), 0)  # what is padding stays so
-        job.x = cnp.PyArray_BYTES(x)
-        job.x_row = cnp.PyArray_STRIDE(x, 0)
-        job.x_time = cnp.PyArray_STRIDE(x, 1)
-        job.y_row = cnp.PyArray_STRIDE(y, 0)
-        job.y_time = cnp.PyArray_STRIDE(y, 1)
+        y = sequence(x, directions * width, lengths is not None)
+        set_sequence(&job, x, y)
         for direction in range(directions):
             set_cell(&job, layer[direction])
             set_state(&job, h, c_n, slot)
@@ -572,13 +670,7 @@ def run(tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cn
             job.y = cnp.PyArray_BYTES(y)
             job.y += direction * width * job.item
             execute(&job, n_threads)
-            # The final h of a row is its output at its last step; a row of no steps keeps the h it came with.
-            for place in range(batch):
-                row = place if job.order == NULL else job.order[place]
-                steps = time if job.steps == NULL else job.steps[place]
-                if steps:
-                    last = job.y + row * job.y_row + (0 if job.reverse else steps - 1) * job.y_time
-                    memcpy(slot_of(h_n, slot) + row * cnp.PyArray_STRIDE(h_n, 0), last, width * job.item)
+            take_last(&job, job.y, job.y_row, job.y_time, h_n, slot)
             slot += 1
         x = y
     return finished(y, h_n, c_n)
@@ -646,6 +738,7 @@ def step(
     job.reverse = False
     job.order = NULL
     job.steps = NULL
+    set_no_tape(&job)
     job.x = cnp.PyArray_BYTES(x)
     job.x_row = cnp.PyArray_STRIDE(x, 0)
     job.x_time = 0
@@ -671,3 +764,6 @@ def step(
             for i in range(width):
                 memcpy(to + i * cnp.PyArray_STRIDE(out, 1), job.x + row * job.x_row + i * job.item, job.item)
     return finished(out, h_n, c_n)
+
+
+include "bptt.pxi"

@@ -12,8 +12,6 @@ from common import KINDS, Array, inputs, make, random_lengths, random_state
 
 import fastseq as fs
 
-pytestmark = pytest.mark.every_isa
-
 ENGINES = {"compiled": fs, "reference": fs.reference}
 B, T, WIDTH, H = 4, 5, 3, 4
 RELATIVE = 1e-6

@@ -236,6 +236,8 @@ class Recurrent(Layer):
             y, end, tapes = self._through(cells, x, h, c, lengths, resets, None)
             of_layers = [self._operations.gates(tape) for tape in tapes]
             gates = {name: _joined([gates[name] for gates in of_layers]) for name in of_layers[0]}
+            y.flags.writeable = True  # nobody has the tape; and h, which it shares with y, becomes a copy
+            gates["h"] = gates["h"].copy() if len(tapes) == 1 else gates["h"]
             return (y, end, gates) if batched else (y[0], end, {name: array[0] for name, array in gates.items()})
         y, h, c = self._operations.run(cells, x, h, c, lengths, resets, threads.get_num_threads())
         return (y if batched else y[0]), adopt(h, c)

@@ -93,19 +93,20 @@ class Cell:
 
     def backward(
         self, sums: Cell, x: Array, h: Array, c: Array | None, kept: Kept, dh: Array, dc: Array | None
-    ) -> tuple[Array, Array, Array | None]:
-        """One time step back: the gradients of its input and of the state before it, from those of the state after.
+    ) -> tuple[Array, Array, Array | None, Array | None]:
+        """One time step back.
 
-        Those of the weights are added to `sums`.
+        From the gradients of the state after the step, as far as later steps have given them: the gradients of its
+        input and of the state before it; and all of that of c after it. Those of the weights are added to `sums`.
         """
         if self.kind == "lstm":
             assert c is not None and dc is not None
             return lstm_backward(self, sums, x, h, c, kept, dh, dc)
         if self.kind == "gru_reset_after":
-            return *gru_reset_after_backward(self, sums, x, h, kept, dh), None
+            return *gru_reset_after_backward(self, sums, x, h, kept, dh), None, None
         if self.kind == "gru_reset_before":
-            return *gru_reset_before_backward(self, sums, x, h, kept, dh), None
-        return *rnn_backward(self, sums, x, h, kept, dh), None
+            return *gru_reset_before_backward(self, sums, x, h, kept, dh), None, None
+        return *rnn_backward(self, sums, x, h, kept, dh), None, None
 
 
 pack = Cell
@@ -153,7 +154,7 @@ def lstm_forward(cell: Cell, x: Array, h: Array, c: Array) -> tuple[Array, Array
 
 def lstm_backward(
     cell: Cell, sums: Cell, x: Array, h: Array, c: Array, kept: Kept, dh: Array, dc: Array
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
     """Undo `lstm_forward`."""
     i, f, g, o, m = (kept[name] for name in "ifgom")
     tanh_c = np.tanh(kept["c"])
@@ -163,14 +164,14 @@ def lstm_backward(
         sums.projection += dh.T @ m  # h = m @ projection.T
         dm = dh @ cell.projection  # h = m @ projection.T
     do = dm * tanh_c  # m = o * tanh(c)
-    dc = dc + tanh_backward(tanh_c, dm * o)  # m = o * tanh(c)
-    di, dg = dc * g, dc * i  # c = … + i * g
-    df, dc = dc * c, dc * f  # c = f * c + …
+    dc_after = dc + tanh_backward(tanh_c, dm * o)  # m = o * tanh(c), beside what later steps have of c
+    di, dg = dc_after * g, dc_after * i  # c = … + i * g
+    df, dc = dc_after * c, dc_after * f  # c = f * c + …
     dx_o, dh_o = affine_backward(cell, sums, 3, x, h, sigmoid_backward(o, do))  # o = sigmoid(…)
     dx_g, dh_g = affine_backward(cell, sums, 2, x, h, tanh_backward(g, dg))  # g = tanh(…)
     dx_f, dh_f = affine_backward(cell, sums, 1, x, h, sigmoid_backward(f, df))  # f = sigmoid(…)
     dx_i, dh_i = affine_backward(cell, sums, 0, x, h, sigmoid_backward(i, di))  # i = sigmoid(…)
-    return dx_i + dx_f + dx_g + dx_o, dh_i + dh_f + dh_g + dh_o, dc
+    return dx_i + dx_f + dx_g + dx_o, dh_i + dh_f + dh_g + dh_o, dc, dc_after
 
 
 def gru_reset_after_forward(cell: Cell, x: Array, h: Array) -> tuple[Array, None, Kept]:
@@ -342,9 +343,8 @@ def backward(
     Returns
     -------
     dx, dh, dc, flow
-        The gradients of x and of where each row started. With `keep` those of h (B, T, D, H) and c after every step
-        as well, where the row stood then as a pair: that of h holds what y has of it, that of c what comes from the
-        next step alone. Else None.
+        The gradients of x and of where each row started; with `keep` those of h (B, T, D, H) and c after every step
+        as well, each with all that follows from it, which for c is h of the same step, too. Else None.
     """
     batch, time = tape.x.shape[:2]
     width = tape.h.shape[2]
@@ -363,15 +363,16 @@ def backward(
             dh_t = dh[rows, direction] + d_outputs[rows, t]  # outputs[rows, t] = h_n[rows, direction] = h_t
             dc_t = None if dc is None else dc[rows, direction]  # c_n[rows, direction] = c_t
             flow_h[rows, t, direction] = dh_t
-            if flow_c is not None:
-                flow_c[rows, t, direction] = dc_t
             x_t = tape.x[rows, t]
-            dx_t, dh_t, dc_t = cell.backward(sums, x_t, step.h, step.c, step.kept, dh_t, dc_t)  # cell.forward(…)
+            dx_t, dh_t, dc_t, dc_after = cell.backward(  # cell.forward(…)
+                sums, x_t, step.h, step.c, step.kept, dh_t, dc_t
+            )
             dx[rows, t] += dx_t  # x[rows, t]
             cut = step.fresh | (truncate is not None and s > 0 and s % truncate == 0)
             dh_t[cut] = 0  # before_h[fresh] = 0
             dh[rows, direction] = dh_t  # before_h = h_n[rows, direction]
-            if dc is not None and dc_t is not None:
+            if dc is not None and dc_t is not None and flow_c is not None:
+                flow_c[rows, t, direction] = dc_after
                 dc_t[cut] = 0  # before_c[fresh] = 0
                 dc[rows, direction] = dc_t  # before_c = c_n[rows, direction]
         for target, array in zip(grads[direction], arrays, strict=True):
@@ -390,7 +391,7 @@ def gates(tape: Tape) -> dict[str, Array]:
         for step in steps:
             for name in names:
                 result[name][step.rows, step.t, direction] = step.kept[name]
-    result["h"] = tape.y.reshape(*shape, tape.h.shape[2]).copy()
+    result["h"] = tape.y.reshape(*shape, tape.h.shape[2])
     return result
 
 

@@ -31,8 +31,8 @@ def gradient_flow(layer: Recurrent, tape: Tape, dy: Any, *, dstate: Any = None) 
     Returns
     -------
     ndarray of shape (T, num_layers * D)
-        The norm over batch and units, of h and, for an LSTM, c together: what `backward` would give as `dstate` to a
-        sequence that starts with that state, and, of h, what the output of the step itself has. Layers outermost,
+        The norm over batch and units, of h and, for an LSTM, c together. Each with all that follows from it: of c
+        also the output of the same step, of a lower layer also what those above make of it. Layers outermost,
         forward before reverse. float64 for layers of narrower dtypes.
 
     Raises

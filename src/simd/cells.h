@@ -1,37 +1,28 @@
 /*
  * The fused steps: a tile of pre-activations, and what the cell makes of it before anything is stored.
  *
- * Each cell is one finish_* function, its equations above it; `step_tile` is what they share.
+ * Each cell is one finish_* function, its equations above it; `step_tile` is what they share. Where there is a tape
+ * (`gates`), they leave on it what their backward twin in backward.h needs.
  */
 #ifndef FASTSEQ_CELLS_H
 #define FASTSEQ_CELLS_H
 
+#include "backward.h"
 #include "functions.h"
 #include "leaves.h"
 #include "tile.h"
+#include "units.h"
 
 enum cell { PLAIN, PRODUCT, LSTM, GRU, GRU_GATES };
-
-/* Loads and stores of the units of one vector, of which the last may be partial. */
-INLINE vec load_units(const void *row, ptrdiff_t unit, ptrdiff_t units)
-{
-    const real *p = (const real *)row + unit;
-    return units - unit >= LANES ? load(p) : load_part(p, units - unit);
-}
-
-INLINE void store_units(void *row, vec value, ptrdiff_t unit, ptrdiff_t units)
-{
-    real *p = (real *)row + unit;
-    if (units - unit >= LANES)
-        store(p, value);
-    else
-        store_part(p, value, units - unit);
-}
 
 /* h = f(a); or the candidate of the GRU that resets before: n = tanh(a), h = (1 - z) n + z carry */
 static inline void finish_plain(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, int vectors, const vec *a)
 {
     const ptrdiff_t units = s->weights->units;
+    if (s->back) {
+        finish_backward(s, row, panel, vectors, a);
+        return;
+    }
     for (int v = 0; v < vectors; v++) {
         ptrdiff_t unit = (panel * 4 + v) * LANES;
         vec h = a[v];
@@ -40,11 +31,15 @@ static inline void finish_plain(const fs_step *s, ptrdiff_t row, ptrdiff_t panel
         case FS_TANH: h = tanh_(h); break;
         case FS_RELU: h = relu_(h); break;
         case FS_SIGMOID: h = sigmoid_(h); break;
+        case FS_ADD: h += load_units(s->out[row], unit, units); break;
         case FS_BLEND: {
             vec n = tanh_(h), z = load_units(s->z[row], unit, units);
             h = fma_(z, load_units(s->carry[row], unit, units), (broadcast(1) - z) * n);
+            if (s->gates)
+                store_gate(s->gates[row], 2, n, unit, units);
             break;
         }
+        default: break;
         }
         store_units(s->out[row], h, unit, units);
     }
@@ -55,21 +50,37 @@ static inline void finish_lstm_cell(const fs_step *s, ptrdiff_t row, ptrdiff_t p
 {
     const ptrdiff_t units = s->weights->units, unit = panel * LANES;
     vec i = sigmoid_(a[0]), f = sigmoid_(a[1]), g = tanh_(a[2]);
-    a[0] = fma_(f, load_units(s->c[row], unit, units), i * g);
+    a[0] = fma_(f, load_units(s->c_before[row], unit, units), i * g);
     store_units(s->c[row], a[0], unit, units);
+    if (s->gates) {
+        store_gate(s->gates[row], 0, i, unit, units);
+        store_gate(s->gates[row], 1, f, unit, units);
+        store_gate(s->gates[row], 2, g, unit, units);
+    }
 }
 
 /* o = sigmoid(a_o);  h = o tanh(c) */
 static inline void finish_lstm_output(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, const vec *a)
 {
-    store_units(s->out[row], sigmoid_(a[3]) * tanh_(a[0]), panel * LANES, s->weights->units);
+    const ptrdiff_t units = s->weights->units, unit = panel * LANES;
+    vec o = sigmoid_(a[3]);
+    store_units(s->out[row], o * tanh_(a[0]), unit, units);
+    if (s->gates)
+        store_gate(s->gates[row], 3, o, unit, units);
 }
 
 /* r = sigmoid(a_r)  z = sigmoid(a_z), which takes the place of a_z;  a_n = x_n + r h_n, which takes that of h_n */
-static inline void finish_gru_gates_after(vec *a, vec x_n)
+static inline void finish_gru_gates_after(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, vec *a, vec x_n)
 {
+    const ptrdiff_t units = s->weights->units, unit = panel * LANES;
+    vec r = sigmoid_(a[0]), h_n = a[2];
     a[1] = sigmoid_(a[1]);
-    a[2] = fma_(sigmoid_(a[0]), a[2], x_n);
+    a[2] = fma_(r, h_n, x_n);
+    if (s->gates) {
+        store_gate(s->gates[row], 0, r, unit, units);
+        store_gate(s->gates[row], 1, a[1], unit, units);
+        store_gate(s->gates[row], 3, h_n, unit, units);
+    }
 }
 
 /* n = tanh(a_n);  h = (1 - z) n + z h */
@@ -79,6 +90,8 @@ static inline void finish_gru_output(const fs_step *s, ptrdiff_t row, ptrdiff_t 
     vec z = a[1], n = tanh_(a[2]);
     vec h = fma_(z, load_units(s->carry[row], unit, units), (broadcast(1) - z) * n);
     store_units(s->out[row], h, unit, units);
+    if (s->gates)
+        store_gate(s->gates[row], 2, n, unit, units);
 }
 
 /* r = sigmoid(a_r)  z = sigmoid(a_z); z and r h are kept for the candidate */
@@ -92,6 +105,10 @@ static inline void finish_gru_gates(const fs_step *s, ptrdiff_t row, ptrdiff_t p
         vec r = sigmoid_(a[2 * block]), z = sigmoid_(a[2 * block + 1]);
         store_units(s->z[row], z, unit, units);
         store_units(s->out[row], r * load_units(s->carry[row], unit, units), unit, units);
+        if (s->gates) {
+            store_gate(s->gates[row], 0, r, unit, units);
+            store_gate(s->gates[row], 1, z, unit, units);
+        }
     }
 }
 
@@ -117,7 +134,7 @@ INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const in
                     load((const real *)s->init[row + r] + (panel + p) * panel_row + v * LANES);
 
     if (s->with_x)
-        chain(ROWS, PANELS, VECTORS, STRIDE, sums, s->x + row,
+        chain(ROWS, PANELS, VECTORS, STRIDE, 1, sums, s->x + row,
               (const real *)w->x + panel * w->x_size * panel_row, w->x_size * panel_row, w->x_size);
     if (CELL == GRU) {
 #pragma GCC unroll 8
@@ -129,7 +146,7 @@ INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const in
             }
     }
     if (CELL != PRODUCT)
-        chain(ROWS, PANELS, VECTORS, STRIDE, sums, s->h + row,
+        chain(ROWS, PANELS, VECTORS, STRIDE, 1, sums, s->h + row,
               (const real *)w->h + panel * w->h_size * panel_row, w->h_size * panel_row, w->h_size);
 
     /*
@@ -145,7 +162,7 @@ INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const in
         switch (CELL) {
         case PLAIN: finish_plain(s, r, p, VECTORS, a + i * VECTORS); break;
         case LSTM: finish_lstm_cell(s, r, p, a + i * VECTORS); break;
-        case GRU: finish_gru_gates_after(a + i * VECTORS, x_n[i]); break;
+        case GRU: finish_gru_gates_after(s, r, p, a + i * VECTORS, x_n[i]); break;
         case GRU_GATES: finish_gru_gates(s, r, p, a + i * VECTORS); break;
         case PRODUCT:
             for (int v = 0; v < VECTORS; v++)

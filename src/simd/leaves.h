@@ -27,7 +27,17 @@ enum fs_finish {
     FS_TANH,     /* h = tanh(a)                           */
     FS_RELU,     /* h = max(a, 0)                         */
     FS_SIGMOID,  /* h = sigmoid(a)                        */
-    FS_BLEND     /* h = (1 - z) * tanh(a) + z * carry     */
+    FS_BLEND,    /* h = (1 - z) * tanh(a) + z * carry     */
+    FS_ADD,      /* h += a                                */
+    /* And where the step is one of a backward pass: see backward.h. */
+    FS_BACK_IDENTITY,
+    FS_BACK_TANH,
+    FS_BACK_RELU,
+    FS_BACK_SIGMOID,
+    FS_BACK_LSTM,
+    FS_BACK_GRU_AFTER,
+    FS_BACK_GRU_OUTPUT,
+    FS_BACK_GRU_RESET
 };
 
 /* Sums of `multiply_adds`: enough to hide the latency of one behind the others. */
@@ -46,6 +56,29 @@ typedef struct fs_weights {
 } fs_weights;
 
 /*
+ * What a backward step needs beside the fields of fs_step. Arrays of pointers have one entry a row, and point to
+ * [units] reals where nothing else is said. `units` is what the cell has of them: gates, c and dc are its own, dy and
+ * dh_total those of its output.
+ */
+typedef struct fs_back {
+    const void *const *dy;       /* IN  gradient of the output of this step; NULL: none joins here         */
+    const void *const *gates;    /* IN  [gates][units]: the row of the tape                                */
+    const void *const *h;        /* IN  h after the step, RNN                                              */
+    const void *const *h_before; /* IN  h before the step, GRU                                             */
+    const void *const *c;        /* IN  c after the step, LSTM                                             */
+    const void *const *c_before; /* IN  c before the step, LSTM                                            */
+    const void *const *dc;       /* IN  gradient that reaches c from later steps, LSTM                     */
+    void *const *dc_before;      /* OUT gradient of c before the step, LSTM; may be dc                     */
+    void *const *carry;          /* OUT what reaches h before the step but through the recurrent weights, GRU; may be
+                                    `init` of the same step */
+    void *const *middle;         /* OUT o * tanh(c) or r * h: what a second product of the cell took; or NULL */
+    void *const *dh_total;       /* OUT gradient of h after the step, or NULL                              */
+    void *const *dc_total;       /* OUT gradient of c after the step, or NULL                              */
+    /* Bytes from the rows of this step to those of the one before it, which comes next and is fetched ahead. */
+    ptrdiff_t dy_next, gates_next, h_next, c_next;
+} fs_back;
+
+/*
  * One time step for `rows` rows and the panels [first, last). All arrays of pointers have one entry a row.
  * Input rows (x, h, carry, init) may be shared between rows; out, c and z rows are distinct from one another
  * and from every input row of the same step.
@@ -59,7 +92,10 @@ typedef struct fs_step {
     const void *const *x;    /* IN  [x_size]; not read when with_x is 0                            */
     const void *const *h;    /* IN  [h_size]: what the recurrent weights multiply                  */
     const void *const *carry;/* IN  [units]: h of the step before, where a GRU carries it over     */
-    void *const *c;          /* IN/OUT [units]: the LSTM's cell state                              */
+    const void *const *c_before; /* IN [units]: the LSTM's cell state                              */
+    void *const *c;          /* OUT [units]: the same after the step; may be c_before              */
+    void *const *gates;      /* OUT [gates][units]: what backward needs, or NULL                   */
+    const fs_back *back;     /* a backward step: `out` takes gradients of pre-activations; or NULL */
     void *const *z;          /* GRU that resets before: OUT of `gru_gates`, IN of FS_BLEND, [units] */
     void *const *out;        /* OUT [units]: h; of `gru_gates`: r * h; of `panels_product`: see below */
 } fs_step;
@@ -115,6 +151,19 @@ typedef struct fs_leaves {
      */
     void (*pack)(const void *weight, const ptrdiff_t *gate_rows, int gates, int blocks, ptrdiff_t units,
                  ptrdiff_t k, void *panels);
+
+    /*
+     * C += A^T B, summed over the n rows of A and B one after another; a row of each is where rows[k] points.
+     * pack_groups: [group][n][tile_rows[4]], every group whole; pack_panels: [panel][n][4][lanes], the panels
+     * [first, last). outer: `groups` groups against one panel, into tile_rows[4] * groups rows of c that lie c_row
+     * reals apart. sum_rows: sum += every row of A, columns [first, last).
+     */
+    void (*pack_groups)(const void *const *rows, ptrdiff_t n, ptrdiff_t columns, void *groups);
+    void (*pack_panels)(const void *const *rows, ptrdiff_t n, ptrdiff_t columns, ptrdiff_t first, ptrdiff_t last,
+                        void *panels);
+    void (*outer)(ptrdiff_t n, ptrdiff_t groups, const void *a, const void *panel, int vectors, void *c,
+                  ptrdiff_t c_row);
+    void (*sum_rows)(const void *const *rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, void *sum);
 
     /* The limits, measured: rounds of FS_CHAINS vectors of multiply-adds on registers; rounds of reading n reals. */
     double (*multiply_adds)(ptrdiff_t rounds);

@@ -17,9 +17,9 @@ enum {
  *
  * ROWS, PANELS and VECTORS are constants where this is inlined: the loops over them must vanish, or the
  * compiler keeps the sums in memory, at a fifth of the speed. Panels lie panel_size reals apart and their
- * rows STRIDE vectors, of which the first VECTORS are used.
+ * rows STRIDE vectors, of which the first VECTORS are used. From one k to the next, x moves on by X_STRIDE reals.
  */
-INLINE void chain(const int ROWS, const int PANELS, const int VECTORS, const int STRIDE, vec *sums,
+INLINE void chain(const int ROWS, const int PANELS, const int VECTORS, const int STRIDE, const int X_STRIDE, vec *sums,
                   const void *const *x, const real *weights, ptrdiff_t panel_size, ptrdiff_t k_size)
 {
     const real *row[MAX_ROWS], *panel[MAX_PANELS];
@@ -39,7 +39,7 @@ INLINE void chain(const int ROWS, const int PANELS, const int VECTORS, const int
                 weight[i] = load(panel[i / VECTORS] + i % VECTORS * LANES);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
-                vec input = broadcast(row[r][k]);
+                vec input = broadcast(row[r][k * X_STRIDE]);
 #pragma GCC unroll 16
                 for (int i = 0; i < PANELS * VECTORS; i++)
                     sums[r * PANELS * VECTORS + i] = fma_(input, weight[i], sums[r * PANELS * VECTORS + i]);
@@ -48,7 +48,7 @@ INLINE void chain(const int ROWS, const int PANELS, const int VECTORS, const int
             vec input[MAX_ROWS];
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++)
-                input[r] = broadcast(row[r][k]);
+                input[r] = broadcast(row[r][k * X_STRIDE]);
 #pragma GCC unroll 16
             for (int i = 0; i < PANELS * VECTORS; i++) {
                 vec weight = load(panel[i / VECTORS] + i % VECTORS * LANES);
