@@ -6,6 +6,7 @@ seed and the epoch alone, so a run can be taken up again anywhere.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ class Data:
     """What the kinds of data share: a seed, and the order of an epoch."""
 
     _seed: int | None
+    _drawn = False  # whether the seed is one that nobody chose
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -71,6 +73,18 @@ class Data:
         assert self._seed is not None
         return np.random.default_rng([self._seed, epoch])
 
+    def _choose_seed(self, seed: Any) -> None:
+        known = checks.seed("seed", seed)
+        self._drawn = known is None
+        self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if known is None else known
+
+    def seeded(self, seed: int) -> Data:
+        """The data as a run takes it: a value of its own, with this seed if nobody chose another."""
+        taken = copy.copy(self)
+        if self._drawn:
+            taken._seed, taken._drawn = checks.size("seed", seed), False
+        return taken
+
     def state_dict(self) -> dict[str, Any]:
         """What a later epoch depends on beside the arrays: the seed; and the number of batches, to know it by."""
         return {"kind": type(self).__name__, "batches": len(self), "seed": self._seed}
@@ -85,12 +99,6 @@ class Data:
         if (seed is None) != (self._seed is None):
             raise ValueError(f"mapping should have a seed like {self._seed!r}, not {seed!r}")
         self._seed = seed
-
-
-def _drawn(seed: Any) -> int:
-    """A seed that was given, or a new one."""
-    known = checks.seed("seed", seed)
-    return int(np.random.SeedSequence().generate_state(1)[0]) if known is None else known
 
 
 def _values(name: str, value: Any) -> Array:
@@ -118,7 +126,7 @@ class PaddedBatches(Data):
     batch_size : int
         Sequences in a batch; the last of an epoch may have fewer.
     seed : int, optional
-        Fixes the order of every epoch. Drawn, if not given.
+        Fixes the order of every epoch. If not given, the seed of the run does.
     shuffle : bool
         Whether every epoch has an order of its own.
     group : bool
@@ -141,7 +149,7 @@ class PaddedBatches(Data):
         if len(sequences) == 0:
             raise ValueError("sequences should hold at least one sequence")
         self._batch_size = checks.size("batch_size", batch_size, 1)
-        self._seed = _drawn(seed)
+        self._choose_seed(seed)
         self._shuffle = checks.flag("shuffle", shuffle)
         self._group = checks.flag("group", group)
         self._sequences = [_values(f"sequences[{i}]", sequence) for i, sequence in enumerate(sequences)]
@@ -199,11 +207,15 @@ def _alike(name: str, arrays: Sequence[Array]) -> None:
     """Arrays that may stand in one: of one kind, and alike beyond their first axis."""
     first = arrays[0]
     for i, array in enumerate(arrays):
-        if array.ndim != first.ndim or array.shape[1:] != first.shape[1:] or array.dtype.kind != first.dtype.kind:
+        if array.ndim != first.ndim or array.shape[1:] != first.shape[1:] or _is_float(array) != _is_float(first):
             raise ValueError(
                 f"{name} should be alike but for their lengths, but {name}[0] is {checks.describe(first)}"
                 f" and {name}[{i}] {checks.describe(array)}"
             )
+
+
+def _is_float(array: Array) -> bool:
+    return array.dtype.kind == "f"
 
 
 def _padded(arrays: Sequence[Array]) -> Array:
@@ -276,7 +288,7 @@ class Windows(Data):
     batch_size : int
         Windows in a batch; the last of an epoch may have fewer.
     seed : int, optional
-        Fixes the order of every epoch. Drawn, if not given.
+        Fixes the order of every epoch. If not given, the seed of the run does.
     shuffle : bool
         Whether every epoch has an order of its own; else windows come one after the other.
     """
@@ -291,7 +303,9 @@ class Windows(Data):
         seed: int | None = None,
         shuffle: bool = True,
     ) -> None:
-        several = isinstance(series, list | tuple) and not all(np.ndim(one) == 0 for one in series)
+        several = isinstance(series, list | tuple) and any(
+            not isinstance(one, int | float | np.number) for one in series
+        )
         names = [f"series[{i}]" for i in range(len(series))] if several else ["series"]
         self._series = [_values(n, one) for n, one in zip(names, series if several else [series], strict=True)]
         for name, one in zip(names, self._series, strict=True):
@@ -301,7 +315,7 @@ class Windows(Data):
         self._steps = checks.size("steps", steps, 1)
         self._horizon = checks.size("horizon", horizon, 1)
         self._batch_size = checks.size("batch_size", batch_size, 1)
-        self._seed = _drawn(seed)
+        self._choose_seed(seed)
         self._shuffle = checks.flag("shuffle", shuffle)
         counts = [max(0, len(one) - self._steps - self._horizon + 1) for one in self._series]
         self._ends = np.cumsum(counts)  # windows in this series and those before it
@@ -364,3 +378,8 @@ def checked(name: str, value: Any) -> Any:
     if len(value) == 0:
         raise ValueError(f"{name} should have at least one batch")
     return value
+
+
+def seeded(data: Any, seed: int) -> Any:
+    """Data as a run takes it: what it does with it changes nothing of what was given."""
+    return data.seeded(seed) if isinstance(data, Data) else data

@@ -42,9 +42,11 @@ class Optimiser:
         self._settings = _grouped(tuple(layer.parameters), default, groups)
         if self._first_lr == 0 and any(s.lr is not None for s in self._settings.values()):
             raise ValueError("lr should be more than 0 where a group has an lr of its own, which follows it")
+        self._trained = tuple(name for name, settings in self._settings.items() if not settings.frozen)
         self._steps = 0
+        arrays = layer._arrays
         self._kept: dict[str, dict[str, Array]] = {
-            slot: {name: np.zeros_like(layer.parameters[name]) for name in self.trained} for slot in self._slots
+            slot: {name: np.zeros_like(arrays[name]) for name in self._trained} for slot in self._slots
         }
 
     @property
@@ -60,7 +62,7 @@ class Optimiser:
     @property
     def trained(self) -> tuple[str, ...]:
         """Names of the parameters that are not frozen."""
-        return tuple(name for name, settings in self._settings.items() if not settings.frozen)
+        return self._trained
 
     @property
     def lr(self) -> float:
@@ -85,7 +87,7 @@ class Optimiser:
             Naming what is missing or misshapen; nothing has changed then, nor after a `MemoryError`.
         """
         given = self._gradients(grads)
-        old = self._layer.parameters
+        old = self._layer._arrays
         new = {name: np.empty_like(old[name]) for name in given}
         step = self._steps + 1
         n_threads = threads.get_num_threads()
@@ -102,13 +104,13 @@ class Optimiser:
         """The gradient of every parameter that is trained, as the passes want it."""
         if grads is None:
             own = self._layer.grads
-            return {name: own[name] for name in self.trained}
+            return {name: own[name] for name in self._trained}
         given = checks.mapping("grads", grads)
-        parameters = self._layer.parameters
-        faults = [f"{name} is missing" for name in self.trained if name not in given]
+        parameters = self._layer._arrays
+        faults = [f"{name} is missing" for name in self._trained if name not in given]
         faults += [f"{name} is unknown" for name in given if name not in parameters]
         arrays = {}
-        for name in self.trained:
+        for name in self._trained:
             if name in given:
                 array = np.ascontiguousarray(checks.real_array(f"grads[{name!r}]", given[name], self._layer.dtype))
                 if array.shape != parameters[name].shape:
@@ -148,8 +150,8 @@ class Optimiser:
             Naming every name that is unknown, missing or of another shape; the optimiser is as it was then.
         """
         given = checks.mapping("mapping", mapping)
-        parameters = self._layer.parameters
-        wanted = {f"{slot}.{name}": parameters[name].shape for slot in self._slots for name in self.trained}
+        parameters = self._layer._arrays
+        wanted = {f"{slot}.{name}": parameters[name].shape for slot in self._slots for name in self._trained}
         faults = [f"{name} is missing" for name in ("steps", "lr", *wanted) if name not in given]
         faults += [f"{name} is unknown" for name in given if name not in wanted and name not in ("steps", "lr")]
         arrays = {n: checks.real_array(n, given[n], self._layer.dtype) for n in wanted if n in given}
@@ -161,7 +163,7 @@ class Optimiser:
         if faults:
             raise ValueError(f"mapping does not fit {self!r}: {'; '.join(faults)}")
         steps, lr = checks.size("steps", given["steps"]), checks.number("lr", given["lr"], least=0)
-        kept = {slot: {n: np.array(arrays[f"{slot}.{n}"], order="C") for n in self.trained} for slot in self._slots}
+        kept = {slot: {n: np.array(arrays[f"{slot}.{n}"], order="C") for n in self._trained} for slot in self._slots}
         self._steps, self._lr, self._kept = steps, lr, kept
 
     def __repr__(self) -> str:

@@ -193,18 +193,11 @@ def fit(
       it validations use ``training_forward``, with one seed.
     """
     learner = _learner(model, loss, truncate)
-    run = _Run(
-        learner,
-        datasets.checked("data", data),
-        None if validation is None else datasets.checked("validation", validation),
-        AdamW(model) if optimiser is None else optimiser,
-        schedule,
-    )
-    run.limits(epochs, steps, validate_every, patience, clip_norm, seed)
+    run = _Run(learner, data, validation, AdamW(model) if optimiser is None else optimiser, schedule, seed)
+    run.limits(epochs, steps, validate_every, patience, clip_norm)
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks should be a list of functions, not {checks.describe(callbacks)}")
     run.callbacks = tuple(callbacks)
-    for i, callback in enumerate(run.callbacks):
-        if not callable(callback):
-            raise TypeError(f"callbacks[{i}] should be callable, not {checks.describe(callback)}")
     shown = checks.flag("progress", progress)
     run.store(checkpoint, checkpoint_every, keep, resume)
     with _Interrupts() as interrupts, _Bar(shown, run.total(), run.step) as bar:
@@ -240,7 +233,7 @@ class _LayerLearner(_Learner):
         super().__init__(layer, truncate)
         self._loss = loss
         self._takes = set(inspect.signature(layer.forward).parameters)
-        self._call_takes = set(inspect.signature(layer.__call__).parameters)
+        self._call_takes = set(inspect.signature(layer).parameters) if callable(layer) else set()
         self._loss_takes_lengths = _takes(loss, "lengths")
 
     def _options(self, takes: set[str], batch: Batch, state: Any, seed: int | None) -> dict[str, Any]:
@@ -332,9 +325,15 @@ class _Run:
 
     callbacks: tuple[Callable[[StepInfo], Any], ...] = ()
 
-    def __init__(self, learner: _Learner, data: Any, validation: Any, optimiser: Any, schedule: Any) -> None:
+    def __init__(self, learner: _Learner, data: Any, validation: Any, optimiser: Any, schedule: Any, seed: Any) -> None:
         self.learner, self.model = learner, learner.model
-        self.data, self.validation = data, validation
+        known = checks.seed("seed", seed)
+        self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if known is None else known
+        self.given_data = datasets.checked("data", data)
+        self.data = datasets.seeded(self.given_data, self.seed)
+        self.validation = None
+        if validation is not None:
+            self.validation = datasets.seeded(datasets.checked("validation", validation), VALIDATION_SEED)
         if not isinstance(optimiser, Optimiser):
             raise TypeError(f"optimiser should be an optimiser of fastseq.training, not {checks.describe(optimiser)}")
         if optimiser.layer is not self.model:
@@ -353,7 +352,7 @@ class _Run:
         self.folder: str | None = None
         self.saved = -1
 
-    def limits(self, epochs: Any, steps: Any, validate_every: Any, patience: Any, clip_norm: Any, seed: Any) -> None:
+    def limits(self, epochs: Any, steps: Any, validate_every: Any, patience: Any, clip_norm: Any) -> None:
         """How long, and how often."""
         if epochs is None and steps is None:
             raise ValueError("epochs or steps should say how long to train; both are None")
@@ -366,8 +365,6 @@ class _Run:
                 if value is not None:
                     raise ValueError(f"validation should be given with {name}, not None")
         self.clip_norm = math.inf if clip_norm is None else checks.number("clip_norm", clip_norm, above=0)
-        known = checks.seed("seed", seed)
-        self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if known is None else known
 
     def store(self, folder: Any, every: Any, keep: Any, resume: Any) -> None:
         """Where checkpoints go, and which one to start from."""
@@ -412,7 +409,7 @@ class _Run:
             "epoch": self.epoch,
             "batch": self.index,
             "seed": self.seed,
-            "model": dict(self.model.parameters),
+            "model": self.model.state_dict(),
             "optimiser": {"kind": type(self.optimiser).__name__, "state": self.optimiser.state_dict()},
             "schedule": self.schedule.state_dict() if hasattr(self.schedule, "state_dict") else None,
             "data": self.data.state_dict() if hasattr(self.data, "state_dict") else None,
@@ -434,16 +431,17 @@ class _Run:
             if kind != type(self.optimiser).__name__:
                 raise ValueError(f"its optimiser is {kind}, not {type(self.optimiser).__name__}")
             for name, array in content["model"].items():
-                if array.dtype != self.model.dtype:
+                if name in self.model.parameters and array.dtype != self.model.dtype:
                     raise ValueError(f"its {name} is {array.dtype}, that of the model {self.model.dtype}")
             self.model.load_state_dict(content["model"])
             self.optimiser.load_state_dict(content["optimiser"]["state"])
+            self.seed, self.state = checks.size("seed", content["seed"]), content["state"]
+            self.data = datasets.seeded(self.given_data, self.seed)
             for part in ("schedule", "data"):
                 if content[part] is not None and hasattr(getattr(self, part), "load_state_dict"):
                     getattr(self, part).load_state_dict(content[part])
             self.history.load_state_dict(content["history"])
             self.step, self.epoch, self.index = content["step"], content["epoch"], content["batch"]
-            self.seed, self.state = content["seed"], content["state"]
             best = content["validation"]
             self.best_loss, self.best_step, self.bad = best["loss"], best["step"], best["bad"]
             self.owed, self.best = best["owed"], best["model"]
@@ -452,7 +450,7 @@ class _Run:
         except (TypeError, ValueError) as error:
             raise ValueError(f"path: {path!r} does not fit this run: {error}") from None
 
-    def total(self) -> int | None:
+    def total(self) -> int:
         """Steps of the whole run."""
         whole = math.inf if self.epochs is None else self.epochs * len(self.data)
         return int(min(whole, math.inf if self.steps is None else self.steps))
@@ -492,7 +490,8 @@ class _Run:
             if self.validation is not None and _due(self.step, self.validate_every, at_end):
                 self.validate(interrupts)
             for callback in self.callbacks:
-                self.told_to_stop |= callback(info) is True
+                answer = callback(info)
+                self.told_to_stop |= isinstance(answer, bool | np.bool_) and bool(answer)
             improved = self.best_step == self.step
             if improved or _due(self.step, self.checkpoint_every, at_end):
                 self.save()
@@ -508,12 +507,13 @@ class _Run:
         rate = self.optimiser.lr
         if self.schedule is not None:
             rate = float(getattr(self.schedule, "lr_at", self.schedule)(self.step))
-        seed = int(np.random.SeedSequence([self.seed, self.step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        seed = _seed_of(self.seed, self.step)
         loss, _, tape, state = self.learner.forward(batch, _carried(self.state, batch.fresh), seed)
         self.model.zero_grad()
         self.learner.backward(tape)
         del tape
-        grads = {name: self.model.grads[name] for name in self.optimiser.trained}
+        own = self.model.grads
+        grads = {name: own[name] for name in self.optimiser.trained}
         norm = clip_grad_norm(grads, self.clip_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             bad = next((name for name, array in grads.items() if not np.isfinite(array).all()), None)
@@ -569,6 +569,11 @@ class _Run:
         checkpoints.remove_oldest(self.folder, self.step, self.keep, (self.best_step,))
 
 
+def _seed_of(run: int, step: int) -> int:
+    """The seed of a step; three numbers, where data makes its own of two."""
+    return int(np.random.SeedSequence([run, step, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def _due(step: int, every: int | None, at_end: bool) -> bool:
     """Whether it is time for what is done every so many steps, or after every epoch."""
     return at_end if every is None else step % every == 0
@@ -605,7 +610,7 @@ class _Interrupts:
 class _Bar:
     """A bar of tqdm, where it is wanted and installed."""
 
-    def __init__(self, shown: bool, total: int | None, done: int) -> None:
+    def __init__(self, shown: bool, total: int, done: int) -> None:
         self._bar: Any = None
         self._rate = 0.0
         if not shown:
