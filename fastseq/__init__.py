@@ -8,9 +8,9 @@
 ((8, 100, 128), (8, 1, 128))
 """
 
-from fastseq import losses, models, reference, training
+from fastseq import init, losses, models, reference, training
 from fastseq.io import load
-from fastseq.layers import GRU, LSTM, RNN, Dropout, Embedding, LayerNorm, Linear
+from fastseq.layers import GRU, LSTM, RNN, Dropout, Embedding, LayerNorm, Linear, Sequential
 from fastseq.reference import models as _reference_models  # noqa: F401  so that it is there
 from fastseq.state import LSTMState, State
 from fastseq.threads import get_num_threads, set_num_threads
@@ -25,9 +25,11 @@ __all__ = [
     "LSTMState",
     "LayerNorm",
     "Linear",
+    "Sequential",
     "State",
     "__version__",
     "get_num_threads",
+    "init",
     "load",
     "losses",
     "models",

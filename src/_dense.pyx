@@ -21,13 +21,14 @@ cnp.import_array()
 
 cdef enum:
     LINE = 64         # bytes of a cache line: two threads do not write to one
+    SCATTERED = 512   # bytes of a row below which reading the ids once more costs more than another thread gives
     BLOCK_ROWS = 512  # rows whose pointers are made at once
     PANEL_BLOCKS = 4
 
-# Operations of a lane that an element takes.
-cdef double NORM_WORK = 1
-cdef double DROPOUT_WORK = 1
-cdef double COPY_WORK = 0.25
+# What an element takes, in multiply-adds.
+cdef double NORM_WORK = 24
+cdef double DROPOUT_WORK = 12
+cdef double COPY_WORK = 8
 
 
 cdef const fs_leaves *table(cnp.ndarray x) except NULL:
@@ -131,7 +132,7 @@ def linear_forward(Packed packed not None, cnp.ndarray x not None, int n_threads
     job.y_row = cnp.PyArray_STRIDE(y, 0)
     job.by_panels = rows < 2 * packed.leaves.tile_rows[4] * n_threads
     cdef Py_ssize_t items = packed.part.panels if job.by_panels else rows
-    cdef double work = <double> rows * packed.part.units * packed.part.h_size / packed.leaves.lanes
+    cdef double work = <double> rows * packed.part.units * packed.part.h_size
     share_out(product_part, &job, items if rows else 0, work / max(items, 1), n_threads)
     return y
 
@@ -152,6 +153,7 @@ cdef struct Rows:
     const fs_leaves *leaves
     Py_ssize_t rows
     Py_ssize_t width
+    Py_ssize_t strip  # bytes of each row that a thread takes at least, where threads split columns
     const char *x
     const int64_t *ids
     int64_t skip
@@ -175,12 +177,13 @@ cdef inline void *data_or_null(cnp.ndarray array) noexcept:
 
 
 cdef inline Py_ssize_t strips(const Rows *s) noexcept nogil:
-    """Cache lines of a row, which are what threads split where they split columns."""
-    return (s.width * s.leaves.item_size + LINE - 1) // LINE
+    """How many strips a row has, which are what threads split where they split columns."""
+    return (s.width * s.leaves.item_size + s.strip - 1) // s.strip
 
 
 cdef inline Py_ssize_t column(const Rows *s, Py_ssize_t strip) noexcept nogil:
-    return min(s.width, strip * LINE // s.leaves.item_size)
+    """The first column of a strip."""
+    return min(s.width, strip * s.strip // s.leaves.item_size)
 
 
 cdef void gather_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -221,6 +224,7 @@ def embedding_backward(
     job.width = cnp.PyArray_DIM(dweight, 1)
     job.ids = <const int64_t *> cnp.PyArray_DATA(ids)
     job.skip = padding_idx
+    job.strip = SCATTERED
     job.dy = cnp.PyArray_BYTES(dy)
     job.dweight = cnp.PyArray_BYTES(dweight)
     cdef Py_ssize_t items = strips(&job)
@@ -290,6 +294,7 @@ def layer_norm_backward(
     job.out = cnp.PyArray_BYTES(dx)
     job.dweight = <char *> data_or_null(dweight)
     job.dbias = <char *> data_or_null(dbias)
+    job.strip = LINE
     share_out(norm_dx_part, &job, job.rows, NORM_WORK * job.width, n_threads)
     cdef Py_ssize_t items = strips(&job)
     if dweight is not None:
@@ -312,6 +317,7 @@ def dropout(cnp.ndarray x not None, double p, seed, stream, int n_threads):
     cdef cnp.ndarray y = np.empty_like(x)
     job.leaves = table(x)
     job.width = cnp.PyArray_SIZE(x)
+    job.strip = LINE
     job.x = cnp.PyArray_BYTES(x)
     job.out = cnp.PyArray_BYTES(y)
     job.seed = seed

@@ -10,8 +10,8 @@ cdef extern from "team.h" nogil:
     void fs_restore_denormals(unsigned long long before)
 
 cdef enum:
-    SHARE_TEAM_WORK = 1 << 19    # below this many operations of a lane, waking another thread costs more than it gives
-    SHARE_CHUNK_WORK = 1 << 30   # operations of a lane between two looks for Ctrl-C: tenths of a second at the worst
+    SHARE_TEAM_WORK = 1 << 18    # below this much work in all, waking another thread costs more than it gives
+    SHARE_CHUNK_WORK = 1 << 30   # work between two looks for Ctrl-C: a tenth of a second at the worst
 
 # Items [first, last) of a job. What one item gives may not depend on the others.
 ctypedef void (*share_part)(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil
@@ -31,7 +31,7 @@ cdef inline void share_flushed(
 cdef inline int share_out(
     share_part part, const void *job, Py_ssize_t items, double work_each, int n_threads,
 ) except -1:
-    """Do all items of a job, each of about `work_each` operations of a lane."""
+    """Do all items of a job; the work of each is counted in multiply-adds that take as long."""
     cdef int most = <int> min(min(<double> n_threads, <double> items), items * work_each / SHARE_TEAM_WORK)
     # Every region is opened with all threads, or none: the runtime ends and starts threads when their number changes.
     cdef int region = fs_team_limit(n_threads) if most > 1 else 1

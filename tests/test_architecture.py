@@ -37,7 +37,7 @@ FLOORS = [
     ],
     ["fastseq.state", "fastseq.losses", "fastseq.reference.loss_operations"],
     ["fastseq.layers"],
-    ["fastseq.training"],
+    ["fastseq.training", "fastseq.init"],
     ["fastseq.models"],
     ["fastseq.reference"],
     ["fastseq"],

@@ -17,7 +17,7 @@ from fastseq import checks
 from fastseq.checks import Array
 
 _FORMAT = "1"
-_LAYERS = ("RNN", "LSTM", "GRU", "Linear", "Embedding", "LayerNorm", "Dropout")
+_LAYERS = ("RNN", "LSTM", "GRU", "Linear", "Embedding", "LayerNorm", "Dropout", "Sequential")
 _STATES = ("State", "LSTMState")
 _MODELS = ("MarkovChain", "AutoRegressive", "RecurrentLM", "RecurrentForecaster")
 _CLASSES = _LAYERS + _STATES + _MODELS
@@ -31,13 +31,18 @@ def save(path: str | os.PathLike[str], class_name: str, config: Mapping[str, Any
     from safetensors.numpy import save as to_bytes
 
     target = checks.path("path", path)
-    if class_name not in _CLASSES:
-        raise TypeError(f"a file can hold {', '.join(_CLASSES)}, not a {class_name}")
+    for unknown in _classes(class_name, config) - {*_CLASSES}:
+        raise TypeError(f"a file can hold {', '.join(_CLASSES)}, not a {unknown}")
     for name, array in arrays.items():
         if array.dtype.name not in _DTYPES.values():
             raise TypeError(f"a file can hold {', '.join(_DTYPES.values())}, but {name} is {array.dtype}")
     metadata = {"fastseq.format": _FORMAT, "fastseq.class": class_name, "fastseq.config": json.dumps(config)}
     write_whole(target, to_bytes({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
+
+
+def _classes(class_name: str, config: Mapping[str, Any]) -> set[str]:
+    """A class, and those of the layers that one of this configuration is made of."""
+    return {class_name}.union(*(_classes(child["class"], child["config"]) for child in config.get("layers", ())))
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
@@ -102,12 +107,21 @@ def load_into(path: str | os.PathLike[str], namespace: ModuleType) -> Any:
     try:
         if class_name in _STATES:
             return getattr(namespace, class_name)(**arrays)
-        home = namespace.models if class_name in _MODELS else namespace
-        layer = getattr(home, class_name)(**json.loads(metadata["fastseq.config"]))
+        layer = _made(class_name, json.loads(metadata["fastseq.config"]), namespace)
         layer.load_state_dict(arrays)
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"path: {name!r} is damaged: {error}") from None
     return layer
+
+
+def _made(class_name: str, config: Mapping[str, Any], namespace: ModuleType) -> Any:
+    """A layer from its configuration; one made of layers has theirs in it."""
+    if class_name not in _LAYERS + _MODELS:
+        raise ValueError(f"it holds a {class_name!r}, which this version does not know")
+    made = getattr(namespace.models if class_name in _MODELS else namespace, class_name)
+    if "layers" not in config:
+        return made(**config)
+    return made(*(_made(child["class"], child["config"], namespace) for child in config["layers"]))
 
 
 def _class_name(path: str, metadata: Mapping[str, str]) -> str:

@@ -86,6 +86,10 @@ class Layer:
     _arrays: Mapping[str, Array]
     _gradients: dict[str, Array] | None = None  # made when first asked for: inference never does
 
+    def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
+        """Parameters to start from: PyTorch's default."""
+        return {}
+
     def __setattr__(self, name: str, value: object) -> None:
         if not name.startswith("_") and hasattr(self, name):
             raise AttributeError(f"{name} is fixed once a {type(self).__name__} is made")
@@ -217,7 +221,8 @@ class Composite(Layer):
 
     def _adopt(self, changed: Mapping[str, Array]) -> None:
         for child, layer in self._children.items():
-            layer._adopt(_under(child, changed))
+            if own := _under(child, changed):
+                layer._adopt(own)
 
     @property
     def grads(self) -> Mapping[str, Array]:
@@ -247,5 +252,9 @@ def mask_seed(seed: Any) -> int:
 
 
 def child_seed(seed: int, child: int) -> int:
-    """The seed that a layer made of layers gives one of them."""
-    return int(np.random.SeedSequence(seed, spawn_key=(child,)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """The seed that a layer made of layers gives one of them: splitmix64, 63 bits of it."""
+    whole = (1 << 64) - 1
+    z = (seed + (child + 1) * 0x9E3779B97F4A7C15) & whole
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & whole
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & whole
+    return (z ^ z >> 31) >> 1

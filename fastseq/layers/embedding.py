@@ -66,7 +66,6 @@ class Embedding(Layer):
         self._replace(self._initial(np.random.default_rng(self.seed)))
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
-        """Parameters to start from: PyTorch's default."""
         weight = rng.normal(size=(self.num_embeddings, self.embedding_dim))
         if self.padding_idx is not None:
             weight[self.padding_idx] = 0

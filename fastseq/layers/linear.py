@@ -62,7 +62,6 @@ class Linear(Layer):
         self._replace(self._initial(np.random.default_rng(self.seed)))
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
-        """Parameters to start from: PyTorch's default."""
         bound = 1 / np.sqrt(self.in_features)
         weight = rng.uniform(-bound, bound, (self.out_features, self.in_features))
         return {"weight": weight, **({"bias": rng.uniform(-bound, bound, self.out_features)} if self.bias else {})}

@@ -73,7 +73,6 @@ class LayerNorm(Layer):
         self._replace(self._initial(np.random.default_rng()))
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
-        """Parameters to start from: nothing about them is random."""
         if not self.elementwise_affine:
             return {}
         weight = {"weight": np.ones(self.normalized_shape)}

@@ -91,9 +91,11 @@ class Recurrent(Layer):
         }
         self._packed: tuple[Mapping[str, Array], Any] | None = None
         self._arrays = {}
-        rng = np.random.default_rng(self.seed)
-        bound = 1 / np.sqrt(self.hidden_size)  # PyTorch's default
-        self._replace({n: rng.uniform(-bound, bound, s) for n, s in self._parameter_shapes().items()})
+        self._replace(self._initial(np.random.default_rng(self.seed)))
+
+    def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
+        bound = 1 / np.sqrt(self.hidden_size)
+        return {name: rng.uniform(-bound, bound, shape) for name, shape in self._parameter_shapes().items()}
 
     def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         rows, outputs = self._gates * self.hidden_size, self._output_size

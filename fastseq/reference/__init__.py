@@ -24,6 +24,7 @@ __all__ = [
     "LSTMState",
     "LayerNorm",
     "Linear",
+    "Sequential",
     "State",
     "load",
     "losses",
@@ -73,6 +74,10 @@ class Dropout(layers.Dropout):  # noqa: D101
     __doc__ = layers.Dropout.__doc__
     _operations: ClassVar[Any] = dense
     _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class Sequential(layers.Sequential):  # noqa: D101
+    __doc__ = layers.Sequential.__doc__
 
 
 def load(path: str | os.PathLike[str]) -> Any:

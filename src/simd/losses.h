@@ -8,58 +8,91 @@
 #include "rows.h"
 
 /*
- * One row of softmax cross-entropy after another. With m the largest logit, t the target and e_j = exp(x_j - m):
+ * Softmax cross-entropy. With m the largest logit of a row, t its target and e_j = exp(x_j - m):
  *
  *     sums: others = sum over j /= t of e_j,  target = e_t,  offset = sum over j of q_j (x_j - m)
  *     gradient_j = scale (e_j / (target + others) - q_j)
  *
  * where q, the distribution wanted, is `smoothing` / n everywhere and 1 - smoothing more at t. The loss of the row,
  * log(target + others) - offset, is left to the caller, who has a logarithm. At the target, e_t / sum - 1 is taken as
- * -others / sum: where the prediction is nearly right, nothing cancels. A row whose target is negative does not count:
- * it is not read, its gradient is 0 and so is its loss.
+ * -others / sum: where the prediction is nearly right, nothing cancels.
  */
-static void softmax_cross_entropy(ptrdiff_t rows, ptrdiff_t n, const void *x, const int64_t *targets,
-                                  double smoothing, double scale, void *gradient, fs_softmax_sums *sums)
+INLINE real row_most(ptrdiff_t n, const real *x)
 {
-    ivec lane = {0};
+    const real lowest = (real)-__builtin_inf();
+    vec high[ROW_CHAINS];
+    for (int i = 0; i < ROW_CHAINS; i++)
+        high[i] = broadcast(lowest);
+    FOR_ROW(n, high[chain] = at_least(load_row(x + i, left, lowest), high[chain]););
+    return most_of(at_least(at_least(high[0], high[1]), at_least(high[2], high[3])));
+}
+
+/* e[j] = exp(x[j] - most); returns their sum but for that of the target */
+INLINE real row_exp(ptrdiff_t n, const real *x, real most, ptrdiff_t target, real *e)
+{
+    vec sums[ROW_CHAINS] = {{0}};
+    ivec lane;
     for (int i = 0; i < LANES; i++)
         lane[i] = i;
-    for (ptrdiff_t r = 0; r < rows; r++) {
-        const real *row = (const real *)x + r * n;
-        real *g = (real *)gradient + r * n;
-        const ptrdiff_t t = targets[r];
-        if (t < 0) {
-            memset(g, 0, (size_t)n * sizeof(real));
-            sums[r] = (fs_softmax_sums){0, 1, 0};
-            continue;
-        }
-        const real lowest = (real)-__builtin_inf();
-        vec high[ROW_CHAINS], chains[ROW_CHAINS] = {{0}};
-        for (int i = 0; i < ROW_CHAINS; i++)
-            high[i] = broadcast(lowest);
-        FOR_ROW(i, n, high[chain] = at_least(load_row(row, i, n, lowest), high[chain]));
-        const real m = most_of(at_least(at_least(high[0], high[1]), at_least(high[2], high[3])));
+    FOR_ROW(n, {
+        const vec v = exp_(load_row(x + i, left, (real)-__builtin_inf()) - broadcast(most));
+        const integer at = target - i >= 0 && target - i < LANES ? (integer)(target - i) : -1;
+        store_row(e + i, left, v);
+        sums[chain] += choose(lane == ibroadcast(at), broadcast(0), v);
+    });
+    return sum_of_chains(sums);
+}
 
-        FOR_ROW(i, n, {
-            vec e = exp_(load_row(row, i, n, lowest) - broadcast(m));
-            store_row(g, i, n, e);
-            const integer at = t - i >= 0 && t - i < LANES ? (integer)(t - i) : -1;
-            chains[chain] += choose(lane == ibroadcast(at), broadcast(0), e);
-        });
-        const double others = sum_of_chains(chains), target = g[t], sum = target + others;
-        double offset = (1 - smoothing) * ((double)row[t] - m);
-        if (smoothing != 0) {
-            vec spread[ROW_CHAINS] = {{0}};
-            FOR_ROW(i, n, spread[chain] += load_row(row, i, n, m) - broadcast(m));
-            offset += smoothing / (double)n * sum_of_chains(spread);
-        }
-        sums[r] = (fs_softmax_sums){others, target, offset};
+/* The sum of x[j] - most. */
+INLINE real row_spread(ptrdiff_t n, const real *x, real most)
+{
+    vec sums[ROW_CHAINS] = {{0}};
+    FOR_ROW(n, sums[chain] += load_row(x + i, left, most) - broadcast(most););
+    return sum_of_chains(sums);
+}
 
-        const vec factor = broadcast((real)(scale / sum)),
-                  share = broadcast((real)(scale * smoothing / (double)n));
-        for (ptrdiff_t i = 0; i < n; i += LANES)
-            store_row(g, i, n, load_row(g, i, n, 0) * factor - share);
-        g[t] = (real)(scale * (smoothing - smoothing / (double)n - others / sum));
+/*
+ * Rows go through each of the three passes a few at a time, as many as stay in the cache: one row waits for its own
+ * sums most of the time. A row whose target is negative does not count: it is not read, its gradient is 0 and so is
+ * its loss.
+ */
+static void softmax_cross_entropy(ptrdiff_t rows, ptrdiff_t n, const void *logits, const int64_t *targets,
+                                  double smoothing, double scale, void *gradient, fs_softmax_sums *sums)
+{
+    enum { MOST_ROWS = 16, CACHED = 4096 };
+    real most[MOST_ROWS], others[MOST_ROWS];
+    const double share = smoothing / (double)n;
+    const ptrdiff_t fit = n > CACHED ? 1 : CACHED / n, block = fit < MOST_ROWS ? fit : MOST_ROWS;
+    for (ptrdiff_t first = 0; first < rows; first += block) {
+        const ptrdiff_t count = rows - first < block ? rows - first : block;
+        const real *x = (const real *)logits + first * n;
+        real *g = (real *)gradient + first * n;
+        const int64_t *t = targets + first;
+        fs_softmax_sums *s = sums + first;
+
+        for (ptrdiff_t r = 0; r < count; r++)
+            if (t[r] >= 0)
+                most[r] = row_most(n, x + r * n);
+        for (ptrdiff_t r = 0; r < count; r++)
+            if (t[r] >= 0)
+                others[r] = row_exp(n, x + r * n, most[r], t[r], g + r * n);
+        for (ptrdiff_t r = 0; r < count; r++) {
+            real *row = g + r * n;
+            if (t[r] < 0) {
+                memset(row, 0, (size_t)n * sizeof(real));
+                s[r] = (fs_softmax_sums){0, 1, 0};
+                continue;
+            }
+            s[r].others = others[r];
+            s[r].target = row[t[r]];
+            s[r].offset = (1 - smoothing) * ((double)x[r * n + t[r]] - most[r]);
+            if (smoothing != 0)
+                s[r].offset += share * row_spread(n, x + r * n, most[r]);
+            const double factor = scale / (s[r].target + s[r].others);
+            const vec times = broadcast((real)factor), less = broadcast((real)(scale * share));
+            FOR_ROW(n, store_row(row + i, left, load_row(row + i, left, 0) * times - less););
+            row[t[r]] = (real)(scale * (smoothing - share) - factor * s[r].others);
+        }
     }
 }
 
@@ -107,7 +140,8 @@ INLINE double elementwise(const int LOSS, ptrdiff_t n, const void *x, const void
     const ivec sign = (ivec)broadcast((real)-0.0);
     wide sums = {0};
     for (ptrdiff_t i = 0; i < n; i += LANES) {
-        vec a = load_row(x, i, n, 0), t = load_row(targets, i, n, 0), d = a - t, loss, slope;
+        vec a = load_row((const real *)x + i, n - i, 0), t = load_row((const real *)targets + i, n - i, 0),
+            d = a - t, loss, slope;
         if (LOSS == BINARY_CROSS_ENTROPY) {
             loss = (relu_(a) - a * t) + log1p_(exp_((vec)((ivec)a | sign)));
             slope = sigmoid_(a) - t;
@@ -121,7 +155,7 @@ INLINE double elementwise(const int LOSS, ptrdiff_t n, const void *x, const void
             loss = slope * (d - slope * broadcast((real)0.5));
         }
         sums += __builtin_convertvector(loss, wide);
-        store_row(gradient, i, n, slope * factor);
+        store_row((real *)gradient + i, n - i, slope * factor);
     }
     return sum_of_wide(&sums);
 }

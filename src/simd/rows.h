@@ -13,22 +13,22 @@
 
 enum { ROW_CHAINS = 4 };
 
-/* The reals from `i` on of a row of n; past its end lanes hold `fill`. */
-INLINE vec load_row(const real *row, ptrdiff_t i, ptrdiff_t n, real fill)
+/* The reals at p, of which there are `left`; lanes past the last hold `fill`. */
+INLINE vec load_row(const real *p, ptrdiff_t left, real fill)
 {
-    if (n - i >= LANES)
-        return load(row + i);
+    if (left >= LANES)
+        return load(p);
     vec v = broadcast(fill);
-    memcpy(&v, row + i, (size_t)(n - i) * sizeof(real));
+    memcpy(&v, p, (size_t)left * sizeof(real));
     return v;
 }
 
-INLINE void store_row(real *row, ptrdiff_t i, ptrdiff_t n, vec v)
+INLINE void store_row(real *p, ptrdiff_t left, vec v)
 {
-    if (n - i >= LANES)
-        store(row + i, v);
+    if (left >= LANES)
+        store(p, v);
     else
-        store_part(row + i, v, n - i);
+        store_part(p, v, left);
 }
 
 /* The lanes moved so that those `distance` further on come first; the last ones hold anything. */
@@ -94,14 +94,25 @@ INLINE real square_root(real x)
 #endif
 }
 
-/* The vector at i goes to chain i / LANES % ROW_CHAINS; BODY adds to `chain`. */
-#define FOR_ROW(I, N, BODY)                                                                            \
-    do {                                                                                               \
-        ptrdiff_t I = 0;                                                                               \
-        for (; I + ROW_CHAINS * LANES <= (N);)                                                         \
-            _Pragma("GCC unroll 4") for (int chain = 0; chain < ROW_CHAINS; chain++, I += LANES) BODY; \
-        for (int chain = 0; I < (N); chain++, I += LANES)                                              \
-            BODY;                                                                                      \
+/*
+ * BODY for each vector of a row of N reals: at `i`, where `left` are left, of the chain i / LANES % ROW_CHAINS.
+ * Chains and whole vectors are constants where the compiler sees them: sums stay in registers.
+ */
+#define FOR_ROW(N, BODY)                                                             \
+    do {                                                                             \
+        ptrdiff_t start_ = 0;                                                        \
+        for (; start_ + ROW_CHAINS * LANES <= (N); start_ += ROW_CHAINS * LANES)     \
+            _Pragma("GCC unroll 4") for (int chain = 0; chain < ROW_CHAINS; chain++) \
+            {                                                                        \
+                const ptrdiff_t i = start_ + chain * LANES, left = LANES;            \
+                BODY                                                                 \
+            }                                                                        \
+        _Pragma("GCC unroll 4") for (int chain = 0; chain < ROW_CHAINS;              \
+                                     chain++) if (start_ + chain * LANES < (N))      \
+        {                                                                            \
+            const ptrdiff_t i = start_ + chain * LANES, left = (N) - i;              \
+            BODY                                                                     \
+        }                                                                            \
     } while (0)
 
 /* mean = sum x / n;  scale = 1 / sqrt(sum (x - mean)^2 / n + eps);  y = (x - mean) scale weight + bias */
@@ -113,21 +124,21 @@ static void layer_norm(ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, c
         const real *row = (const real *)x + r * n;
         real *out = (real *)y + r * n;
         vec sums[ROW_CHAINS] = {{0}}, squares[ROW_CHAINS] = {{0}};
-        FOR_ROW(i, n, sums[chain] += load_row(row, i, n, 0));
+        FOR_ROW(n, sums[chain] += load_row(row + i, left, 0););
         const real mean = sum_of_chains(sums) / (real)n;
-        FOR_ROW(i, n, {
-            vec d = load_row(row, i, n, mean) - broadcast(mean);
+        FOR_ROW(n, {
+            const vec d = load_row(row + i, left, mean) - broadcast(mean);
             squares[chain] = fma_(d, d, squares[chain]);
         });
         const real scale = 1 / square_root(sum_of_chains(squares) / (real)n + (real)eps);
-        for (ptrdiff_t i = 0; i < n; i += LANES) {
-            vec v = (load_row(row, i, n, 0) - broadcast(mean)) * broadcast(scale);
-            if (w && b)
-                v = fma_(v, load_row(w, i, n, 0), load_row(b, i, n, 0));
-            else if (w)
-                v *= load_row(w, i, n, 0);
-            store_row(out, i, n, v);
-        }
+        FOR_ROW(n, {
+            vec v = (load_row(row + i, left, 0) - broadcast(mean)) * broadcast(scale);
+            if (w)
+                v *= load_row(w + i, left, 0);
+            if (b)
+                v += load_row(b + i, left, 0);
+            store_row(out + i, left, v);
+        });
         ((real *)means)[r] = mean;
         ((real *)scales)[r] = scale;
     }
@@ -141,44 +152,58 @@ static void layer_norm_dx(ptrdiff_t rows, ptrdiff_t n, const void *x, const void
     for (ptrdiff_t r = 0; r < rows; r++) {
         const real *row = (const real *)x + r * n, *d = (const real *)dy + r * n;
         real *out = (real *)dx + r * n;
-        const real mean = ((const real *)means)[r], scale = ((const real *)scales)[r];
+        const vec mean = broadcast(((const real *)means)[r]), scale = broadcast(((const real *)scales)[r]);
         vec sums[ROW_CHAINS] = {{0}}, products[ROW_CHAINS] = {{0}};
-        FOR_ROW(i, n, {
-            vec g = load_row(d, i, n, 0);
+        FOR_ROW(n, {
+            vec g = load_row(d + i, left, 0);
             if (w)
-                g *= load_row(w, i, n, 0);
+                g *= load_row(w + i, left, 0);
             sums[chain] += g;
-            products[chain] =
-                fma_(g, (load_row(row, i, n, 0) - broadcast(mean)) * broadcast(scale), products[chain]);
+            products[chain] = fma_(g, (load_row(row + i, left, 0) - mean) * scale, products[chain]);
         });
         const vec of_g = broadcast(sum_of_chains(sums) / (real)n);
         const vec of_products = broadcast(sum_of_chains(products) / (real)n);
-        for (ptrdiff_t i = 0; i < n; i += LANES) {
-            vec g = load_row(d, i, n, 0);
+        FOR_ROW(n, {
+            vec g = load_row(d + i, left, 0);
             if (w)
-                g *= load_row(w, i, n, 0);
-            vec normal = (load_row(row, i, n, 0) - broadcast(mean)) * broadcast(scale);
-            store_row(out, i, n, (g - of_g - normal * of_products) * broadcast(scale));
-        }
+                g *= load_row(w + i, left, 0);
+            const vec normal = (load_row(row + i, left, 0) - mean) * scale;
+            store_row(out + i, left, (g - of_g - normal * of_products) * scale);
+        });
     }
 }
 
-/* dweight += sum over rows of dy x^;  dbias += sum over rows of dy;  of the columns [first, last) */
+/* dweight += sum over rows of dy x^;  dbias += sum over rows of dy;  of `left` columns, at most ROW_CHAINS vectors */
+INLINE void layer_norm_columns(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t columns, const real *x, const real *means,
+                               const real *scales, const real *dy, real *dw, real *db)
+{
+    vec products[ROW_CHAINS] = {{0}}, sums[ROW_CHAINS] = {{0}};
+    for (ptrdiff_t r = 0; r < rows; r++, x += n, dy += n) {
+        const vec mean = broadcast(means[r]), scale = broadcast(scales[r]);
+        FOR_ROW(columns, {
+            const vec d = load_row(dy + i, left, 0);
+            products[chain] = fma_(d, (load_row(x + i, left, 0) - mean) * scale, products[chain]);
+            sums[chain] += d;
+        });
+    }
+    FOR_ROW(columns, {
+        store_row(dw + i, left, load_row(dw + i, left, 0) + products[chain]);
+        if (db)
+            store_row(db + i, left, load_row(db + i, left, 0) + sums[chain]);
+    });
+}
+
 static void layer_norm_sums(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, const void *x,
                             const void *means, const void *scales, const void *dy, void *dweight, void *dbias)
 {
-    real *dw = dweight, *db = dbias;
-    for (ptrdiff_t i = first; i < last; i += LANES) {
-        vec products = {0}, sums = {0};
-        for (ptrdiff_t r = 0; r < rows; r++) {
-            const vec mean = broadcast(((const real *)means)[r]), scale = broadcast(((const real *)scales)[r]);
-            vec d = load_row((const real *)dy + r * n, i, last, 0);
-            products = fma_(d, (load_row((const real *)x + r * n, i, last, 0) - mean) * scale, products);
-            sums += d;
-        }
-        store_row(dw, i, last, load_row(dw, i, last, 0) + products);
-        if (db)
-            store_row(db, i, last, load_row(db, i, last, 0) + sums);
+    enum { STRIP = ROW_CHAINS * LANES };
+    for (ptrdiff_t i = first; i < last; i += STRIP) {
+        const real *at = (const real *)x + i, *d = (const real *)dy + i;
+        real *dw = (real *)dweight + i, *db = dbias ? (real *)dbias + i : NULL;
+        if (last - i >= STRIP)
+            layer_norm_columns(rows, n, STRIP, at, means, scales, d, dw, db);
+        else
+            layer_norm_columns(rows, n, last - i, at, means, scales, d, dw, db);
     }
 }
 
@@ -189,10 +214,9 @@ static void scatter_add(ptrdiff_t rows, const int64_t *ids, int64_t skip, ptrdif
     for (ptrdiff_t r = 0; r < rows; r++) {
         if (ids[r] == skip)
             continue;
-        const real *d = (const real *)dy + r * width;
-        real *g = (real *)gradient + ids[r] * width;
-        for (ptrdiff_t i = first; i < last; i += LANES)
-            store_row(g, i, last, load_row(g, i, last, 0) + load_row(d, i, last, 0));
+        const real *d = (const real *)dy + r * width + first;
+        real *g = (real *)gradient + ids[r] * width + first;
+        FOR_ROW(last - first, store_row(g + i, left, load_row(g + i, left, 0) + load_row(d + i, left, 0)););
     }
 }
 
@@ -244,8 +268,8 @@ static void dropout(ptrdiff_t n, const void *x, void *y, uint64_t first, uint64_
         words counter = lane + (uint32_t)index + (uint32_t)block;
         for (ptrdiff_t i = start; i < end; i += LANES, counter += (uint32_t)LANES) {
             word_masks kept = (word_masks)(hash_words(counter, (uint32_t)(block >> 32)) >= threshold);
-            vec v = load_row((const real *)x, i, end, 0) * factor;
-            store_row((real *)y, i, end, choose(__builtin_convertvector(kept, ivec), v, broadcast(0)));
+            vec v = load_row((const real *)x + i, end - i, 0) * factor;
+            store_row((real *)y + i, end - i, choose(__builtin_convertvector(kept, ivec), v, broadcast(0)));
         }
     }
 }
