@@ -3,8 +3,11 @@ from typing import Final
 from fastseq.checks import Array
 
 KINDS: Final[dict[str, tuple[int, int]]]
+GATE_NAMES: Final[dict[int, str]]
 
 class Cell: ...
+class Rows: ...
+class Tape: ...
 
 def pack(
     kind: str,
@@ -20,6 +23,7 @@ def run(
     h: Array,
     c: Array | None,
     lengths: Array | None,
+    resets: Array | None,
     n_threads: int,
 ) -> tuple[Array, Array, Array | None]: ...
 def fits(cells: tuple[tuple[Cell, ...], ...], x: object, dims: int, state: object, out: object) -> bool: ...
@@ -31,3 +35,23 @@ def step(
     out: Array | None,
     n_threads: int,
 ) -> tuple[Array, Array, Array | None]: ...
+def forward(
+    cells: tuple[Cell, ...],
+    x: Array,
+    h: Array,
+    c: Array | None,
+    lengths: Array | None,
+    resets: Array | None,
+    n_threads: int,
+) -> tuple[Array, Array, Array | None, Tape]: ...
+def gates(tape: Tape) -> dict[str, Array]: ...
+def backward(
+    tape: Tape,
+    dy: Array,
+    dh: Array | None,
+    dc: Array | None,
+    truncate: int | None,
+    grads: tuple[tuple[Array | None, ...], ...],
+    keep: bool,
+    n_threads: int,
+) -> tuple[Array, Array, Array | None, tuple[Array, Array | None] | None]: ...

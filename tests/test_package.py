@@ -22,7 +22,9 @@ SIGNATURES = {
     "bidirectional=False, dtype='float32', seed=None)",
 }
 METHODS = {
-    "__call__": "(self, x, state=None, *, lengths=None)",
+    "__call__": "(self, x, state=None, *, lengths=None, resets=None, return_gates=False)",
+    "forward": "(self, x, state=None, *, lengths=None, resets=None, seed=None)",
+    "backward": "(self, dy, tape, *, dstate=None, truncate=None, grads=None)",
     "step": "(self, x_t, state=None, *, out=None)",
     "state_dict": "(self)",
     "load_state_dict": "(self, mapping)",
@@ -74,7 +76,7 @@ def test_the_reference_layers_are_not_the_compiled_ones() -> None:
     for name in SIGNATURES:
         ours, theirs = getattr(fs, name), getattr(fs.reference, name)
         assert ours is not theirs and ours._operations is not theirs._operations
-        for operation in ("pack", "run", "step"):
+        for operation in ("pack", "run", "step", "forward", "gates", "backward"):
             assert getattr(ours._operations, operation) is not getattr(theirs._operations, operation)
         assert "fastseq._recurrent" not in vars(theirs._operations).values()
 

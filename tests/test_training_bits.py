@@ -271,6 +271,14 @@ def test_odd_sizes(kind: str, dtype: str) -> None:
         compare(layer, batch, 3, lengths=random_lengths(batch, 3))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_far_wider_than_the_state_and_far_narrower(kind: str, dtype: str) -> None:
+    """With more rows times steps than are multiplied at once."""
+    for input_size, hidden in ((300, 5), (1, 90)):
+        compare(make(kind, input_size, hidden, dtype=dtype), 9, 60)
+
+
 @pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_work_for_several_threads(kind: str, n_threads: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastseq import _dense, _recurrent, checks, threads
 from fastseq.checks import Array
-from fastseq.layers.base import Layer, Tape
+from fastseq.layers.base import Layer, Tape, mask_seed
 from fastseq.state import LSTMState, State, adopt
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # of one direction of one layer
@@ -316,14 +316,12 @@ class Recurrent(Layer):
             lengths = checks.lengths(lengths, *x.shape[:2])
         if resets is not None:
             resets = checks.resets(resets, x.shape[0], x.shape[1], batched)
-        seed = checks.seed("seed", seed)
+        masks: int | None = mask_seed(seed)
         if self.dropout == 0 or self.num_layers == 1:
-            seed = None
-        elif seed is None:
-            seed = int(np.random.default_rng().integers(2**63))
-        y, end, tapes = self._through(cells, x, h, c, lengths, resets, seed)
+            masks = None
+        y, end, tapes = self._through(cells, x, h, c, lengths, resets, masks)
         y.flags.writeable = False
-        return (y if batched else y[0]), end, Tape(self, Kept(tapes, batched, y.shape, seed))
+        return (y if batched else y[0]), end, Tape(self, Kept(tapes, batched, y.shape, masks))
 
     def backward(
         self, dy: Any, tape: Tape, *, dstate: Any = None, truncate: Any = None, grads: Any = None

@@ -1,0 +1,294 @@
+"""The error contract of training: a TypeError or a ValueError that names the argument, and nothing has changed."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from common import KINDS, assert_same_bits, inputs, make, random_state, run_python
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastseq as fs
+from fastseq.training import gradient_flow
+
+MODULES = [pytest.param(fs, id="compiled"), pytest.param(fs.reference, id="reference")]
+BOTH = pytest.mark.parametrize("module", MODULES)
+EACH = pytest.mark.parametrize("kind", KINDS)
+
+B, T, WIDTH = 3, 5, 4
+NOT_INTEGERS: list[Any] = ["3", 3.0, np.float32(3), True, np.True_, [3], np.array([3]), 3j, object()]
+
+
+def named(argument: str) -> str:
+    return rf"\b{argument}\b"
+
+
+def setting(kind: str, module: Any, **config: Any) -> tuple[Any, Any, Any, Any]:
+    """A layer, x, dy and a tape."""
+    layer = make(kind, WIDTH, 6, module=module, **config)
+    x = inputs((B, T, WIDTH))
+    y, _, tape = layer.forward(x, random_state(layer, B))
+    return layer, x, inputs(y.shape, seed=1), tape
+
+
+def refuses(layer: Any, error: Any, argument: str, call: Any) -> None:
+    """The error, and gradients as they were."""
+    with pytest.raises(error, match=named(argument)):
+        call()
+    assert not any(array.any() for array in layer.grads.values())
+
+
+# forward and call
+
+
+@BOTH
+@EACH
+def test_inputs_of_forward(kind: str, module: Any) -> None:
+    layer, x, _, _ = setting(kind, module)
+    for value in (None, "x", x.astype(int), x.astype(complex), x > 0, x.astype(object), [[None]]):
+        refuses(layer, TypeError, "x", lambda value=value: layer.forward(value))
+    for value in (x[..., :2], x[None], x[0, 0], 1.0, np.zeros(0), [[1.0], [1.0, 2.0]]):
+        refuses(layer, ValueError, "x", lambda value=value: layer.forward(value))
+    state = random_state(layer, B)
+    for value in (state[:2], state[[0, 0, 1, 2]], tuple(a[:, :0] for a in state) if kind[0] == "l" else state.h[:, :0]):
+        refuses(layer, ValueError, "state", lambda value=value: layer.forward(x, value))
+    for value in (5, "state", object(), {}, fs.State(state.h) if kind[0] == "l" else fs.LSTMState(state.h, state.h)):
+        refuses(layer, (TypeError, ValueError), "state", lambda value=value: layer.forward(x, value))
+    refuses(layer, ValueError, "lengths", lambda: layer.forward(x, lengths=[1, 2]))
+    refuses(layer, ValueError, "lengths", lambda: layer.forward(x, lengths=[1, 2, 6]))
+    refuses(layer, TypeError, "lengths", lambda: layer.forward(x, lengths=[True, False, True]))
+    for call in (lambda: layer.forward(), lambda: layer.forward(x, None, None), lambda: layer.forward(x, mask=None)):
+        with pytest.raises(TypeError):
+            call()
+
+
+@BOTH
+@pytest.mark.parametrize("verb", ["call", "forward"])
+def test_resets(verb: str, module: Any) -> None:
+    layer, x, _, _ = setting("lstm", module, bidirectional=True)
+    run = layer if verb == "call" else layer.forward
+    good = np.zeros((B, T), bool)
+    for dtype in (int, "uint8", float, complex, object, "S1", "M8[s]"):
+        refuses(layer, TypeError, "resets", lambda dtype=dtype: run(x, resets=good.astype(dtype)))
+    for value in ("resets", 5, {1: True}, object(), [[None] * T] * B, [[0] * T] * B):
+        refuses(layer, TypeError, "resets", lambda value=value: run(x, resets=value))
+    for value in (good[:, 1:], good[1:], good[0], good[..., None], np.True_, [[True], [True, False]], [], good[:0]):
+        refuses(layer, ValueError, "resets", lambda value=value: run(x, resets=value))
+    refuses(layer, ValueError, r"batch comes first", lambda: run(x, resets=good.T))
+    refuses(layer, ValueError, "resets", lambda: run(x[0], resets=good[:1]))
+    for dtype in (int, float):  # also where there is nothing in it
+        refuses(layer, TypeError, "resets", lambda dtype=dtype: run(x[:0], resets=np.zeros((0, T), dtype)))
+
+
+@BOTH
+def test_return_gates(module: Any) -> None:
+    layer, x, _, _ = setting("gru_after", module)
+    for value in (None, 0, 1, "True", [], np.array([True])):
+        refuses(layer, TypeError, "return_gates", lambda value=value: layer(x, return_gates=value))
+
+
+@BOTH
+@pytest.mark.parametrize("config", [{}, {"num_layers": 2, "dropout": 0.5}], ids=["plain", "dropout"])
+def test_seeds(config: dict[str, Any], module: Any) -> None:
+    layer = module.GRU(WIDTH, 6, **config)
+    x = inputs((B, T, WIDTH))
+    for value in ("1", 1.0, True, [1], np.random.default_rng(0)):
+        refuses(layer, TypeError, "seed", lambda value=value: layer.forward(x, seed=value))
+    for value in (-1, 2**64, 10**100):
+        refuses(layer, (ValueError, OverflowError), "seed", lambda value=value: layer.forward(x, seed=value))
+    for value in (0, 2**63 - 1, np.uint8(3)):
+        assert_same_bits(layer.forward(x, seed=value)[0], layer.forward(x, seed=int(value))[0])
+
+
+# backward
+
+
+@BOTH
+@EACH
+def test_tapes(kind: str, module: Any) -> None:
+    layer, x, dy, tape = setting(kind, module)
+    others = [make(kind, WIDTH, 6, module=module), pickle.loads(pickle.dumps(layer))]
+    others += [make("gru_after", WIDTH, 6, module=module), make(kind, WIDTH, 6, num_layers=2, module=module)]
+    for other in others:
+        _, _, foreign = other.forward(x)
+        refuses(layer, ValueError, "tape", lambda foreign=foreign: layer.backward(dy, foreign))
+        refuses(layer, ValueError, "tape", lambda foreign=foreign: gradient_flow(layer, foreign, dy))
+    for value in (None, 5, "tape", object(), (tape,), layer.forward(x)):
+        refuses(layer, TypeError, "tape", lambda value=value: layer.backward(dy, value))
+    refuses(layer, TypeError, "tape", lambda: layer.backward(tape, dy))
+
+
+@BOTH
+@EACH
+def test_gradients_of_outputs(kind: str, module: Any) -> None:
+    layer, x, dy, tape = setting(kind, module, bidirectional=True)
+    for dtype in (int, bool, complex, object, "S4"):
+        refuses(layer, TypeError, "dy", lambda dtype=dtype: layer.backward(np.zeros(dy.shape, dtype), tape))
+    for value in (None, "dy", {}, object(), 5):
+        refuses(layer, TypeError, "dy", lambda value=value: layer.backward(value, tape))
+    half = dy.shape[2] // 2
+    wrong = [dy[:2], dy[:, :4], dy[..., :half], dy[0], dy[None], dy[:0], dy[:1], dy.swapaxes(0, 1), 1.0, [], [[1.0]]]
+    for value in wrong:
+        refuses(layer, ValueError, "dy", lambda value=value: layer.backward(value, tape))
+        refuses(layer, ValueError, "dy", lambda value=value: gradient_flow(layer, tape, value))
+    y, _, unbatched = layer.forward(x[0])
+    for value in (dy, dy[:1], dy[0, 0], dy[0, :, :half]):
+        refuses(layer, ValueError, "dy", lambda value=value: layer.backward(value, unbatched))
+    assert layer.backward(y, unbatched)[0].shape == (T, WIDTH)
+
+
+@BOTH
+@EACH
+def test_gradients_of_states(kind: str, module: Any) -> None:
+    layer, _, dy, tape = setting(kind, module)
+    good = random_state(layer, B)
+    lstm = kind.startswith("lstm")
+    wrong: list[Any] = [good[:2], good[:0], good[[0, 1, 2, 0]]]
+    wrong += [tuple(a[..., :2] for a in good), tuple(a[0] for a in good)] if lstm else [good.h[..., :2], good.h[0]]
+    wrong += [tuple(a.swapaxes(0, 1) for a in good) if lstm else good.h.swapaxes(0, 1)]
+    for value in wrong:
+        refuses(layer, ValueError, "dstate", lambda value=value: layer.backward(dy, tape, dstate=value))
+        refuses(layer, ValueError, "dstate", lambda value=value: gradient_flow(layer, tape, dy, dstate=value))
+    others: list[Any] = ["dstate", 5, object(), {}, [None], np.zeros((B, 1, 6), int)]
+    others += [fs.State(good.h), good.h, (good.h,), (good.h, None)] if lstm else [fs.LSTMState(good.h, good.h)]
+    for value in others:
+        refuses(layer, (TypeError, ValueError), "dstate", lambda value=value: layer.backward(dy, tape, dstate=value))
+
+
+@BOTH
+def test_truncate(module: Any) -> None:
+    layer, _, dy, tape = setting("gru_before", module)
+    for value in NOT_INTEGERS:
+        refuses(layer, TypeError, "truncate", lambda value=value: layer.backward(dy, tape, truncate=value))
+    for value in (0, -1, -(2**70), 2**63, 10**100, np.int8(-3)):
+        refuses(
+            layer,
+            (ValueError, OverflowError),
+            "truncate",
+            lambda value=value: layer.backward(dy, tape, truncate=value),
+        )
+
+
+@BOTH
+@EACH
+def test_where_gradients_go(kind: str, module: Any) -> None:
+    layer, _, dy, tape = setting(kind, module)
+    good = {name: np.zeros_like(array) for name, array in layer.parameters.items()}
+    name = "weight_hh_l0"
+
+    def with_(array: Any) -> dict[str, Any]:
+        return {**good, name: array}
+
+    frozen = good[name].copy()
+    frozen.flags.writeable = False
+    wide = np.zeros((len(frozen), 2 * frozen.shape[1]), "float32")
+    wrong = [with_(a) for a in (None, 5, frozen.tolist(), frozen, frozen.T, frozen[:-1], frozen.astype(float))]
+    wrong += [with_(wide[:, ::2]), with_(frozen.astype(">f4")), with_(np.zeros(0, "float32"))]
+    wrong += [{n: a for n, a in good.items() if n != name}, {**good, "more": good[name]}, {}, layer.parameters]
+    for value in wrong:
+        refuses(layer, ValueError, "grads", lambda value=value: layer.backward(dy, tape, grads=value))
+    for value in (5, "grads", list(good.items()), [good], {1: good[name]}, object()):
+        refuses(layer, TypeError, "grads", lambda value=value: layer.backward(dy, tape, grads=value))
+    assert not any(array.any() for array in good.values()), "nothing was added before something was refused"
+
+
+@BOTH
+def test_gradient_flow_of_what_has_none(module: Any) -> None:
+    layer, _, dy, tape = setting("lstm", module)
+    for value in (None, 5, "layer", object(), fs.LSTM, layer.parameters):
+        refuses(layer, TypeError, "layer", lambda value=value: gradient_flow(value, tape, dy))
+
+
+@BOTH
+def test_arguments_that_do_not_exist(module: Any) -> None:
+    layer, _, dy, tape = setting("lstm", module)
+    for call in (
+        lambda: layer.backward(dy),
+        lambda: layer.backward(),
+        lambda: layer.backward(dy, tape, None),
+        lambda: layer.backward(dy, tape, state=None),
+        lambda: gradient_flow(layer, tape),
+        lambda: gradient_flow(layer, tape, dy, None),
+    ):
+        with pytest.raises(TypeError):
+            call()
+
+
+SHAPES = st.lists(st.integers(0, 4), min_size=0, max_size=4).map(tuple)
+
+
+@given(shape=SHAPES, dstate=SHAPES, resets=SHAPES, truncate=st.integers(-1, 7))
+def test_any_shapes(shape: Any, dstate: Any, resets: Any, truncate: int) -> None:
+    """Whatever does not fit is refused, by name; nothing crashes."""
+    layer = make("lstm_proj", 2, 4, bidirectional=True)
+    x = inputs((2, 3, 2))
+    _, _, tape = layer.forward(x)
+    refusals = (
+        ("dy", lambda: layer.backward(np.zeros(shape, "float32"), tape), shape == (2, 3, 4)),
+        ("resets", lambda: layer.forward(x, resets=np.zeros(resets, bool)), resets == (2, 3)),
+        (
+            "dstate",
+            lambda: layer.backward(
+                np.zeros((2, 3, 4), "float32"), tape, dstate=(np.zeros(dstate, "float32"), np.zeros((2, 2, 4)))
+            ),
+            dstate == (2, 2, 2),
+        ),
+        ("truncate", lambda: layer.backward(np.zeros((2, 3, 4), "float32"), tape, truncate=truncate), truncate > 0),
+    )
+    for argument, call, fits in refusals:
+        if fits:
+            call()
+        else:
+            with pytest.raises(ValueError, match=named(argument)):
+                call()
+
+
+# Memory
+
+
+def test_memory_that_cannot_be_had() -> None:
+    """Of the tape, of gradients and of scratch; everything works after it."""
+    code = """
+    import resource, numpy as np, fastseq as fs
+    from common import assert_same_bits, inputs, make, random_state
+
+    def used():
+        return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+
+    class limit:
+        def __init__(self, more): self.more = more
+        def __enter__(self): resource.setrlimit(resource.RLIMIT_AS, (used() + self.more, hard))
+        def __exit__(self, *_): resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    fs.set_num_threads(1)
+    for kind in ("rnn_tanh", "lstm", "lstm_proj", "gru_after", "gru_before"):
+        small = make(kind, 8, 16)
+        x, state = inputs((3, 5, 8)), random_state(small, 3)
+        def train():
+            y, end, tape = small.forward(x, state)
+            return (y, end, *small.backward(y, tape))
+        expected = train()
+        big = np.broadcast_to(np.float32(0.5), (100_000, 40, 8))
+        with limit(64 << 20):
+            try:
+                small.forward(big)
+            except MemoryError:
+                print("forward", end=" ")
+            assert_same_bits(train(), expected)
+        y, _, tape = small.forward(big[:, :10])
+        with limit(16 << 20):
+            try:
+                small.backward(y, tape)
+            except MemoryError:
+                print("backward", end=" ")
+        dx, _ = small.backward(y, tape)
+        assert dx.shape == (100_000, 10, 8)
+        assert_same_bits(train(), expected)
+    """
+    # What is freed goes back to the system at once, or what is asked for next would find room in it.
+    environment = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    assert run_python(code, **environment).stdout.split() == ["forward", "backward"] * 5
