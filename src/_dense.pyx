@@ -106,6 +106,9 @@ cdef void product_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexc
     step.h = x
     step.carry = x
     step.c = NULL
+    step.c_before = NULL
+    step.gates = NULL
+    step.back = NULL
     step.z = NULL
     step.out = out
     while base < end:

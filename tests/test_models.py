@@ -533,3 +533,568 @@ def test_autoregressive_edges():
     assert model(np.zeros((4, 0))).shape == (4, 0)
     assert model.log_prob(np.ones((2, 3))).tolist() == [0, 0]
     assert model.log_prob(np.ones((0, 5))).shape == (0,)
+
+
+# --- AutoRegressive with hidden units
+
+
+def perceptron(order=3, hidden=5, activation="sigmoid", engine=fs, **more):
+    """A perceptron whose standardisation was measured, and nothing more."""
+    model = engine.models.AutoRegressive(order, hidden, activation=activation, seed=1, **more)
+    model.fit(series((60,)), epochs=0, progress=False)
+    return model
+
+
+def check_gradients(model, forward, tape_backward, seed=0):
+    """Slopes along random directions, one for each parameter, against central differences."""
+    rng = np.random.default_rng([seed, 13])
+    _, tape = forward()
+    grads = {name: np.zeros_like(a) for name, a in model.parameters.items()}
+    tape_backward(tape, grads)
+    for name, before in dict(model.parameters).items():
+        direction = rng.normal(size=before.shape)
+        ends = []
+        for step in (1e-5, -1e-5):
+            model.parameters[name] = before + step * direction
+            ends.append(forward()[0])
+        model.parameters[name] = before
+        slope, wanted = (grads[name] * direction).sum(), (ends[0] - ends[1]) / 2e-5
+        assert abs(slope - wanted) <= 1e-6 * max(abs(wanted), 1e-2), f"{name}: {slope}, by differences {wanted}"
+
+
+@pytest.mark.parametrize("engine", [fs, fs.reference], ids=["compiled", "reference"])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu"])
+def test_perceptron_gradients(activation, engine):
+    model = perceptron(activation=activation, engine=engine)
+    windows = fs.training.Windows(series((40,)), steps=3, batch_size=16, seed=0)
+    batch = next(windows.batches(0))
+
+    def forward():
+        loss, count, tape, _ = model.training_forward(batch)
+        assert count == 16
+        return loss, tape
+
+    check_gradients(model, forward, lambda tape, grads: model.training_backward(tape, grads))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu"])
+def test_perceptron_by_hand_and_closed_loop(activation, dtype):
+    model = perceptron(activation=activation, dtype=dtype)
+    x = series((4, 30)).astype(dtype)
+    lengths = np.array([30, 3, 17, 30])
+    x[1, 3:] = np.nan
+    w = {name: a.astype(np.float64) for name, a in model.state_dict().items()}
+    f = {"sigmoid": lambda a: 1 / (1 + np.exp(-a)), "tanh": np.tanh, "relu": lambda a: np.maximum(a, 0)}[activation]
+
+    def following(past):
+        z = (np.asarray(past[-3:], np.float64) - w["mean"]) / w["deviation"]
+        y = w["output.weight"] @ f(w["hidden.weight"] @ z + w["hidden.bias"]) + w["output.bias"]
+        return (y * w["deviation"] + w["mean"])[0]
+
+    tolerance = 1e-4 if dtype == "float32" else 1e-12
+    y, future = model(x, lengths=lengths), model.forecast(x, 8, lengths=lengths)
+    assert y.dtype == future.dtype == dtype
+    for row, n in enumerate(lengths):
+        assert np.isnan(y[row, :2]).all() and (y[row, n:] == 0).all()
+        np.testing.assert_allclose(y[row, 2:n], [following(x[row, : t + 1]) for t in range(2, n)], rtol=tolerance)
+        past = list(x[row, :n])
+        for step in range(8):
+            past.append(following(past))
+            np.testing.assert_allclose(future[row, step], past[-1], rtol=tolerance)
+        assert_same_bits(model.forecast(x[row, :n], 8), future[row])
+        residuals = x[row, 3:n] - y[row, 2 : n - 1].astype(np.float64)
+        wanted = -0.5 * (np.log(2 * np.pi * model.sigma2) + residuals**2 / model.sigma2).sum() if n > 3 else 0.0
+        np.testing.assert_allclose(model.log_prob(x[row, :n]), wanted, rtol=1e-5)
+
+
+def test_perceptron_learns_what_no_linear_model_can(tmp_path):
+    x = [0.3]
+    for _ in range(600):
+        x.append(3.9 * x[-1] * (1 - x[-1]))  # the logistic map
+    x = np.array(x)
+    linear = fs.models.AutoRegressive(2).fit(x[:500])
+    model = fs.models.AutoRegressive(2, 10, activation="tanh", seed=0)
+    with pytest.raises(ValueError, match="this AutoRegressive should be fitted first"):
+        model.log_prob(x)
+    model.fit(x[:500], epochs=60, validation=x[500:], progress=False)
+    assert model.history.loss[-1] < 0.2 * model.history.loss[0]
+    assert model.sigma2[0] < 0.1 * linear.sigma2[0]
+    residuals = x[2:500] - model(x[:500])[1:-1]
+    assert model.sigma2[0] == pytest.approx((residuals**2).mean())
+    assert model.bic()[0] < linear.bic()[0] and model.aic()[0] < linear.aic()[0]
+    parameters = 2 * 10 + 10 + 10 + 1 + 1
+    log_likelihood = model.log_prob(x[:500])[0]
+    assert model.aic()[0] == pytest.approx(2 * parameters - 2 * log_likelihood)
+    assert model.bic()[0] == pytest.approx(np.log(498) * parameters - 2 * log_likelihood)
+    model.save(tmp_path / "m.safetensors")
+    for twin in fs.load(tmp_path / "m.safetensors"), pickle.loads(pickle.dumps(model)):
+        assert repr(twin) == repr(model)
+        assert_same_bits(twin.forecast(x, 9), model.forecast(x, 9))
+        assert_same_bits(twin.bic(), model.bic())
+
+
+def test_perceptron_choose_and_many_series():
+    x = series((3, 120))
+    chosen = fs.models.AutoRegressive.choose(x, [1, 2], hidden=3, seed=0, epochs=15, progress=False)
+    assert (chosen.order, chosen.hidden) == (2, 3)
+    twin = fs.models.AutoRegressive(2, 3, seed=0).fit(list(x), epochs=15, progress=False)
+    assert_same_bits(chosen.forecast(x, 4), twin.forecast(x, 4))
+    for wrong in (lambda: chosen.coefficients, lambda: chosen.intercept):
+        with pytest.raises(ValueError, match="a perceptron has no"):
+            wrong()
+    with pytest.raises(TypeError, match="epochs is a setting of training"):
+        fs.models.AutoRegressive(2).fit(x, epochs=3)
+    with pytest.raises(ValueError, match="a linear model is not trained"):
+        fs.training.fit(fs.models.AutoRegressive(2), [fs.training.Batch(x)], epochs=1)
+    with pytest.raises(ValueError, match=r"inputs should be of shape \(B, 2, 1\)"):
+        chosen.training_forward(fs.training.Batch(x[..., None], x[..., None]))
+    with pytest.raises(ValueError, match="hidden should be at least 1"):
+        fs.models.AutoRegressive(2, 0)
+    with pytest.raises(ValueError, match="activation should be one of"):
+        fs.models.AutoRegressive(2, 3, activation="gelu")
+
+
+# --- RecurrentLM
+
+CELLS = ["rnn", "lstm", "gru"]
+ENGINES = pytest.mark.parametrize("engine", [fs, fs.reference], ids=["compiled", "reference"])
+
+
+def language_model(vocab=5, cell="lstm", engine=fs, dtype="float64", **more):
+    return engine.models.RecurrentLM(vocab, 4, 6, 2, cell=cell, dtype=dtype, seed=3, **more)
+
+
+def log_softmax(logits):
+    wide = logits.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+@ENGINES
+@pytest.mark.parametrize("cell", CELLS)
+def test_lm_probabilities_of_all_sequences_sum_to_one(cell, engine):
+    model = language_model(3, cell, engine)
+    everything = np.array(list(itertools.product(range(3), repeat=5)))
+    assert np.exp(model.log_prob(everything)).sum() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_lm_is_its_layers(cell):
+    model = language_model(cell=cell)
+    x = random_ids(5, (3, 8))
+    w = model.state_dict()
+    layer = {"rnn": fs.RNN, "lstm": fs.LSTM, "gru": fs.GRU}[cell](4, 6, 2, dtype="float64")
+    layer.load_state_dict({name[10:]: a for name, a in w.items() if name.startswith("recurrent.")})
+    begun = np.concatenate([np.full((3, 1), 5), x], 1)
+    y, _ = layer(w["embedding.weight"][begun])
+    logits = y @ w["output.weight"].T + w["output.bias"]
+    np.testing.assert_allclose(model(x), logits[:, 1:], rtol=1e-12)
+    chain = np.take_along_axis(log_softmax(logits)[:, :-1], x[..., None], 2)[..., 0]
+    np.testing.assert_allclose(model.log_prob(x), chain.sum(1), rtol=1e-12)
+    assert model.bits_per_symbol(x) == pytest.approx(-chain.mean() / math.log(2))
+    assert model.perplexity(x) == pytest.approx(math.exp(-chain.mean()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_lm_rows_have_the_same_bits_alone_padded_and_step_by_step(cell, dtype, monkeypatch):
+    model = language_model(cell=cell, dtype=dtype)
+    rows = random_sequences(5)
+    lengths = np.array([len(r) for r in rows])
+    padded = np.full((len(rows), 44), 99)
+    for into, row in zip(padded, rows, strict=True):
+        into[: len(row)] = row
+    y = model(padded, lengths=lengths)
+    p = model.log_prob(padded, lengths)
+    assert p[1] == 0 and y.dtype == dtype and p.dtype == np.float64
+    for row, logits, one in zip(rows, y, p, strict=True):
+        assert (logits[len(row) :] == 0).all()
+        assert_same_bits(logits[: len(row)], model(row))
+        assert_same_bits(model.log_prob(row), one[None])
+        state = None
+        for t, symbol in enumerate(row):
+            step, state = model.step([symbol], state)
+            assert_same_bits(step[0], logits[t])
+        half = len(row) // 2
+        if half:
+            _, middle = model.step(row[half - 1 : half], model.forward(row[None, : half - 1])[1] if half > 1 else None)
+            assert_same_bits(model(row[None, half:], middle)[0], logits[half : len(row)])
+    monkeypatch.setattr("fastseq.models.recurrent._CHUNK", 7)
+    monkeypatch.setattr("fastseq.models.recurrent._ROWS", 2)
+    assert_same_bits(model.log_prob(rows), p)
+
+
+def test_lm_compiled_and_reference_agree():
+    for cell in CELLS:
+        model, twin = language_model(cell=cell), language_model(cell=cell, engine=fs.reference)
+        twin.load_state_dict(model.state_dict())
+        x = random_ids(5, (3, 8))
+        np.testing.assert_allclose(model(x), twin(x), rtol=1e-10)
+        assert_same_bits(model.generate(x, 20, seed=4), twin.generate(x, 20, seed=4))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_lm_generate(cell):
+    check_generate(language_model(cell=cell, dtype="float32"), 5)
+
+
+def test_lm_generate_follows_the_distribution():
+    """Chi-square of pairs: 99.9 % point of 8 degrees of freedom."""
+    model = language_model(3)
+    for name in model.parameters:  # far from uniform
+        model.parameters[name] = model.parameters[name] * 3
+    drawn = model.generate(np.full((4000, 2), 1), 2, seed=5)
+    everything = np.array([(1, 1, a, b) for a in range(3) for b in range(3)])
+    wanted = 4000 * np.exp(model.log_prob(everything) - model.log_prob([[1, 1]]))
+    seen = np.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
+    assert wanted.min() > 5 and np.ptp(wanted) > 200
+    assert ((seen - wanted) ** 2 / wanted).sum() < 26.1
+
+
+def batches(vocab):
+    """What the trainer gives: streams, fresh and carried on, and padded sequences."""
+    streams = list(fs.training.Streams(random_ids(vocab, 60), batch_size=3, steps=5).batches(0))
+    padded = fs.training.PaddedBatches(random_sequences(vocab)[2:], batch_size=4, seed=0)
+    return {"fresh": streams[0], "carried": streams[1], "padded": next(padded.batches(0))}
+
+
+@ENGINES
+@pytest.mark.parametrize("kind", ["fresh", "carried", "padded"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_lm_gradients(cell, kind, engine):
+    model = language_model(cell=cell, engine=engine, dropout=0.3)
+    batch = batches(5)[kind]
+    state = model.initial_state(3) if kind == "carried" else None
+
+    def forward():
+        loss, count, tape, _ = model.training_forward(batch, state=state, seed=7)
+        assert count == {"fresh": 18, "carried": 15, "padded": 40 + 1 + 3 + 25}[kind]
+        return loss, tape
+
+    check_gradients(model, forward, lambda tape, grads: model.training_backward(tape, grads))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_lm_gradients_of_forward(cell):
+    model = language_model(cell=cell)
+    rng = np.random.default_rng(0)
+    x, lengths = random_ids(5, (3, 6)), np.array([6, 0, 4])
+    dlogits = rng.normal(size=(3, 6, 5)) * (np.arange(6) < lengths[:, None])[..., None]
+    _, state, _ = model.forward(random_ids(5, (3, 4), 9))
+    dstate = type(state)(*(rng.normal(size=a.shape) for a in state))
+    for given in None, state:
+
+        def forward(given=given):
+            logits, end, tape = model.forward(x, given, lengths=lengths)
+            return (logits * dlogits).sum() + sum((a * b).sum() for a, b in zip(end, dstate, strict=True)), tape
+
+        check_gradients(model, forward, lambda t, grads: model.backward(dlogits, t, dstate=dstate, grads=grads))
+    before = model.forward(x, state, lengths=lengths)[2]
+    back = model.backward(dlogits, before, dstate=dstate)
+    direction = rng.normal(size=state.h.shape)
+    ends = []
+    for step in (1e-6, -1e-6):
+        moved = type(state)(state.h + step * direction, *list(state)[1:])
+        logits, end, _ = model.forward(x, moved, lengths=lengths)
+        ends.append((logits * dlogits).sum() + sum((a * b).sum() for a, b in zip(end, dstate, strict=True)))
+    assert (back.h * direction).sum() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6)
+    logits, _, tape = model.forward(x[0])
+    assert logits.shape == (6, 5)
+    model.zero_grad()
+    model.backward(dlogits[0], tape)
+    one = {name: a.copy() for name, a in model.grads.items()}
+    model.zero_grad()
+    model.backward(dlogits[:1], model.forward(x[:1])[2])
+    for name, a in model.grads.items():
+        assert_same_bits(a, one[name], name)
+
+
+def test_lm_truncate_reaches_the_recurrent_layer():
+    model = language_model()
+    batch = batches(5)["fresh"]
+    gradients = {}
+    for truncate in (None, 2, 100):
+        _, _, tape, _ = model.training_forward(batch)
+        model.zero_grad()
+        model.training_backward(tape, truncate=truncate)
+        gradients[truncate] = {name: a.copy() for name, a in model.grads.items()}
+    assert_same_bits(gradients[100]["recurrent.weight_hh_l0"], gradients[None]["recurrent.weight_hh_l0"])
+    assert (gradients[2]["recurrent.weight_hh_l0"] != gradients[None]["recurrent.weight_hh_l0"]).any()
+    assert_same_bits(gradients[2]["output.weight"], gradients[None]["output.weight"])
+
+
+@pytest.mark.parametrize("kind", ["fresh", "carried", "padded"])
+def test_lm_evaluation_is_training_without_dropout(kind):
+    batch = batches(5)[kind]
+    dropping = language_model(dropout=0.5)
+    plain = language_model()
+    plain.load_state_dict(dropping.state_dict())
+    state = plain.initial_state(3) if kind == "carried" else None
+    loss, count, _, end = plain.training_forward(batch, state=state)
+    evaluated = dropping.evaluation_forward(batch, state=state)
+    assert evaluated[:2] == (loss, count) and evaluated[2] == end
+    assert dropping.training_forward(batch, state=state, seed=1)[0] != loss
+    if kind == "padded":  # what it is the mean of is the chain rule
+        log_prob = plain.log_prob(batch.inputs, batch.lengths)
+        assert loss * count == pytest.approx(-log_prob.sum())
+    if kind == "fresh":
+        whole = np.concatenate([batch.inputs, batch.targets[:, -1:]], 1)
+        assert loss * count == pytest.approx(-plain.log_prob(whole).sum())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_lm_learns(cell, tmp_path):
+    cycle = np.tile([0, 1, 2, 0, 2, 1, 1], 60)  # what follows 0, 1 or 2 depends on what came before
+    model = fs.models.RecurrentLM(3, 8, 24, cell=cell, seed=0)
+    optimiser = fs.training.Adam(model, 0.02)
+    history = model.fit(
+        cycle, batch_size=4, chunk=15, epochs=20, optimiser=optimiser, validation=cycle[:70], progress=False
+    )
+    assert history.loss[-1] < 0.1 * history.loss[0] and len(history.validation_loss) == 20
+    assert model.bits_per_symbol(cycle) < 0.15
+    assert model.generate(cycle[:21], 14, temperature=0).tolist() == cycle[:14].tolist()
+    model.save(tmp_path / "m.safetensors")
+    for twin in fs.load(tmp_path / "m.safetensors"), pickle.loads(pickle.dumps(model)), copy.deepcopy(model):
+        assert repr(twin) == repr(model)
+        assert_same_bits(twin.log_prob(cycle), model.log_prob(cycle))
+    reference = fs.reference.load(tmp_path / "m.safetensors")
+    assert type(reference) is fs.reference.models.RecurrentLM
+    assert reference.bits_per_symbol(cycle) == pytest.approx(model.bits_per_symbol(cycle), abs=1e-4)
+
+
+def test_lm_fits_sequences_in_any_form():
+    rows = [np.tile([0, 1, 2], 4)[:n] for n in (12, 0, 5, 9)]
+    lengths = [len(r) for r in rows]
+    padded = np.full((4, 12), 77)
+    for into, row in zip(padded, rows, strict=True):
+        into[: len(row)] = row
+    settings = {"epochs": 3, "batch_size": 2, "progress": False}
+    results = []
+    for data in (
+        (rows,),
+        (padded, lengths),
+        (fs.training.PaddedBatches([r for r in rows if len(r)], batch_size=2, seed=0),),
+    ):
+        model = fs.models.RecurrentLM(3, 4, 8, seed=0)
+        model.fit(*data, **settings)
+        results.append(model.log_prob(rows))
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+    assert (results[0] > fs.models.RecurrentLM(3, 4, 8, seed=0).log_prob(rows))[[0, 2, 3]].all()
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda m: m([[0, 5]]), ValueError, r"x should be in 0..4, but x\[0, 1\] is 5"),  # 5 begins
+        (lambda m: m([[0.5]]), TypeError, "x should hold integers"),
+        (lambda m: m(np.zeros((1, 2, 3), int)), ValueError, "x should be of shape"),
+        (lambda m: m([[0, 1]], m.initial_state(2)), ValueError, r"state.h should be of shape \(1, 2, 6\)"),
+        (lambda m: m([[0, 1]], lengths=[3]), ValueError, "lengths should be in 0..2"),
+        (lambda m: m.step([[0]]), ValueError, "x_t should be of shape"),
+        (lambda m: m.step([9]), ValueError, r"x_t should be in 0..4, but x_t\[0\] is 9"),
+        (lambda m: m.log_prob([[0, -1]]), ValueError, r"sequences\[0\]\[1\] is -1"),
+        (lambda m: m.backward(np.zeros((1, 3, 5)), m.forward([[0, 1]])[2]), ValueError, "dlogits should be of shape"),
+        (
+            lambda m: m.backward(np.zeros((1, 2, 5)), fs.Linear(2, 2).forward(np.ones(2))[1]),
+            ValueError,
+            "tape should be",
+        ),
+        (lambda m: m.backward(np.zeros((1, 2, 5)), None), TypeError, "tape should be"),
+        (lambda m: m.fit([0, 1, 2, 9], epochs=1), ValueError, r"but data\[3\] is 9|but data\[0, 3\] is 9"),
+        (lambda m: m.fit([0, 1, 2], steps=1, batch_size=0), ValueError, "batch_size should be at least 1"),
+        (lambda m: m.training_forward(fs.training.Batch(np.zeros((1, 2)))), TypeError, "inputs should hold integers"),
+        (
+            lambda m: m.training_forward(fs.training.Batch(np.zeros((1, 2), int), np.array([[0, 5]]))),
+            ValueError,
+            r"targets should be in 0..4, but targets\[0, 1\] is 5",
+        ),
+        (
+            lambda m: m.training_forward(fs.training.Batch(np.zeros((1, 2), int), np.zeros((1, 3), int))),
+            ValueError,
+            "targets should be of shape",
+        ),
+        (lambda m: fs.models.RecurrentLM(0, 1, 1), ValueError, "vocab_size should be at least 1"),
+        (lambda m: fs.models.RecurrentLM(1, 1, 1, cell="LSTM"), ValueError, "cell should be one of 'rnn'"),
+        (lambda m: fs.models.RecurrentLM(1, 1, 1, dropout=1), ValueError, "dropout should be in"),
+        (lambda m: fs.models.RecurrentLM(1, 1, 1, dtype="float16"), TypeError, "dtype should be float32 or float64"),
+        (lambda m: m.load_state_dict({}), ValueError, "embedding.weight is missing"),
+    ],
+)
+def test_lm_bad_input(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(language_model())
+
+
+def test_lm_edges():
+    model = language_model()
+    assert model(np.zeros((2, 0), int)).shape == (2, 0, 5)
+    assert model(np.zeros((0, 3), int)).shape == (0, 3, 5)
+    assert model(np.zeros(0, int)).shape == (0, 5)
+    assert model.log_prob([[], []]).tolist() == [0, 0]
+    assert model.log_prob(np.zeros((0, 3), int)).shape == (0,)
+    assert model.initial_state(0).h.shape == (0, 2, 6)
+
+
+# --- RecurrentForecaster
+
+
+def forecaster(cell="lstm", inputs=1, engine=fs, dtype="float64", **more):
+    """A model with a standardisation other than none."""
+    model = engine.models.RecurrentForecaster(inputs, 6, 2, cell=cell, dtype=dtype, seed=4, **more)
+    measured = {"mean": np.arange(3.0, 3 + inputs), "deviation": np.full(inputs, 2.5), "sigma2": np.full(inputs, 0.7)}
+    model.load_state_dict({**model.state_dict(), **measured})
+    return model
+
+
+@ENGINES
+@pytest.mark.parametrize("inputs", [1, 3])
+@pytest.mark.parametrize("cell", CELLS)
+def test_forecaster_call_steps_and_closed_loop(cell, inputs, engine):
+    model = forecaster(cell, inputs, engine)
+    lengths = np.array([9, 4, 1])
+    x = series((3, 9, inputs))
+    x[1, 4:] = np.nan
+    x[2, 1:] = np.nan
+    y, future = model(x, lengths=lengths), model.forecast(x, 6, lengths=lengths)
+    assert y.shape == x.shape and future.shape == (3, 6, inputs)
+    w = model.state_dict()
+    layer = {"rnn": engine.RNN, "lstm": engine.LSTM, "gru": engine.GRU}[cell](inputs, 6, 2, dtype="float64")
+    layer.load_state_dict({name[10:]: a for name, a in w.items() if name.startswith("recurrent.")})
+    for row, n in enumerate(lengths):
+        hidden, _ = layer((x[row : row + 1, :n] - w["mean"]) / 2.5)
+        wanted = (hidden[0] @ w["output.weight"].T + w["output.bias"]) * 2.5 + w["mean"]
+        np.testing.assert_allclose(y[row, :n], wanted, rtol=1e-12)
+        assert (y[row, n:] == 0).all()
+        state, expected = None, None
+        for t in range(n):
+            expected, state = model.step(x[row : row + 1, t], state)
+            np.testing.assert_allclose(expected[0], y[row, t], rtol=1e-12)
+        for t in range(6):
+            np.testing.assert_allclose(future[row, t], expected[0], rtol=1e-10)
+            expected, state = model.step(expected, state)
+        residuals = x[row, 1:n] - y[row, : n - 1]
+        wanted = -0.5 * (np.log(2 * np.pi * 0.7) + residuals**2 / 0.7).sum()
+        np.testing.assert_allclose(model.log_prob(x, lengths)[row], wanted, rtol=1e-12, atol=1e-12)
+        if engine is fs:
+            assert_same_bits(model.forecast(x[row : row + 1, :n], 6)[0], future[row])
+            assert_same_bits(model(x[row : row + 1, :n])[0], y[row, :n])
+
+
+def test_forecaster_forms_of_series():
+    model = forecaster()
+    x = series((2, 7))
+    y = model(x)
+    assert y.shape == (2, 7)
+    assert_same_bits(model(x[..., None])[..., 0], y)
+    assert_same_bits(model(list(x)), y)
+    assert_same_bits(model(x[0]), y[0])
+    assert model.forecast(x[0], 3).shape == (3,) and model.forecast(x, 3).shape == (2, 3)
+    assert model.forecast(x[..., None], 0).shape == (2, 0, 1)
+    wide = forecaster(inputs=2)
+    assert wide.forecast(series((7, 2)), 3).shape == (3, 2)
+    assert wide([series((7, 2)), series((4, 2))]).shape == (2, 7, 2)
+
+
+@ENGINES
+@pytest.mark.parametrize("kind", ["windows", "whole", "carried"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_forecaster_gradients(cell, kind, engine):
+    model = forecaster(cell, 2, engine, dropout=0.3)
+    values = series((40, 2))
+    batch = {
+        "windows": next(fs.training.Windows(values, steps=6, batch_size=4, seed=0).batches(0)),
+        "whole": next(fs.training.PaddedBatches([values[:9], values[9:14]], batch_size=2, seed=0).batches(0)),
+        "carried": list(fs.training.Streams(values, batch_size=2, steps=5).batches(0))[1],
+    }[kind]
+    state = None
+    if kind == "carried":
+        state = model.forward(series((2, 3, 2)))[1]
+
+    def forward():
+        loss, count, tape, _ = model.training_forward(batch, state=state, seed=3)
+        assert count == {"windows": 24, "whole": 8 + 4, "carried": 10}[kind]
+        return loss, tape
+
+    check_gradients(model, forward, lambda tape, grads: model.training_backward(tape, grads))
+    if kind != "whole":
+        plain = forecaster(cell, 2, engine)
+        loss, count, _, end = plain.training_forward(batch, state=state)
+        assert model.evaluation_forward(batch, state=state) == (loss, count, end)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_forecaster_gradients_of_forward(cell):
+    model = forecaster(cell, 2)
+    rng = np.random.default_rng(1)
+    x, lengths, dy = series((3, 5, 2)), np.array([5, 2, 4]), rng.normal(size=(3, 5, 2))
+    dy *= (np.arange(5) < lengths[:, None])[..., None]
+
+    def forward(x=x):
+        y, _, tape = model.forward(x, lengths=lengths)
+        return (y * dy).sum(), tape
+
+    check_gradients(model, forward, lambda tape, grads: model.backward(dy, tape, grads=grads))
+    dx, dstate = model.backward(dy, forward()[1])
+    direction = rng.normal(size=x.shape)
+    slope = (forward(x + 1e-6 * direction)[0] - forward(x - 1e-6 * direction)[0]) / 2e-6
+    assert (dx * direction).sum() == pytest.approx(slope, rel=1e-6, abs=1e-8)
+    assert dstate.h.shape == (3, 2, 6)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_forecaster_learns(cell, tmp_path):
+    t = np.arange(300)
+    x = 50 + 10 * np.sin(0.3 * t)
+    model = fs.models.RecurrentForecaster(1, 16, cell=cell, seed=0)
+    with pytest.raises(ValueError, match="this RecurrentForecaster should be fitted first"):
+        model.log_prob(x)
+    history = model.fit(x[:250], epochs=25, window=30, validation=x[200:], progress=False)
+    assert history.loss[-1] < 0.05 * history.loss[0] and len(history.validation_loss) == 25
+    residuals = x[1:250] - model(x[:250])[:-1]
+    assert model.sigma2[0] == pytest.approx((residuals**2).mean(), rel=1e-4)
+    assert model.sigma2[0] < 0.1 * x.var()
+    assert np.abs(model(x)[100:-1] - x[101:]).mean() < 1.5
+    model.save(tmp_path / "m.safetensors")
+    for twin in fs.load(tmp_path / "m.safetensors"), pickle.loads(pickle.dumps(model)), copy.deepcopy(model):
+        assert repr(twin) == repr(model)
+        assert_same_bits(twin.forecast(x, 20), model.forecast(x, 20))
+        assert_same_bits(twin.log_prob(x), model.log_prob(x))
+
+
+def test_forecaster_does_not_mind_the_unit():
+    x = series((90,))
+    forecasts = []
+    for scale, shift in ((1, 0), (1024, -4096)):  # powers of two: no rounding
+        model = fs.models.RecurrentForecaster(1, 8, dtype="float64", seed=0)
+        model.fit(scale * x + shift, epochs=3, window=20, progress=False)
+        forecasts.append((model.forecast(scale * x + shift, 10) - shift) / scale)
+    np.testing.assert_allclose(forecasts[1], forecasts[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda m, x: m(x[0]), ValueError, r"x should be of shape \(S, T, 2\) or \(T, 2\), or a list, not \(7,\)"),
+        (lambda m, x: m(x[:, :, None]), ValueError, "x should be of shape"),
+        (lambda m, x: m([x.T, x]), ValueError, r"x\[1\] should be of shape \(T, 2\), not \(2, 7\)"),
+        (lambda m, x: m.step(x), ValueError, r"x_t should be of shape \(B, 2\), not \(2, 7\)"),
+        (lambda m, x: m.forecast(x.T, -1), ValueError, "horizon should be at least 0"),
+        (lambda m, x: m.forecast(x.T[:0], 3), ValueError, r"series\[0\] should have at least 1 values, not 0"),
+        (lambda m, x: m.fit(x.T[:1], epochs=1), ValueError, "series should have at least 2 steps, not 1"),
+        (lambda m, x: m.fit(np.where(x.T > 20, np.nan, x.T), epochs=1), ValueError, r"series should be finite"),
+        (lambda m, x: m.fit(x.T, epochs=1, window=0), ValueError, "window should be at least 1"),
+        (lambda m, x: m(x.T.astype(int)), TypeError, "x should hold real floating numbers"),
+        (lambda m, x: fs.models.RecurrentForecaster(0, 3), ValueError, "input_size should be at least 1"),
+        (lambda m, x: fs.models.RecurrentForecaster(1, 3, cell="elman"), ValueError, "cell should be one of"),
+        (
+            lambda m, x: m.load_state_dict({**m.state_dict(), "mean": np.zeros(3)}),
+            ValueError,
+            r"mean should be of shape \(2,\), not \(3,\)",
+        ),
+    ],
+)
+def test_forecaster_bad_input(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(forecaster(inputs=2), series((2, 7)))

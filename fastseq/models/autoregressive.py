@@ -156,7 +156,8 @@ class AutoRegressive(Model):
             orders on the same values.
         **settings
             Of a perceptron: as of `fastseq.training.fit`, where `validation` may be series, too; `batch_size`, 32 by
-            default; and `epochs`, 100 if `steps` are not given either.
+            default; and `epochs`, 100 if `steps` are not given either. The optimiser is Adam with a learning rate of
+            0.01, unless another is given.
 
         Returns
         -------
@@ -201,6 +202,8 @@ class AutoRegressive(Model):
         )
         if settings.get("steps") is None:
             settings.setdefault("epochs", 100)
+        if settings.get("optimiser") is None:
+            settings["optimiser"] = training.Adam(self, 0.01)
         if settings.get("validation") is not None and not hasattr(settings["validation"], "batches"):
             validation = series_of("validation", settings["validation"], None, np.dtype(np.float64))
             validation.check_lengths("validation", self.order + 1)

@@ -672,7 +672,8 @@ class RecurrentForecaster(Model):
         seed : int, optional
             Fixes the order of the windows and what dropout drops.
         **settings
-            As of `fastseq.training.fit`: ``epochs``, ``optimiser``, ...; ``validation`` may be raw, as `series`.
+            As of `fastseq.training.fit`: ``epochs``, ``validation``, which may be raw, as `series`, ... The optimiser
+            is Adam with a learning rate of 0.01, unless another is given.
 
         Returns
         -------
@@ -688,6 +689,8 @@ class RecurrentForecaster(Model):
         if settings.get("validation") is not None and not hasattr(settings["validation"], "batches"):
             validation = self._given("validation", settings["validation"], None)
             settings["validation"] = self._windows(validation, window, batch_size, 0)
+        if settings.get("optimiser") is None:
+            settings["optimiser"] = training.Adam(self, 0.01)
         history = training.fit(self, data, seed=seed, **settings)
         residuals, counts = self._residuals(given)
         squares = np.square(residuals[_real(counts, residuals.shape[1])], dtype=np.float64)
