@@ -6,10 +6,10 @@ blocks of a fixed size that are added in order: the number of threads changes no
 
 cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from cython.parallel cimport parallel, threadid
 from libc.math cimport sqrt
 
 from leaves cimport fs_leaves, fs_update
+from share cimport share_out
 
 import numpy as np
 
@@ -17,15 +17,10 @@ from fastseq import _simd
 
 cnp.import_array()
 
-cdef extern from "team.h" nogil:
-    int fs_team_limit(int wanted)
-    int fs_team_size()
-    unsigned long long fs_flush_denormals()
-    void fs_restore_denormals(unsigned long long before)
-
 cdef enum:
-    SERIAL = 1 << 16  # elements that do not pay for a second thread
     BLOCK = 1 << 14   # elements of a block: of a sum, and what threads take whole
+    PASS_WORK = 8     # of an element; memory is the limit, and it counts for more than the arithmetic does
+    CLIP_WORK = 4
 
 ctypedef void (*pass_function)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
 
@@ -42,31 +37,28 @@ cdef void *data(cnp.ndarray x) noexcept:
     return NULL if x is None else cnp.PyArray_DATA(x)
 
 
-cdef inline ptrdiff_t border(ptrdiff_t n, int thread, int team) noexcept nogil:
-    """The first element of a thread's share, which starts with a block."""
-    cdef ptrdiff_t blocks = (n + BLOCK - 1) // BLOCK
-    return min(n, blocks * thread // team * BLOCK)
+cdef Py_ssize_t blocks_of(ptrdiff_t n) noexcept:
+    return (n + BLOCK - 1) // BLOCK
 
 
-cdef int team(ptrdiff_t n, int n_threads) noexcept nogil:
-    return fs_team_limit(n_threads) if n_threads > 1 and n > SERIAL else 1
+cdef struct Pass:
+    pass_function f
+    fs_update update
+    ptrdiff_t n
 
 
-cdef void share(pass_function f, const fs_update *update, ptrdiff_t n, int thread, int team) noexcept nogil:
-    cdef unsigned long long before = fs_flush_denormals()
-    f(update, border(n, thread, team), border(n, thread + 1, team))
-    fs_restore_denormals(before)
+cdef void pass_part(const void *given, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """The blocks [first, last) of a pass."""
+    cdef const Pass *job = <const Pass *> given
+    job.f(&job.update, first * BLOCK, min(job.n, last * BLOCK))
 
 
-cdef void sweep(pass_function f, fs_update *update, ptrdiff_t n, int n_threads) noexcept:
-    cdef int region
-    with nogil:
-        region = team(n, n_threads)
-        if region == 1:
-            share(f, update, n, 0, 1)
-        else:
-            with parallel(num_threads=region):
-                share(f, update, n, threadid(), fs_team_size())
+cdef int sweep(pass_function f, fs_update update, cnp.ndarray p, int n_threads) except -1:
+    cdef Pass job
+    job.f = f
+    job.update = update
+    job.n = cnp.PyArray_SIZE(p)
+    return share_out(pass_part, &job, blocks_of(job.n), PASS_WORK * BLOCK, n_threads)
 
 
 cdef fs_update prepared(
@@ -100,7 +92,7 @@ def sgd(
     update.rate = lr
     update.momentum = momentum
     update.nesterov = nesterov
-    sweep(leaves_of(p).sgd, &update, cnp.PyArray_SIZE(p), n_threads)
+    sweep(leaves_of(p).sgd, update, p, n_threads)
 
 
 def rmsprop(
@@ -114,7 +106,7 @@ def rmsprop(
     update.take_second = 1 - alpha
     update.eps = eps
     update.momentum = momentum
-    sweep(leaves_of(p).rmsprop, &update, cnp.PyArray_SIZE(p), n_threads)
+    sweep(leaves_of(p).rmsprop, update, p, n_threads)
 
 
 def adam(
@@ -131,61 +123,59 @@ def adam(
     update.take_second = 1 - beta2
     update.unbias = 1 / sqrt(1 - beta2 ** <double> step)
     update.eps = eps
-    sweep(leaves_of(p).adam, &update, cnp.PyArray_SIZE(p), n_threads)
+    sweep(leaves_of(p).adam, update, p, n_threads)
 
 
-cdef void scale_share(
-    const fs_leaves *leaves, char *x, ptrdiff_t n, double factor, int thread, int team,
-) noexcept nogil:
-    cdef ptrdiff_t first = border(n, thread, team)
-    cdef unsigned long long before = fs_flush_denormals()
-    leaves.scale(border(n, thread + 1, team) - first, x + first * leaves.item_size, factor)
-    fs_restore_denormals(before)
+cdef struct Clip:
+    const fs_leaves *leaves
+    char *x
+    ptrdiff_t n
+    double factor
+    double *sums  # of each block
+
+
+cdef void scale_part(const void *given, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    cdef const Clip *job = <const Clip *> given
+    cdef ptrdiff_t begin = first * BLOCK
+    job.leaves.scale(min(job.n, last * BLOCK) - begin, job.x + begin * job.leaves.item_size, job.factor)
+
+
+cdef void sum_part(const void *given, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    cdef const Clip *job = <const Clip *> given
+    cdef Py_ssize_t block
+    cdef ptrdiff_t begin
+    for block in range(first, last):
+        begin = block * BLOCK
+        job.sums[block] = job.leaves.sum_of_squares(
+            min(job.n - begin, BLOCK), job.x + begin * job.leaves.item_size
+        )
+
+
+cdef Clip clip_of(cnp.ndarray x) noexcept:
+    cdef Clip job
+    job.leaves = leaves_of(x)
+    job.x = cnp.PyArray_BYTES(x)
+    job.n = cnp.PyArray_SIZE(x)
+    job.factor = 1
+    job.sums = NULL
+    return job
 
 
 def scale(cnp.ndarray x not None, double factor, int n_threads):
     """Multiply an array by a number, in place."""
-    cdef const fs_leaves *leaves = leaves_of(x)
-    cdef ptrdiff_t n = cnp.PyArray_SIZE(x)
-    cdef char *start = cnp.PyArray_BYTES(x)
-    cdef int region
-    with nogil:
-        region = team(n, n_threads)
-        if region == 1:
-            scale_share(leaves, start, n, factor, 0, 1)
-        else:
-            with parallel(num_threads=region):
-                scale_share(leaves, start, n, factor, threadid(), fs_team_size())
-
-
-cdef void sum_share(
-    const fs_leaves *leaves, const char *x, ptrdiff_t n, double *sums, int thread, int team,
-) noexcept nogil:
-    cdef ptrdiff_t i = border(n, thread, team), last = border(n, thread + 1, team)
-    cdef unsigned long long before = fs_flush_denormals()
-    while i < last:
-        sums[i // BLOCK] = leaves.sum_of_squares(min(BLOCK, last - i), x + i * leaves.item_size)
-        i += BLOCK
-    fs_restore_denormals(before)
+    cdef Clip job = clip_of(x)
+    job.factor = factor
+    share_out(scale_part, &job, blocks_of(job.n), CLIP_WORK * BLOCK, n_threads)
 
 
 def sum_of_squares(cnp.ndarray x not None, int n_threads):
     """The sum of the squares of all elements, in double."""
-    cdef const fs_leaves *leaves = leaves_of(x)
-    cdef ptrdiff_t i, n = cnp.PyArray_SIZE(x)
-    cdef ptrdiff_t blocks = (n + BLOCK - 1) // BLOCK
-    cdef cnp.ndarray partial = np.empty(blocks)
-    cdef const char *start = cnp.PyArray_BYTES(x)
-    cdef double *sums = <double *> cnp.PyArray_DATA(partial)
+    cdef Clip job = clip_of(x)
+    cdef Py_ssize_t block, blocks = blocks_of(job.n)
+    cdef cnp.ndarray sums = np.empty(blocks)
     cdef double total = 0
-    cdef int region
-    with nogil:
-        region = team(n, n_threads)
-        if region == 1:
-            sum_share(leaves, start, n, sums, 0, 1)
-        else:
-            with parallel(num_threads=region):
-                sum_share(leaves, start, n, sums, threadid(), fs_team_size())
-        for i in range(blocks):
-            total += sums[i]
+    job.sums = <double *> cnp.PyArray_DATA(sums)
+    share_out(sum_part, &job, blocks, CLIP_WORK * BLOCK, n_threads)
+    for block in range(blocks):
+        total += job.sums[block]
     return total

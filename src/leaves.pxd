@@ -68,6 +68,15 @@ cdef extern from "simd/leaves.h" nogil:
         void **z
         void **out
 
+    ctypedef struct fs_softmax_sums:
+        double others
+        double target
+        double offset
+
+    ctypedef double (*fs_loss)(
+        ptrdiff_t n, const void *x, const void *targets, double delta, double scale, void *gradient,
+    ) noexcept nogil
+
     ctypedef struct fs_update:
         const void *p
         const void *g
@@ -84,15 +93,6 @@ cdef extern from "simd/leaves.h" nogil:
         double unbias
         double eps
         int nesterov
-
-    ctypedef struct fs_softmax_sums:
-        double others
-        double target
-        double offset
-
-    ctypedef double (*fs_loss)(
-        ptrdiff_t n, const void *x, const void *targets, double delta, double scale, void *gradient,
-    ) noexcept nogil
 
     ctypedef struct fs_leaves:
         const char *set
@@ -121,11 +121,6 @@ cdef extern from "simd/leaves.h" nogil:
         void (*lstm)(const fs_step *step) noexcept nogil
         void (*gru)(const fs_step *step) noexcept nogil
         void (*gru_gates)(const fs_step *step) noexcept nogil
-        void (*sgd)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
-        void (*rmsprop)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
-        void (*adam)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
-        void (*scale)(ptrdiff_t n, void *x, double factor) noexcept nogil
-        double (*sum_of_squares)(ptrdiff_t n, const void *x) noexcept nogil
         void (*layer_norm)(
             ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, const void *weight, const void *bias, void *y,
             void *means, void *scales,
@@ -153,5 +148,10 @@ cdef extern from "simd/leaves.h" nogil:
         fs_loss binary_cross_entropy
         fs_loss squared_error
         fs_loss huber
+        void (*sgd)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
+        void (*rmsprop)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
+        void (*adam)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
+        void (*scale)(ptrdiff_t n, void *x, double factor) noexcept nogil
+        double (*sum_of_squares)(ptrdiff_t n, const void *x) noexcept nogil
 
     const fs_leaves *fs_find_leaves(const char *set, int item_size)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from common import assert_same_bits, run_python
+from common import assert_same_bits, run_python, threads
 from learners import Affine, Leaky, Tiny, padded_squared_error, series, squared_error, streams
 
 import fastseq as fs
@@ -279,6 +279,48 @@ def test_a_recurrent_layer_gets_its_state_lengths_seed_and_truncate() -> None:
     # Nothing is padded here.
     padded = PaddedBatches(sequences[:1], sequences[:1], batch_size=3)
     fit(layer, padded, loss=squared_error, steps=1, progress=False)
+
+
+def padded() -> PaddedBatches:
+    """Sequences of unequal lengths; the targets are their running sums."""
+    rng = np.random.default_rng(0)
+    sequences = [rng.normal(size=(n, 3)).astype("float32") for n in rng.integers(1, 12, 50)]
+    return PaddedBatches(sequences, [np.tanh(np.cumsum(one, 0)) for one in sequences], batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [
+        (lambda: fs.LSTM(3, 3, 2, dropout=0.1, seed=1), streams),
+        (lambda: fs.GRU(3, 3, seed=1), padded),
+        (lambda: fs.reference.RNN(3, 3, dtype="float64", seed=1), padded),
+        (lambda: fs.Linear(3, 3, seed=1), lambda: Windows(series(), steps=4, batch_size=32)),
+    ],
+    ids=["lstm", "gru", "rnn", "linear"],
+)
+def test_layers_learn_and_go_on_where_they_were(make: Any, data: Any, tmp_path: Path) -> None:
+    def run(model: Any, steps: int, **options: Any) -> Any:
+        optimiser = AdamW(model, 0.02)
+        history = fit(
+            model,
+            data(),
+            loss=fs.losses.mean_squared_error if model.dtype == np.float32 else fs.reference.losses.mean_squared_error,
+            optimiser=optimiser,
+            steps=steps,
+            validation=data(),
+            validate_every=10,
+            progress=False,
+            **options,
+        )
+        return model, history, optimiser
+
+    with threads(1):
+        whole = run(make(), 60)
+    assert whole[1].validation_loss[-1] < 0.9 * whole[1].validation_loss[0]
+    with threads(2):
+        assert_same_run(run(make(), 60), whole)
+    run(make(), 33, checkpoint=tmp_path)
+    assert_same_run(run(make(), 60, checkpoint=tmp_path, resume=True), whole)
 
 
 # What ends a run
