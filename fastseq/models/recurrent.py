@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import checks, layers, losses, training
+from fastseq import checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.base import Tape, child_seed, mask_seed
 from fastseq.models.base import Model, Series, SymbolModel, Symbols, gaussian, seeds_of, series_of, spread_of, symbols
@@ -425,11 +425,13 @@ def _log_softmax_at(logits: Array, ids: Array) -> Array:
 
 def rollout(recurrent: Any, output: Any, x: Array, state: Any, steps: int) -> Array:
     """Go on from `x` (B, I), each output taken for the next input: (B, steps, I)."""
-    result = np.empty((len(x), steps, x.shape[1]), x.dtype)
-    for step in range(steps):
-        y, state = recurrent.step(x, state)
-        x = result[:, step] = output(y)
-    return result
+    weight, bias = output.parameters["weight"], output.parameters["bias"]
+    h, c = state.h, getattr(state, "c", None)
+    y: Array
+    y, _, _ = recurrent._operations.rollout(
+        recurrent._cells(), weight, bias, np.ascontiguousarray(x), h, c, steps, threads.get_num_threads()
+    )
+    return y
 
 
 class RecurrentForecaster(Model):
