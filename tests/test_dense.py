@@ -728,6 +728,26 @@ def test_nothing_past_a_length_matters(module: Any) -> None:
 
 
 @BOTH
+def test_infinite_weights_do_not_reach_what_is_past_a_length(module: Any) -> None:
+    model = module.Sequential(module.Linear(3, 4))
+    model.parameters["0.weight"] = np.full((4, 3), np.inf)
+    past = np.arange(5) >= np.array([[3], [0]])
+    with np.errstate(all="ignore"):
+        y, tape = model.forward(inputs((2, 5, 3)), lengths=[3, 0])
+        dx = model.backward(np.ones_like(y), tape)
+    for array in (y, dx):
+        assert not array[past].any() and not np.isfinite(array[~past]).any()
+
+
+@BOTH
+def test_layers_of_a_sequential_drop_each_their_own(module: Any) -> None:
+    model = module.Sequential(module.Dropout(0.5), module.Sequential(module.Dropout(0.5), module.Dropout(0.5)))
+    y, _ = model.forward(np.ones((1000, 50)), seed=3)
+    assert set(np.unique(y)) == {0, 8}
+    assert abs((y != 0).mean() - 1 / 8) < 0.01
+
+
+@BOTH
 def test_what_sequential_refuses(module: Any) -> None:
     linear = module.Linear(3, 3)
     with pytest.raises(ValueError, match="twice"):
