@@ -8,7 +8,7 @@
 ((8, 100, 128), (8, 1, 128))
 """
 
-from fastseq import init, losses, reference
+from fastseq import init, losses, reference, training
 from fastseq.io import load
 from fastseq.layers import GRU, LSTM, RNN, Dropout, Embedding, LayerNorm, Linear, Sequential
 from fastseq.state import LSTMState, State
@@ -33,4 +33,5 @@ __all__ = [
     "losses",
     "reference",
     "set_num_threads",
+    "training",
 ]

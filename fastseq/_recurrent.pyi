@@ -35,6 +35,16 @@ def step(
     out: Array | None,
     n_threads: int,
 ) -> tuple[Array, Array, Array | None]: ...
+def rollout(
+    cells: tuple[tuple[Cell, ...], ...],
+    weight: Array,
+    bias: Array,
+    x: Array,
+    h: Array,
+    c: Array | None,
+    steps: int,
+    n_threads: int,
+) -> tuple[Array, Array, Array | None]: ...
 def forward(
     cells: tuple[Cell, ...],
     x: Array,

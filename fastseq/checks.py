@@ -59,21 +59,23 @@ def fraction(name: str, value: Any) -> float:
     return float(value)
 
 
-def number(name: str, value: Any, least: float | None = None, above: float | None = None) -> float:
-    """A finite real number, at least `least` or more than `above`."""
+def number(
+    name: str, value: Any, *, least: float | None = None, above: float | None = None, below: float | None = None
+) -> float:
+    """A finite real number: at least `least`, more than `above`, less than `below`, where those are given."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} should be a number, not {describe(value)}")
+    bounds = [f"at least {least:g}"] if least is not None else []
+    bounds += [f"more than {above:g}"] if above is not None else []
+    bounds += [f"less than {below:g}"] if below is not None else []
     try:
-        real = float(value)
+        result = float(value)
     except OverflowError:
-        real = math.inf
-    if not math.isfinite(real):
-        raise ValueError(f"{name} should be finite, not {describe(value)}")
-    if least is not None and real < least:
-        raise ValueError(f"{name} should be at least {least}, not {describe(value)}")
-    if above is not None and real <= above:
-        raise ValueError(f"{name} should be more than {above}, not {describe(value)}")
-    return real
+        result = math.inf
+    fits = (least is None or result >= least) and (above is None or result > above)
+    if not (math.isfinite(result) and fits and (below is None or result < below)):
+        raise ValueError(f"{name} should be {' and '.join(bounds) or 'finite'}, not {describe(value)}")
+    return result
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:

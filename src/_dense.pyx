@@ -5,19 +5,33 @@ may lie apart. Threads split rows, columns or elements, never a sum.
 """
 
 cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
+from cython.parallel cimport parallel, threadid
 from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from leaves cimport FS_IDENTITY, fs_leaves, fs_step, fs_weights
-from share cimport share_out
+from outer cimport (
+    OUTER_ROWS, Outer, add_outer, add_row, fs_barrier, lay_out_factors, lay_out_sums, set_factor, set_product,
+    take_sums, taken,
+)
+from share cimport SHARE_CHUNK_WORK, SHARE_TEAM_WORK, share_out
 
 import numpy as np
 
 from fastseq import _simd
 
 cnp.import_array()
+
+cdef extern from "team.h" nogil:
+    int fs_team_limit(int wanted)
+    int fs_team_size()
+    void fs_barrier_init(fs_barrier *barrier)
+    unsigned long long fs_flush_denormals()
+    void fs_restore_denormals(unsigned long long before)
 
 cdef enum:
     LINE = 64         # bytes of a cache line: two threads do not write to one
@@ -42,42 +56,71 @@ cdef class Packed:
     cdef fs_weights part
     cdef cnp.ndarray weight
     cdef list buffers  # keeps what the pointers above point into
+    # For dx, packed when it is first asked for.
+    cdef fs_weights transposed
+    cdef bint has_transposed
 
 
-cdef const void *panels_of(Packed packed, cnp.ndarray weight):
-    """Panels of a matrix of `units` rows, on a cache line of their own."""
-    cdef ptrdiff_t none = 0
-    cdef Py_ssize_t k = weight.shape[1], units = weight.shape[0], item = weight.itemsize
-    cdef Py_ssize_t n_bytes = packed.part.panels * PANEL_BLOCKS * packed.leaves.lanes * k * item
-    raw = np.empty(n_bytes + LINE, np.uint8)
+cdef char *panels_for(Packed packed, Py_ssize_t units, Py_ssize_t k):
+    """Room for the panels of `units` columns and k rows, on a cache line of its own; zeros."""
+    cdef Py_ssize_t per_panel = PANEL_BLOCKS * packed.leaves.lanes
+    raw = np.zeros((units + per_panel - 1) // per_panel * per_panel * k * packed.leaves.item_size + LINE, np.uint8)
     packed.buffers.append(raw)
     cdef char *start = cnp.PyArray_BYTES(raw)
-    start += -(<Py_ssize_t> start) & (LINE - 1)
-    with nogil:
-        packed.leaves.pack(cnp.PyArray_DATA(weight), &none, 1, PANEL_BLOCKS, units, k, start)
-    return start
+    return start + (-(<Py_ssize_t> start) & (LINE - 1))
+
+
+cdef fs_weights no_panels(Packed packed, Py_ssize_t units, Py_ssize_t k):
+    """Weights of this size, still to be packed."""
+    cdef fs_weights part
+    cdef Py_ssize_t per_panel = PANEL_BLOCKS * packed.leaves.lanes
+    part.units = units
+    part.panels = (units + per_panel - 1) // per_panel
+    part.x_size = 0
+    part.h_size = k
+    part.x = part.h_bias = NULL
+    part.h = panels_for(packed, units, k)
+    part.bias = panels_for(packed, units, 1)
+    return part
 
 
 def linear_pack(cnp.ndarray weight not None, cnp.ndarray bias):
     """Pack the weights of a linear layer; returns a `Packed`."""
     cdef Packed packed = Packed()
-    cdef Py_ssize_t units = weight.shape[0]
+    cdef Py_ssize_t units = weight.shape[0], k = weight.shape[1]
+    cdef ptrdiff_t no_gate = 0
     packed.leaves = table(weight)
     packed.weight = weight
     packed.buffers = []
-    packed.part.units = units
-    packed.part.panels = (units + PANEL_BLOCKS * packed.leaves.lanes - 1) // (PANEL_BLOCKS * packed.leaves.lanes)
-    packed.part.x_size = 0
-    packed.part.h_size = weight.shape[1]
-    packed.part.x = NULL
-    packed.part.h = panels_of(packed, weight)
-    column = np.zeros((units, 1), weight.dtype) if bias is None else bias.reshape(-1, 1)
-    packed.part.bias = panels_of(packed, column)
-    packed.part.h_bias = NULL
+    packed.part = no_panels(packed, units, k)
+    cdef const void *source = cnp.PyArray_DATA(weight)
+    with nogil:
+        packed.leaves.pack(source, &no_gate, 1, PANEL_BLOCKS, units, k, <void *> packed.part.h)
+    if bias is not None:
+        packed.leaves.pack(cnp.PyArray_DATA(bias), &no_gate, 1, PANEL_BLOCKS, units, 1, <void *> packed.part.bias)
     return packed
 
 
-cdef struct Product:
+cdef int transpose(Packed packed) except -1:
+    """Pack the weights for dx, once. Two threads may meet here and both do it, which harms nothing."""
+    cdef Py_ssize_t rows = cnp.PyArray_DIM(packed.weight, 0), columns = cnp.PyArray_DIM(packed.weight, 1), i
+    if packed.has_transposed:
+        return 0
+    cdef fs_weights made = no_panels(packed, columns, rows)
+    cdef const void **pointers = <const void **> PyMem_RawMalloc(rows * sizeof(void *))
+    if pointers == NULL:
+        raise MemoryError(f"{rows} pointers")
+    for i in range(rows):
+        pointers[i] = cnp.PyArray_BYTES(packed.weight) + i * cnp.PyArray_STRIDE(packed.weight, 0)
+    with nogil:
+        packed.leaves.pack_panels(pointers, rows, columns, 0, made.panels, <void *> made.h)
+    PyMem_RawFree(pointers)
+    packed.transposed = made
+    packed.has_transposed = True
+    return 0
+
+
+cdef struct Map:
     const fs_leaves *leaves
     const fs_weights *weights
     Py_ssize_t rows
@@ -90,7 +133,7 @@ cdef struct Product:
 
 cdef void product_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """Some rows of all panels, or all rows of some panels."""
-    cdef const Product *p = <const Product *> job
+    cdef const Map *p = <const Map *> job
     cdef const void *x[BLOCK_ROWS]
     cdef const void *init[BLOCK_ROWS]
     cdef void *out[BLOCK_ROWS]
@@ -114,23 +157,116 @@ cdef void product_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexc
         base += BLOCK_ROWS
 
 
-def linear_forward(Packed packed not None, cnp.ndarray x not None, int n_threads):
-    """x W^T + b of the rows of x; see `fastseq.reference.dense.linear_forward`."""
+cdef cnp.ndarray mapped(Packed packed, const fs_weights *weights, cnp.ndarray x, int n_threads):
+    """The rows of x times packed weights."""
     cdef Py_ssize_t rows = cnp.PyArray_DIM(x, 0)
-    cdef cnp.ndarray y = np.empty((rows, packed.part.units), x.dtype)
-    cdef Product job
+    cdef cnp.ndarray y = np.empty((rows, weights.units), x.dtype)
+    cdef Map job
     job.leaves = packed.leaves
-    job.weights = &packed.part
+    job.weights = weights
     job.rows = rows
     job.x = cnp.PyArray_BYTES(x)
     job.x_row = cnp.PyArray_STRIDE(x, 0)
     job.y = cnp.PyArray_BYTES(y)
     job.y_row = cnp.PyArray_STRIDE(y, 0)
     job.by_panels = rows < 2 * packed.leaves.tile_rows[4] * n_threads
-    cdef Py_ssize_t items = packed.part.panels if job.by_panels else rows
-    cdef double work = <double> rows * packed.part.units * packed.part.h_size
+    cdef Py_ssize_t items = weights.panels if job.by_panels else rows
+    cdef double work = <double> rows * weights.units * weights.h_size
     share_out(product_part, &job, items if rows else 0, work / max(items, 1), n_threads)
     return y
+
+
+def linear_forward(Packed packed not None, cnp.ndarray x not None, int n_threads):
+    """x W^T + b of the rows of x; see `fastseq.reference.dense.linear_forward`."""
+    return mapped(packed, &packed.part, x, n_threads)
+
+
+cdef struct Gradient:
+    const fs_leaves *leaves
+    Outer outer
+    char *bias           # sum so far, or NULL
+    const void **dy_rows
+    const void **x_rows
+    char *pointers       # of each thread, OUTER_ROWS
+    fs_barrier barrier
+
+
+cdef Py_ssize_t lay_out(
+    Gradient *job, Py_ssize_t rows, int threads, Py_ssize_t *zero_bytes, size_t base,
+) noexcept nogil:
+    """Give the scratch arrays their places from `base` on; returns how many bytes that takes."""
+    cdef Py_ssize_t n_bytes = 0, pointer = sizeof(void *)
+    job.bias = taken(base, &n_bytes, job.outer.a[0].columns * job.leaves.item_size)
+    lay_out_sums(&job.outer, job.leaves, base, &n_bytes)
+    zero_bytes[0] = n_bytes
+    lay_out_factors(&job.outer, job.leaves, rows, base, &n_bytes)
+    job.dy_rows = <const void **> taken(base, &n_bytes, rows * pointer)
+    job.x_rows = <const void **> taken(base, &n_bytes, rows * pointer)
+    job.pointers = taken(base, &n_bytes, threads * OUTER_ROWS * pointer)
+    return n_bytes
+
+
+cdef void gradient_share(Gradient *job, Py_ssize_t rows, int thread, int team) noexcept nogil:
+    """What one thread adds of some rows."""
+    cdef unsigned long long before = fs_flush_denormals()
+    cdef Py_ssize_t columns = job.outer.a[0].columns
+    job.leaves.sum_rows(job.dy_rows, rows, columns * thread // team, columns * (thread + 1) // team, job.bias)
+    add_outer(
+        &job.outer, job.leaves, rows, <const void **> (job.pointers + thread * OUTER_ROWS * sizeof(void *)), thread,
+        team, &job.barrier,
+    )
+    fs_restore_denormals(before)
+
+
+cdef int add_weight_gradient(
+    cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dweight, cnp.ndarray dbias, int n_threads,
+) except -1:
+    """dweight += dy^T x;  dbias += the sum over the rows of dy"""
+    cdef Gradient job
+    cdef Py_ssize_t total = cnp.PyArray_DIM(x, 0), units = cnp.PyArray_DIM(dweight, 0), k = cnp.PyArray_DIM(dweight, 1)
+    cdef Py_ssize_t block, first, rows, i, n_bytes, zero_bytes
+    job.leaves = table(x)
+    cdef double work = <double> units * k
+    # Few enough rows that Ctrl-C is seen in time.
+    block = min(total, max(OUTER_ROWS, <Py_ssize_t> min(8.0 * OUTER_ROWS, SHARE_CHUNK_WORK / work)))
+    cdef int most = <int> min(<double> min(n_threads, units), total * work / SHARE_TEAM_WORK)
+    cdef int region = fs_team_limit(n_threads) if most > 1 else 1
+    cdef int threads = max(1, min(most, region))
+    if total == 0:
+        return 0
+    job.outer.n_a = job.outer.n_b = job.outer.n_products = 1
+    set_factor(&job.outer.a[0], NULL, 0, units)
+    set_factor(&job.outer.b[0], NULL, 0, k)
+    set_product(&job.outer.products[0], &job.outer.a[0], &job.outer.b[0], cnp.PyArray_BYTES(dweight))
+    n_bytes = lay_out(&job, block, threads, &zero_bytes, 0) + LINE
+    cdef char *scratch = <char *> PyMem_RawMalloc(n_bytes)
+    if scratch == NULL:
+        raise MemoryError(f"{n_bytes} bytes of scratch")
+    lay_out(&job, block, threads, &zero_bytes, <size_t> scratch + (-<size_t> scratch & (LINE - 1)))
+    memset(job.bias, 0, zero_bytes)
+    job.outer.a[0].rows = job.dy_rows
+    job.outer.b[0].rows = job.x_rows
+    try:
+        for first in range(0, total, block):
+            rows = min(block, total - first)
+            for i in range(rows):
+                job.dy_rows[i] = cnp.PyArray_BYTES(dy) + (first + i) * cnp.PyArray_STRIDE(dy, 0)
+                job.x_rows[i] = cnp.PyArray_BYTES(x) + (first + i) * cnp.PyArray_STRIDE(x, 0)
+            with nogil:
+                if threads == 1:
+                    gradient_share(&job, rows, 0, 1)
+                else:
+                    fs_barrier_init(&job.barrier)
+                    with parallel(num_threads=region):
+                        if threadid() < threads:
+                            gradient_share(&job, rows, threadid(), min(fs_team_size(), threads))
+            PyErr_CheckSignals()
+        take_sums(&job.outer, job.leaves)
+        if dbias is not None:
+            add_row(job.leaves, job.bias, units, cnp.PyArray_BYTES(dbias))
+    finally:
+        PyMem_RawFree(scratch)
+    return 0
 
 
 def linear_backward(
@@ -138,11 +274,10 @@ def linear_backward(
     cnp.ndarray dbias, int n_threads,
 ):
     """Gradient of x; those of the parameters are added; see `fastseq.reference.dense.linear_backward`."""
-    with np.errstate(all="ignore"):  # inf and NaN are the user's
-        dweight += dy.T @ x
-        if dbias is not None:
-            dbias += dy.sum(axis=0)
-        return dy @ packed.weight
+    transpose(packed)
+    cdef cnp.ndarray dx = mapped(packed, &packed.transposed, dy, n_threads)
+    add_weight_gradient(x, dy, dweight, dbias, n_threads)
+    return dx
 
 
 cdef struct Rows:

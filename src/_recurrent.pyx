@@ -1,8 +1,8 @@
 """Recurrent layers, compiled: packing the weights, and the loops over layers, directions, time and rows.
 
-`pack`, `run`, `fits` and `step` are the operations, and for training `forward`, `gates` and `backward`, which are in
-bptt.pxi; `fastseq.reference.operations` has the same in NumPy, and their documentation. Arguments were checked at the
-door.
+`pack`, `run`, `fits`, `step` and `rollout` are the operations, and for training `forward`, `gates` and `backward`,
+which are in bptt.pxi; `fastseq.reference.operations` has the same in NumPy, and their documentation. Arguments were
+checked at the door.
 
 A direction of a layer is a `Job`. The rows of the batch stand longest first, so that the rows still running at a
 step are the first ones. A job is done in one of two ways, chosen by `plan`:
@@ -26,6 +26,10 @@ from leaves cimport (
     FS_BACK_SIGMOID, FS_BACK_TANH, FS_BLEND, FS_IDENTITY, FS_RELU, FS_SIGMOID, FS_TANH, fs_back, fs_finish, fs_leaves,
     fs_step, fs_weights,
 )
+from outer cimport (
+    OUTER_ROWS, Outer, add_outer, add_row, fs_barrier, lay_out_factors, lay_out_sums, set_factor, set_product,
+    take_sums, taken,
+)
 
 import os
 
@@ -36,8 +40,6 @@ from fastseq import _simd
 cnp.import_array()
 
 cdef extern from "team.h" nogil:
-    ctypedef struct fs_barrier:
-        pass
     int fs_team_limit(int wanted)
     int fs_team_size()
     void fs_barrier_init(fs_barrier *barrier)
@@ -52,6 +54,7 @@ cdef enum Kind:
     GRU_BEFORE
 
 KINDS = {
+    "linear": (RNN_CELL, FS_IDENTITY),  # no cell, but what `rollout` makes of its outputs
     "rnn_tanh": (RNN_CELL, FS_TANH),
     "rnn_relu": (RNN_CELL, FS_RELU),
     "rnn_sigmoid": (RNN_CELL, FS_SIGMOID),
@@ -80,9 +83,9 @@ cdef Py_ssize_t AHEAD_ROWS = 1024
 cdef Py_ssize_t AHEAD_BYTES = 1024 * 1024
 
 cdef enum:
-    SMALL = 8192  # up to this many bytes of scratch stand on the stack
-    POINTERS = 12 # arrays of pointers that `walk` keeps, one entry a row
-    AHEAD = 3     # and those of the input parts, one entry a row and step
+    SMALL = 8192   # up to this many bytes of scratch stand on the stack
+    POINTERS = 12  # arrays of pointers that `walk` keeps, one entry a row
+    AHEAD = 3      # and those of the input parts, one entry a row and step
 
 
 # The weights of a cell as backward multiplies with them: gradients of pre-activations in, of what they saw out.
@@ -764,6 +767,48 @@ def step(
             for i in range(width):
                 memcpy(to + i * cnp.PyArray_STRIDE(out, 1), job.x + row * job.x_row + i * job.item, job.item)
     return finished(out, h_n, c_n)
+
+
+def rollout(
+    tuple cells not None, cnp.ndarray weight not None, cnp.ndarray bias not None, cnp.ndarray x not None,
+    cnp.ndarray h not None, cnp.ndarray c, Py_ssize_t steps, int n_threads,
+):
+    """Steps that each take what a linear map makes of the one before; see `fastseq.reference.operations.rollout`."""
+    cdef Py_ssize_t slot, t
+    cdef Job job
+    cdef cnp.ndarray nothing = np.zeros((cnp.PyArray_DIM(weight, 0), 0), weight.dtype)
+    cdef Cell head = pack("linear", weight, nothing, bias, np.zeros_like(bias), None)
+    cdef cnp.ndarray y = np.empty((x.shape[0], steps, weight.shape[0]), x.dtype)
+    # A step may not write where it reads, so the states take turns.
+    cdef cnp.ndarray before = state_copy(h), after = np.empty_like(before), c_n = state_copy(c)
+    job.rows = cnp.PyArray_DIM(x, 0)
+    job.time = 1
+    job.reverse = False
+    job.order = NULL
+    job.steps = NULL
+    set_no_tape(&job)
+    job.x_time = job.y_time = 0
+    job.x = cnp.PyArray_BYTES(x)
+    job.x_row = cnp.PyArray_STRIDE(x, 0)
+    for t in range(steps):
+        for slot in range(len(cells)):
+            set_cell(&job, cells[slot][0])
+            set_state(&job, before, c_n, slot)
+            job.y = slot_of(after, slot)
+            job.y_row = cnp.PyArray_STRIDE(after, 0)
+            execute(&job, n_threads)
+            job.x = job.y
+            job.x_row = job.y_row
+        set_cell(&job, head)
+        set_state(&job, before, None, 0)
+        job.y = cnp.PyArray_BYTES(y)
+        job.y += t * cnp.PyArray_STRIDE(y, 1)
+        job.y_row = cnp.PyArray_STRIDE(y, 0)
+        execute(&job, n_threads)
+        job.x = job.y
+        job.x_row = job.y_row
+        before, after = after, before
+    return finished(y, before, c_n)
 
 
 include "bptt.pxi"

@@ -10,17 +10,13 @@
 #
 # A chunk is short enough that what 1 leaves is still in a cache for 2 and 3.
 
-# A chunk has about this many rows of gradients, and the product of step 3 takes at most so many at once.
-cdef Py_ssize_t CHUNK_ROWS = 384
-# Bytes of packed groups that a core's second cache holds beside a panel.
-cdef Py_ssize_t GROUPS_BYTES = 384 * 1024
+# A chunk has about this many rows of gradients.
+cdef Py_ssize_t CHUNK_ROWS = OUTER_ROWS
 # The most rows of the batch walked at once; a number of threads may not change it, because the order of sums hangs on it.
 cdef Py_ssize_t BACK_BLOCK = 1024
 
 cdef enum:
     WALK_POINTERS = 16  # arrays of pointers a thread keeps while it walks, one entry a row
-    MOST_FACTORS = 3
-    MOST_PRODUCTS = 4
 
 # Columns of the gradients a cell leaves, by kind: RNN a; LSTM i f g o; GRU_AFTER q r z n, where q = W_hn h + b_hn;
 # GRU_BEFORE r z n. Each is `hidden_size` wide.
@@ -156,23 +152,6 @@ cdef int transpose(Cell cell) except -1:
     return 0
 
 
-# Step 3: one of two factors, its rows in the chunk, and where it is packed.
-cdef struct Factor:
-    const void **rows
-    Py_ssize_t first      # columns [first, first + columns) of each row
-    Py_ssize_t columns
-    char *packed
-
-
-# And what a product of two is added to: rows of a weight gradient.
-cdef struct Product:
-    const Factor *a
-    const Factor *b
-    char *target
-    char *sum             # so far: whole groups of rows, whole panels of columns
-    Py_ssize_t sum_columns
-
-
 cdef struct Undo:
     const fs_leaves *leaves
     Kind kind
@@ -249,12 +228,7 @@ cdef struct Undo:
     char *carry              # [place][output_size]: what reaches h beside the product
     char *bias               # [gradient_columns]: sums so far
     Py_ssize_t zero_bytes    # of the scratch, from its beginning on, have to start as zeros
-    int n_a
-    Factor[MOST_FACTORS] a
-    int n_b
-    Factor[MOST_FACTORS] b
-    int n_products
-    Product[MOST_PRODUCTS] products
+    Outer outer              # step 3
     const void **g_rows      # of the chunk: gradients
     const void **h_rows      # the state each step started from
     const void **x_rows
@@ -553,7 +527,7 @@ cdef void multiply_inputs(Undo *job, int thread, int team) noexcept nogil:
     step.finish = FS_ADD if job.add_dx else FS_IDENTITY
     step.init = <const void **> job.no_init
     while first < last:
-        block = min(last - first, CHUNK_ROWS)
+        block = min(last - first, OUTER_ROWS)
         for i in range(block):
             rows[i] = <const char *> job.g_rows[first + i] + job.x_first * job.item
         step.rows = block
@@ -563,70 +537,13 @@ cdef void multiply_inputs(Undo *job, int thread, int team) noexcept nogil:
         first += block
 
 
-cdef inline Py_ssize_t groups_of(const Undo *job, const Factor *a) noexcept nogil:
-    cdef Py_ssize_t tile = job.leaves.tile_rows[4]
-    return (a.columns + tile - 1) // tile
-
-
-cdef inline Py_ssize_t panels_of(const Undo *job, const Factor *b) noexcept nogil:
-    cdef Py_ssize_t wide = 4 * job.leaves.lanes
-    return (b.columns + wide - 1) // wide
-
-
 cdef void add_products(Undo *job, int thread, int team, fs_barrier *barrier) noexcept nogil:
     """Step 3: what one thread does to add the chunk to the weight gradients."""
-    cdef const fs_leaves *leaves = job.leaves
-    cdef Py_ssize_t tile = leaves.tile_rows[4], wide = 4 * leaves.lanes
-    cdef Py_ssize_t blocks = (job.n + CHUNK_ROWS - 1) // CHUNK_ROWS
-    cdef Py_ssize_t block, first, n, group, end, count, most, panels, panel, columns, i, k
-    cdef const Factor *a
-    cdef const Factor *b
-    cdef const Product *product
-    cdef const void **rows = <const void **> (job.pointers + thread * job.pointers_each)
-    for block in range(blocks):
-        first = job.n * block // blocks
-        n = job.n * (block + 1) // blocks - first
-        # Both factors are packed by all threads, for all threads.
-        for i in range(job.n_a):
-            a = &job.a[i]
-            group = groups_of(job, a) * thread // team
-            end = groups_of(job, a) * (thread + 1) // team
-            columns = min(a.columns, end * tile) - group * tile
-            if columns > 0:
-                for k in range(n):
-                    rows[k] = <const char *> a.rows[first + k] + (a.first + group * tile) * job.item
-                leaves.pack_groups(rows, n, columns, a.packed + group * n * tile * job.item)
-        for i in range(job.n_b):
-            b = &job.b[i]
-            panels = panels_of(job, b)
-            leaves.pack_panels(
-                b.rows + first, n, b.columns, panels * thread // team, panels * (thread + 1) // team, b.packed,
-            )
-        columns = job.gradient_columns
-        leaves.sum_rows(job.g_rows + first, n, columns * thread // team, columns * (thread + 1) // team, job.bias)
-        if team > 1:
-            fs_barrier_wait(barrier, team)
-        # Each thread takes its share of the groups: the rows of the weight gradient.
-        for i in range(job.n_products):
-            product = &job.products[i]
-            group = groups_of(job, product.a) * thread // team
-            end = groups_of(job, product.a) * (thread + 1) // team
-            # As many groups at a time as stay in the second cache while every panel passes by.
-            most = max(1, GROUPS_BYTES // (n * tile * job.item))
-            while group < end:
-                count = min(most, end - group)
-                for panel in range(panels_of(job, product.b)):
-                    columns = min(wide, product.b.columns - panel * wide)
-                    leaves.outer(
-                        n, count, product.a.packed + group * n * tile * job.item,
-                        product.b.packed + panel * n * wide * job.item,
-                        <int> ((columns + leaves.lanes - 1) // leaves.lanes),
-                        product.sum + (group * tile * product.sum_columns + panel * wide) * job.item,
-                        product.sum_columns,
-                    )
-                group += count
-        if team > 1:
-            fs_barrier_wait(barrier, team)
+    cdef Py_ssize_t columns = job.gradient_columns
+    job.leaves.sum_rows(job.g_rows, job.n, columns * thread // team, columns * (thread + 1) // team, job.bias)
+    add_outer(
+        &job.outer, job.leaves, job.n, <const void **> (job.pointers + thread * job.pointers_each), thread, team, barrier,
+    )
 
 
 cdef void undo_chunk(Undo *job, int thread, int team) noexcept nogil:
@@ -646,36 +563,25 @@ cdef Py_ssize_t padded_bytes(Py_ssize_t n_bytes) noexcept nogil:
     return lines + 64 if lines % 4096 == 0 else lines
 
 
-cdef inline char *taken(size_t base, Py_ssize_t *n_bytes, Py_ssize_t more) noexcept nogil:
-    """The next `more` bytes of the scratch."""
-    cdef char *at = <char *> (base + <size_t> n_bytes[0])
-    n_bytes[0] += (more + 63) // 64 * 64
-    return at
-
-
 cdef Py_ssize_t lay_out(Undo *job, size_t base) noexcept nogil:
     """Give every scratch array its place from `base` on; returns how many bytes that takes."""
-    cdef Py_ssize_t n_bytes = 0, i, tile = job.leaves.tile_rows[4], wide = 4 * job.leaves.lanes
-    cdef Py_ssize_t depth = min(job.chunk_rows, CHUNK_ROWS), pointer = sizeof(void *)
-    cdef bint with_middle = job.weights.projection.units or job.weights.candidate.units
-    cdef Product *product
+    cdef Py_ssize_t n_bytes = 0, pointer = sizeof(void *)
+    cdef const Transposed *weights = job.weights
+    cdef bint with_middle = weights.projection.units or weights.candidate.units
+    cdef Py_ssize_t widest = max(
+        weights.recurrent.panels, weights.candidate.panels, weights.projection.panels, weights.input.panels,
+    )
     # What has to start as zeros comes first: `zero_bytes` of them.
-    job.zeros = taken(base, &n_bytes, max(job.gradient_columns, job.cell_units) * job.item + 4 * 64)
+    job.zeros = taken(base, &n_bytes, widest * 4 * job.leaves.lanes * job.item)
     job.bias = taken(base, &n_bytes, job.gradient_columns * job.item)
     job.carry = taken(base, &n_bytes, job.row_block * job.output_row)
-    for i in range(job.n_products):
-        product = &job.products[i]
-        product.sum_columns = panels_of(job, product.b) * wide
-        product.sum = taken(base, &n_bytes, groups_of(job, product.a) * tile * product.sum_columns * job.item)
+    lay_out_sums(&job.outer, job.leaves, base, &n_bytes)
     job.zero_bytes = n_bytes
     job.gradients = taken(base, &n_bytes, job.chunk_rows * job.gradient_row)
     job.later = taken(base, &n_bytes, job.row_block * job.gradient_row)
     job.middle = taken(base, &n_bytes, job.chunk_rows * job.middle_row if with_middle else 0)
     job.outputs = taken(base, &n_bytes, job.chunk_rows * job.output_row if job.weights.projection.units else 0)
-    for i in range(job.n_a):
-        job.a[i].packed = taken(base, &n_bytes, groups_of(job, &job.a[i]) * tile * depth * job.item)
-    for i in range(job.n_b):
-        job.b[i].packed = taken(base, &n_bytes, panels_of(job, &job.b[i]) * wide * depth * job.item)
+    lay_out_factors(&job.outer, job.leaves, job.chunk_rows, base, &n_bytes)
     job.g_rows = <const void **> taken(base, &n_bytes, job.chunk_rows * pointer)
     job.h_rows = <const void **> taken(base, &n_bytes, job.chunk_rows * pointer)
     job.x_rows = <const void **> taken(base, &n_bytes, job.chunk_rows * pointer)
@@ -683,7 +589,7 @@ cdef Py_ssize_t lay_out(Undo *job, size_t base) noexcept nogil:
     job.middle_rows = <const void **> taken(base, &n_bytes, job.chunk_rows * pointer)
     job.output_rows = <const void **> taken(base, &n_bytes, job.chunk_rows * pointer)
     job.no_init = <const void **> taken(base, &n_bytes, job.chunk_rows * pointer)
-    job.pointers_each = (max(WALK_POINTERS * job.row_block, CHUNK_ROWS) * pointer + 63) // 64 * 64
+    job.pointers_each = (max(WALK_POINTERS * job.row_block, OUTER_ROWS) * pointer + 63) // 64 * 64
     job.pointers = taken(base, &n_bytes, job.threads * job.pointers_each)
     return n_bytes
 
@@ -691,70 +597,57 @@ cdef Py_ssize_t lay_out(Undo *job, size_t base) noexcept nogil:
 cdef void set_products(Undo *job, char *weight_ih, char *weight_hh, char *weight_hr) noexcept nogil:
     """Which columns of the gradients meet which rows, and where the result belongs."""
     cdef Py_ssize_t units = job.cell_units, inputs = job.weights.input.units, outputs = job.weights.recurrent.units
-    cdef Factor *a = job.a
-    cdef Factor *b = job.b
-    b[0] = Factor(job.x_rows, 0, inputs, b[0].packed)
-    b[1] = Factor(job.h_rows, 0, outputs, b[1].packed)
-    b[2] = Factor(job.middle_rows, 0, units, b[2].packed)
-    job.n_b = 2
-    cdef Product *p = job.products
+    cdef Outer *outer = &job.outer
+    set_factor(&outer.b[0], job.x_rows, 0, inputs)
+    set_factor(&outer.b[1], job.h_rows, 0, outputs)
+    set_factor(&outer.b[2], job.middle_rows, 0, units)
+    outer.n_b = 2
     if job.kind == GRU_AFTER or job.kind == GRU_BEFORE:
         # r and z; n for the input; and n for the state: q, or n again, which then saw r * h.
-        a[0] = Factor(job.g_rows, job.x_first, 2 * units, a[0].packed)
-        a[1] = Factor(job.g_rows, job.x_first + 2 * units, units, a[1].packed)
-        a[2] = Factor(job.g_rows, 0, units, a[2].packed)
-        job.n_products = 4
-        p[0] = Product(&a[0], &b[0], weight_ih, p[0].sum, p[0].sum_columns)
-        p[1] = Product(&a[1], &b[0], weight_ih + 2 * units * inputs * job.item, p[1].sum, p[1].sum_columns)
-        p[2] = Product(&a[0], &b[1], weight_hh, p[2].sum, p[2].sum_columns)
-        p[3] = Product(&a[2], &b[1], weight_hh + 2 * units * outputs * job.item, p[3].sum, p[3].sum_columns)
-        job.n_a = 3
+        set_factor(&outer.a[0], job.g_rows, job.x_first, 2 * units)
+        set_factor(&outer.a[1], job.g_rows, job.x_first + 2 * units, units)
+        set_factor(&outer.a[2], job.g_rows, 0, units)
+        outer.n_a, outer.n_products = 3, 4
+        set_product(&outer.products[0], &outer.a[0], &outer.b[0], weight_ih)
+        set_product(&outer.products[1], &outer.a[1], &outer.b[0], weight_ih + 2 * units * inputs * job.item)
+        set_product(&outer.products[2], &outer.a[0], &outer.b[1], weight_hh)
+        set_product(&outer.products[3], &outer.a[2], &outer.b[1], weight_hh + 2 * units * outputs * job.item)
         if job.kind == GRU_BEFORE:
-            p[3].a, p[3].b = &a[1], &b[2]
-            job.n_a, job.n_b = 2, 3
+            outer.products[3].a, outer.products[3].b = &outer.a[1], &outer.b[2]
+            outer.n_a, outer.n_b = 2, 3
         return
-    a[0] = Factor(job.g_rows, 0, job.gradient_columns, a[0].packed)
-    job.n_a = 1
-    job.n_products = 2
-    p[0] = Product(&a[0], &b[0], weight_ih, p[0].sum, p[0].sum_columns)
-    p[1] = Product(&a[0], &b[1], weight_hh, p[1].sum, p[1].sum_columns)
+    set_factor(&outer.a[0], job.g_rows, 0, job.gradient_columns)
+    outer.n_a, outer.n_products = 1, 2
+    set_product(&outer.products[0], &outer.a[0], &outer.b[0], weight_ih)
+    set_product(&outer.products[1], &outer.a[0], &outer.b[1], weight_hh)
     if job.weights.projection.units:
-        a[1] = Factor(job.output_rows, 0, outputs, a[1].packed)
-        job.n_a, job.n_b, job.n_products = 2, 3, 3
-        p[2] = Product(&a[1], &b[2], weight_hr, p[2].sum, p[2].sum_columns)
-
-
-cdef void add_row(const Undo *job, const char *row, Py_ssize_t columns, char *target) noexcept nogil:
-    cdef const void *one = row
-    job.leaves.sum_rows(&one, 1, 0, columns, target)
+        set_factor(&outer.a[1], job.output_rows, 0, outputs)
+        outer.n_a, outer.n_b, outer.n_products = 2, 3, 3
+        set_product(&outer.products[2], &outer.a[1], &outer.b[2], weight_hr)
 
 
 cdef void add_gradients(Undo *job, char *bias_ih, char *bias_hh) noexcept nogil:
     """Add what was summed to the gradients of the parameters."""
-    cdef const Product *product
-    cdef Py_ssize_t i, row, units = job.cell_units * job.item
+    cdef const fs_leaves *leaves = job.leaves
+    cdef Py_ssize_t units = job.cell_units * job.item
     cdef Py_ssize_t x_columns = job.weights.input.h_size
-    for i in range(job.n_products):
-        product = &job.products[i]
-        for row in range(product.a.columns):
-            add_row(
-                job, product.sum + row * product.sum_columns * job.item, product.b.columns,
-                product.target + row * product.b.columns * job.item,
-            )
+    take_sums(&job.outer, leaves)
     if bias_ih == NULL:
         return
-    add_row(job, job.bias + job.x_first * job.item, x_columns, bias_ih)
+    add_row(leaves, job.bias + job.x_first * job.item, x_columns, bias_ih)
     if job.kind == GRU_AFTER:
-        add_row(job, job.bias + units, 2 * job.cell_units, bias_hh)
-        add_row(job, job.bias, job.cell_units, bias_hh + 2 * units)
+        add_row(leaves, job.bias + units, 2 * job.cell_units, bias_hh)
+        add_row(leaves, job.bias, job.cell_units, bias_hh + 2 * units)
     else:
-        add_row(job, job.bias, x_columns, bias_hh)
+        add_row(leaves, job.bias, x_columns, bias_hh)
 
 
 cdef int undo(
     Undo *job, char *weight_ih, char *weight_hh, char *weight_hr, char *bias_ih, char *bias_hh, int n_threads,
 ) except -1:
     """Undo one direction of a layer."""
+    if job.rows == 0 or job.time == 0:
+        return 0
     cdef const Transposed *weights = job.weights
     cdef Py_ssize_t lanes = job.leaves.lanes, wide = 4 * lanes
     cdef Py_ssize_t step_work = weights.recurrent.panels * wide * (weights.recurrent.h_size + GATE_WORK)

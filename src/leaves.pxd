@@ -77,6 +77,23 @@ cdef extern from "simd/leaves.h" nogil:
         ptrdiff_t n, const void *x, const void *targets, double delta, double scale, void *gradient,
     ) noexcept nogil
 
+    ctypedef struct fs_update:
+        const void *p
+        const void *g
+        void *first
+        void *second
+        void *out
+        double rate
+        double decay
+        double keep
+        double momentum
+        double take_first
+        double keep_second
+        double take_second
+        double unbias
+        double eps
+        int nesterov
+
     ctypedef struct fs_leaves:
         const char *set
         int lanes
@@ -131,5 +148,10 @@ cdef extern from "simd/leaves.h" nogil:
         fs_loss binary_cross_entropy
         fs_loss squared_error
         fs_loss huber
+        void (*sgd)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
+        void (*rmsprop)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
+        void (*adam)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
+        void (*scale)(ptrdiff_t n, void *x, double factor) noexcept nogil
+        double (*sum_of_squares)(ptrdiff_t n, const void *x) noexcept nogil
 
     const fs_leaves *fs_find_leaves(const char *set, int item_size)

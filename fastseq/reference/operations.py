@@ -430,6 +430,35 @@ def run(
     return x, *_read_only(h, c)
 
 
+def rollout(
+    cells: Cells, weight: Array, bias: Array, x: Array, h: Array, c: Array | None, steps: int, n_threads: int
+) -> tuple[Array, Array, Array | None]:
+    """Steps of which each takes what a linear map makes of the outputs of the one before: x' = W y + b.
+
+    Parameters
+    ----------
+    cells : [layer][direction]
+        Of one direction.
+    weight, bias : arrays of shapes (I, H) and (I,)
+    x : array of shape (B, I)
+        What the first step takes.
+    h, c : arrays of shape (B, num_layers, H)
+        Where each row starts; c is None but for the LSTM.
+    steps, n_threads : int
+
+    Returns
+    -------
+    y, h, c
+        What the linear map gave after each step, (B, steps, I), and where each row ends.
+    """
+    y = np.empty((len(x), steps, len(weight)), x.dtype)
+    h, c = h.copy(), None if c is None else c.copy()
+    for t in range(steps):
+        out, h, c = step(cells, x, h, c, None, n_threads)
+        y[:, t] = x = out @ weight.T + bias
+    return y, *_read_only(h, c)
+
+
 def fits(cells: Cells, x: object, dims: int, state: object, out: object) -> bool:
     """Whether the arguments of a call are known to need no check. Here they never are."""
     return False

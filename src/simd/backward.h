@@ -112,7 +112,8 @@ INLINE void back_gru_reset(const fs_step *s, ptrdiff_t row, ptrdiff_t unit, vec 
 {
     const fs_back *b = s->back;
     const ptrdiff_t units = s->weights->units;
-    const vec r = load_gate(b->gates[row], 0, unit, units), h_before = load_units(b->h_before[row], unit, units);
+    const vec r = load_gate(b->gates[row], 0, unit, units),
+              h_before = load_units(b->h_before[row], unit, units);
     store_gate(s->out[row], 0, d_rh * h_before * (r * (broadcast(1) - r)), unit, units);
     store_units(b->carry[row], fma_(d_rh, r, load_units(b->carry[row], unit, units)), unit, units);
     store_units(b->middle[row], r * h_before, unit, units);

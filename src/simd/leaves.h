@@ -69,11 +69,11 @@ typedef struct fs_back {
     const void *const *c_before; /* IN  c before the step, LSTM                                            */
     const void *const *dc;       /* IN  gradient that reaches c from later steps, LSTM                     */
     void *const *dc_before;      /* OUT gradient of c before the step, LSTM; may be dc                     */
-    void *const *carry;          /* OUT what reaches h before the step but through the recurrent weights, GRU; may be
+    void *const *carry; /* OUT what reaches h before the step but through the recurrent weights, GRU; may be
                                     `init` of the same step */
-    void *const *middle;         /* OUT o * tanh(c) or r * h: what a second product of the cell took; or NULL */
-    void *const *dh_total;       /* OUT gradient of h after the step, or NULL                              */
-    void *const *dc_total;       /* OUT gradient of c after the step, or NULL                              */
+    void *const *middle; /* OUT o * tanh(c) or r * h: what a second product of the cell took; or NULL */
+    void *const *dh_total; /* OUT gradient of h after the step, or NULL                              */
+    void *const *dc_total; /* OUT gradient of c after the step, or NULL                              */
     /* Bytes from the rows of this step to those of the one before it, which comes next and is fetched ahead. */
     ptrdiff_t dy_next, gates_next, h_next, c_next;
 } fs_back;
@@ -86,18 +86,18 @@ typedef struct fs_back {
 typedef struct fs_step {
     const fs_weights *weights;
     ptrdiff_t first, last, rows;
-    int with_x;              /* 0: `init` holds the input part already                             */
-    enum fs_finish finish;   /* for `plain`                                                        */
+    int with_x; /* 0: `init` holds the input part already                             */
+    enum fs_finish finish; /* for `plain`                                                        */
     const void *const *init; /* IN  [panels][vectors][lanes]: the bias, or bias plus input part    */
-    const void *const *x;    /* IN  [x_size]; not read when with_x is 0                            */
-    const void *const *h;    /* IN  [h_size]: what the recurrent weights multiply                  */
-    const void *const *carry;/* IN  [units]: h of the step before, where a GRU carries it over     */
+    const void *const *x; /* IN  [x_size]; not read when with_x is 0                            */
+    const void *const *h; /* IN  [h_size]: what the recurrent weights multiply                  */
+    const void *const *carry; /* IN  [units]: h of the step before, where a GRU carries it over     */
     const void *const *c_before; /* IN [units]: the LSTM's cell state                              */
-    void *const *c;          /* OUT [units]: the same after the step; may be c_before              */
-    void *const *gates;      /* OUT [gates][units]: what backward needs, or NULL                   */
-    const fs_back *back;     /* a backward step: `out` takes gradients of pre-activations; or NULL */
-    void *const *z;          /* GRU that resets before: OUT of `gru_gates`, IN of FS_BLEND, [units] */
-    void *const *out;        /* OUT [units]: h; of `gru_gates`: r * h; of `panels_product`: see below */
+    void *const *c; /* OUT [units]: the same after the step; may be c_before              */
+    void *const *gates; /* OUT [gates][units]: what backward needs, or NULL                   */
+    const fs_back *back; /* a backward step: `out` takes gradients of pre-activations; or NULL */
+    void *const *z; /* GRU that resets before: OUT of `gru_gates`, IN of FS_BLEND, [units] */
+    void *const *out; /* OUT [units]: h; of `gru_gates`: r * h; of `panels_product`: see below */
 } fs_step;
 
 /* What the softmax cross-entropy of a row is made of: see simd/losses.h. */
@@ -112,10 +112,32 @@ typedef struct fs_softmax_sums {
 typedef double (*fs_loss)(ptrdiff_t n, const void *x, const void *targets, double delta, double scale,
                           void *gradient);
 
+/*
+ * One step of an optimiser over one parameter of n reals. `out` is distinct from every other array. The numbers are
+ * rounded to the table's real type; a slot that an optimiser does not use is NULL.
+ */
+typedef struct fs_update {
+    const void *p; /* IN     [n]: the parameter                                              */
+    const void *g; /* IN     [n]: its gradient                                               */
+    void *first; /* IN/OUT [n]: momentum of `sgd` (or NULL) and `adam`; squares of `rmsprop` */
+    void *second; /* IN/OUT [n]: squares of `adam`; momentum of `rmsprop` (or NULL)         */
+    void *out; /* OUT    [n]: the parameter after the step                               */
+    double rate; /* how far along the direction; of `adam`, lr over the bias of the mean   */
+    double decay; /* added to the gradient, times the parameter                             */
+    double keep; /* of `adam`: the parameter is multiplied by this first                   */
+    double momentum; /* of `sgd` and `rmsprop`: how much of the momentum stays                 */
+    double take_first; /* of `adam`: share of the gradient in the mean, 1 - beta1                */
+    double keep_second; /* share of the squares that stays: beta2 or alpha                        */
+    double take_second; /* share of the new square, 1 - keep_second                               */
+    double unbias; /* of `adam`: 1 / sqrt(1 - beta2^t)                                       */
+    double eps; /* added to the root of the squares                                       */
+    int nesterov; /* of `sgd`                                                               */
+} fs_update;
+
 typedef struct fs_leaves {
-    const char *set;  /* "baseline", "avx2" or "avx512"                                  */
-    int lanes;        /* reals in a vector                                               */
-    int item_size;    /* bytes in a real                                                 */
+    const char *set; /* "baseline", "avx2" or "avx512"                                  */
+    int lanes; /* reals in a vector                                               */
+    int item_size; /* bytes in a real                                                 */
     int tile_rows[5]; /* [v]: the most rows a tile takes at v (3 or 4) vectors a row     */
 
     /* y[i] = f(x[i]) for n reals; x and y may be the same array. At most 2 ulp in float32. */
@@ -137,8 +159,8 @@ typedef struct fs_leaves {
      * reals apart. sum_rows: sum += every row of A, columns [first, last).
      */
     void (*pack_groups)(const void *const *rows, ptrdiff_t n, ptrdiff_t columns, void *groups);
-    void (*pack_panels)(const void *const *rows, ptrdiff_t n, ptrdiff_t columns, ptrdiff_t first, ptrdiff_t last,
-                        void *panels);
+    void (*pack_panels)(const void *const *rows, ptrdiff_t n, ptrdiff_t columns, ptrdiff_t first,
+                        ptrdiff_t last, void *panels);
     void (*outer)(ptrdiff_t n, ptrdiff_t groups, const void *a, const void *panel, int vectors, void *c,
                   ptrdiff_t c_row);
     void (*sum_rows)(const void *const *rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, void *sum);
@@ -175,6 +197,14 @@ typedef struct fs_leaves {
     void (*softmax_cross_entropy)(ptrdiff_t rows, ptrdiff_t n, const void *x, const int64_t *targets,
                                   double smoothing, double scale, void *gradient, fs_softmax_sums *sums);
     fs_loss binary_cross_entropy, squared_error, huber;
+
+    /* One step of an optimiser over the elements [first, last); fastseq/reference/optimisers.py has the equations. */
+    void (*sgd)(const fs_update *update, ptrdiff_t first, ptrdiff_t last);
+    void (*rmsprop)(const fs_update *update, ptrdiff_t first, ptrdiff_t last);
+    void (*adam)(const fs_update *update, ptrdiff_t first, ptrdiff_t last);
+    /* x[i] * factor, in place; the sum of x[i]^2 in double, in one order on every instruction set. */
+    void (*scale)(ptrdiff_t n, void *x, double factor);
+    double (*sum_of_squares)(ptrdiff_t n, const void *x);
 } fs_leaves;
 
 /* The table of an instruction set ("baseline", "avx2", "avx512") for reals of item_size bytes; NULL where this

@@ -30,8 +30,8 @@ static void pack_groups(const void *const *rows, ptrdiff_t n, ptrdiff_t columns,
 }
 
 /* [panel][row][4][lanes] for the panels [first, last); columns past the last are zeros. */
-static void pack_panels(const void *const *rows, ptrdiff_t n, ptrdiff_t columns, ptrdiff_t first, ptrdiff_t last,
-                        void *panels)
+static void pack_panels(const void *const *rows, ptrdiff_t n, ptrdiff_t columns, ptrdiff_t first,
+                        ptrdiff_t last, void *panels)
 {
     for (ptrdiff_t panel = first; panel < last; panel++) {
         real *to = (real *)panels + panel * n * 4 * LANES;
@@ -49,7 +49,8 @@ static void pack_panels(const void *const *rows, ptrdiff_t n, ptrdiff_t columns,
     }
 }
 
-INLINE void outer_tile(const int VECTORS, ptrdiff_t n, const real *group, const real *panel, real *c, ptrdiff_t c_row)
+INLINE void outer_tile(const int VECTORS, ptrdiff_t n, const real *group, const real *panel, real *c,
+                       ptrdiff_t c_row)
 {
     vec sums[ROWS_OF_4 * 4];
     const void *a[MAX_ROWS];

@@ -19,8 +19,8 @@ enum {
  * compiler keeps the sums in memory, at a fifth of the speed. Panels lie panel_size reals apart and their
  * rows STRIDE vectors, of which the first VECTORS are used. From one k to the next, x moves on by X_STRIDE reals.
  */
-INLINE void chain(const int ROWS, const int PANELS, const int VECTORS, const int STRIDE, const int X_STRIDE, vec *sums,
-                  const void *const *x, const real *weights, ptrdiff_t panel_size, ptrdiff_t k_size)
+INLINE void chain(const int ROWS, const int PANELS, const int VECTORS, const int STRIDE, const int X_STRIDE,
+                  vec *sums, const void *const *x, const real *weights, ptrdiff_t panel_size, ptrdiff_t k_size)
 {
     const real *row[MAX_ROWS], *panel[MAX_PANELS];
 #pragma GCC unroll 8

@@ -38,7 +38,8 @@ INLINE void store_gate(void *row, int gate, vec value, ptrdiff_t unit, ptrdiff_t
  */
 INLINE void fetch(const void *row, ptrdiff_t unit, ptrdiff_t offset)
 {
-    __builtin_prefetch((const void *)((uintptr_t)row + (uintptr_t)unit * sizeof(real) + (uintptr_t)offset), 0, 2);
+    __builtin_prefetch((const void *)((uintptr_t)row + (uintptr_t)unit * sizeof(real) + (uintptr_t)offset), 0,
+                       2);
 }
 
 #endif

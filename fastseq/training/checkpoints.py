@@ -1,0 +1,200 @@
+"""Checkpoints: one safetensors file each, written whole or not at all, with a checksum over all of it.
+
+The content is a dict, of dicts, lists, tuples, numbers, strings, arrays and states. The arrays are the tensors of the
+file, named by their place; the rest is JSON in its metadata.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastseq import checks, state
+from fastseq.checks import Array
+from fastseq.io import write_whole
+
+_FORMAT = "1"
+_CONTENT, _CHECKSUM, _VERSION = "fastseq.checkpoint", "fastseq.checksum", "fastseq.format"
+_STATES = {"State": state.State, "LSTMState": state.LSTMState}
+_DTYPES = ("bool", "int64", "int32", "uint64", "float16", "float32", "float64")
+_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+
+
+def save_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    content : dict
+        Of dicts with strings as names, lists, tuples, numbers, strings, None, arrays and states.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written, as on a full disk; what `path` named before is still there.
+    """
+    import json
+
+    from safetensors.numpy import save as to_bytes
+
+    target = checks.path("path", path)
+    arrays: dict[str, Array] = {}
+    text = json.dumps(_taken_apart(checks.mapping("content", content), "", arrays))
+    metadata = {_VERSION: _FORMAT, _CONTENT: text, _CHECKSUM: _checksum(text, arrays)}
+    write_whole(target, to_bytes(arrays, metadata))
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Parameters
+    ----------
+    path : path
+        A file, or a folder in which `fit` wrote some: the newest one that can be read, then.
+
+    Returns
+    -------
+    dict
+        What was saved. Of a checkpoint of `fit`, ``["model"]`` is the state dict of the model, ``["step"]`` the
+        count of steps, ``["history"]`` the arrays of the history.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged, or is no checkpoint.
+    OSError
+        The file cannot be read, or there is none.
+    """
+    name = checks.path("path", path)
+    if os.path.isdir(name):
+        found = newest(name)
+        if found is None:
+            raise FileNotFoundError(f"path: there is no checkpoint in {name!r}")
+        return found[1]
+    return _read(name)
+
+
+def _read(name: str) -> dict[str, Any]:
+    import json
+
+    from safetensors import SafetensorError, safe_open
+
+    with open(name, "rb"):
+        pass  # a file that is missing or not ours to read raises Python's own error
+    try:
+        with safe_open(name, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if _CONTENT not in metadata or _CHECKSUM not in metadata:
+                raise ValueError(f"path: {name!r} is a safetensors file, but no checkpoint of fastseq")
+            if metadata.get(_VERSION) != _FORMAT:
+                raise ValueError(f"path: {name!r} was written by another version of fastseq")
+            try:
+                arrays = {key: np.array(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+            except (TypeError, AttributeError, KeyError) as error:  # a dtype that NumPy does not have
+                raise ValueError(f"path: {name!r} is damaged: {error}") from None
+    except SafetensorError as error:
+        raise ValueError(f"path: {name!r} is damaged: not a whole safetensors file: {error}") from None
+    if _checksum(metadata[_CONTENT], arrays) != metadata[_CHECKSUM]:
+        raise ValueError(f"path: {name!r} is damaged: its content does not have the checksum it was written with")
+    try:
+        content = _put_together(json.loads(metadata[_CONTENT]), arrays)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"path: {name!r} is damaged: {error}") from None
+    assert isinstance(content, dict)
+    return content
+
+
+def _checksum(text: str, arrays: dict[str, Array]) -> str:
+    value = zlib.crc32(text.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        value = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), value)
+        value = zlib.crc32(array.reshape(-1).view(np.uint8).data, value)
+    return f"{value:08x}"
+
+
+def _taken_apart(value: Any, place: str, arrays: dict[str, Array]) -> Any:
+    """A value as JSON has it; arrays are put into `arrays` by their place."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        if value.dtype.name not in _DTYPES:
+            raise TypeError(f"a checkpoint can hold arrays of {', '.join(_DTYPES)}, but {place} is {value.dtype}")
+        while place in arrays:  # names may hold what places are made with
+            place += "'"
+        arrays[place] = np.asarray(value, order="C")
+        return {"array": place}
+    if isinstance(value, state.State):
+        return {"state": type(value).__name__, "of": _taken_apart(list(value), place, arrays)}
+    if isinstance(value, list | tuple):
+        items = [_taken_apart(item, f"{place}.{i}", arrays) for i, item in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": items}
+    if isinstance(value, dict):
+        prefix = f"{place}/" if place else ""
+        return {
+            "dict": {n: _taken_apart(item, f"{prefix}{n}", arrays) for n, item in checks.mapping(place, value).items()}
+        }
+    raise TypeError(f"a checkpoint cannot hold {place}: {checks.describe(value)}")
+
+
+def _put_together(value: Any, arrays: dict[str, Array]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "array" in value:
+        return arrays[value["array"]]
+    if "state" in value:
+        return _STATES[value["state"]](*_put_together(value["of"], arrays))
+    if "dict" in value:
+        return {name: _put_together(item, arrays) for name, item in value["dict"].items()}
+    items = [_put_together(item, arrays) for item in value["list" if "list" in value else "tuple"]]
+    return items if "list" in value else tuple(items)
+
+
+def path_of(folder: str, step: int) -> str:
+    """Where the checkpoint of a step is."""
+    return os.path.join(folder, f"step-{step:08d}.safetensors")
+
+
+def in_folder(folder: str) -> list[tuple[int, str]]:
+    """The steps and paths of all checkpoints in a folder, oldest first; whether they are whole is not looked at."""
+    found = [(_NAME.fullmatch(path.name), str(path)) for path in Path(folder).iterdir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def newest(folder: str) -> tuple[str, dict[str, Any]] | None:
+    """The path and content of the newest checkpoint that is whole; None where there is none at all."""
+    faults = []
+    for _, path in reversed(in_folder(folder)):
+        try:
+            content = _read(path)
+        except (ValueError, OSError) as error:
+            faults.append(str(error))
+            continue
+        if faults:
+            warnings.warn(f"going back to {path!r}: {'; '.join(faults)}", stacklevel=3)
+        return path, content
+    if faults:
+        raise ValueError(f"no checkpoint in {folder!r} can be read: {'; '.join(faults)}")
+    return None
+
+
+def remove_oldest(folder: str, step: int, keep: int | None, best: Iterable[int]) -> None:
+    """Remove what is beyond the `keep` newest up to `step`; never what is in `best`."""
+    if keep is None:
+        return
+    older = [entry for entry in in_folder(folder) if entry[0] <= step]
+    spared = set(best)
+    for old, path in older[:-keep]:
+        if old not in spared:
+            Path(path).unlink(missing_ok=True)

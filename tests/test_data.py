@@ -1,0 +1,275 @@
+"""Data for training: what is in the batches, that seed and epoch decide it, and that any of them can come first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from common import assert_same_bits
+from learners import series
+
+from fastseq.training import Batch, PaddedBatches, Streams, Windows
+
+RNG = np.random.default_rng(0)
+LENGTHS = [int(n) for n in RNG.integers(1, 40, 203)]
+# Every id says which sequence it is of, and where in it.
+IDS = [np.arange(n) + 1000 * (i + 1) for i, n in enumerate(LENGTHS)]
+VALUES = [np.stack([ids, -ids], 1).astype("float32") for ids in IDS]
+
+
+def kinds(seed: int) -> dict[str, Any]:
+    return {
+        "padded": PaddedBatches(IDS, batch_size=10, seed=seed),
+        "padded_ungrouped": PaddedBatches(IDS, IDS, batch_size=10, seed=seed, group=False),
+        "streams": Streams(np.arange(1000), batch_size=7, steps=9, seed=seed),
+        "windows": Windows(series(), steps=11, batch_size=16, seed=seed),
+    }
+
+
+KINDS = pytest.mark.parametrize("kind", kinds(0))
+
+
+def arrays(batches: Any) -> list[Any]:
+    return [array for batch in batches for array in batch if array is not None]
+
+
+@KINDS
+def test_an_epoch_is_the_same_again_and_can_start_anywhere(kind: str) -> None:
+    one, other = kinds(3)[kind], kinds(3)[kind]
+    for epoch in (0, 1, 5):
+        whole = list(one.batches(epoch))
+        assert len(whole) == len(one)
+        assert all(isinstance(batch, Batch) for batch in whole)
+        for start in (0, 1, len(one) // 2, len(one) - 1, len(one)):
+            assert_same_bits(arrays(other.batches(epoch, start)), arrays(whole[start:]))
+
+
+@KINDS
+def test_epochs_and_seeds_differ(kind: str) -> None:
+    firsts = [next(data.batches(epoch)).inputs for data in (kinds(3)[kind], kinds(4)[kind]) for epoch in range(3)]
+    distinct = {array.tobytes() for array in firsts}
+    assert len(distinct) > 3
+
+
+@KINDS
+def test_a_state_brings_the_seed(kind: str) -> None:
+    one, other = kinds(3)[kind], kinds(4)[kind]
+    other.load_state_dict(one.state_dict())
+    assert_same_bits(arrays(other.batches(2)), arrays(one.batches(2)))
+    for wrong in ({**one.state_dict(), "batches": 1}, {**one.state_dict(), "kind": "Others"}, {"seed": 3}):
+        with pytest.raises(ValueError, match="mapping"):
+            other.load_state_dict(wrong)
+    with pytest.raises(ValueError, match="seed"):
+        other.load_state_dict({**one.state_dict(), "seed": None})
+
+
+@KINDS
+def test_bad_positions(kind: str) -> None:
+    data = kinds(0)[kind]
+    with pytest.raises(ValueError, match="epoch"):
+        data.batches(-1)
+    with pytest.raises(TypeError, match="start"):
+        data.batches(0, 0.5)
+    with pytest.raises(ValueError, match="start"):
+        data.batches(0, len(data) + 1)
+
+
+def test_a_seed_that_nobody_chose_is_that_of_the_run() -> None:
+    for make in (
+        lambda **seed: PaddedBatches(IDS, batch_size=10, **seed),
+        lambda **seed: Windows(series(), steps=11, batch_size=16, **seed),
+    ):
+        free, chosen = make(), make(seed=4)
+        assert_same_bits(arrays(free.batches(0)), arrays(free.batches(0)))
+        before = free.state_dict()
+        assert_same_bits(arrays(free.seeded(4).batches(1)), arrays(chosen.batches(1)))
+        assert_same_bits(arrays(chosen.seeded(9).batches(1)), arrays(chosen.batches(1)))
+        assert free.state_dict() == before
+    stream = Streams(np.arange(1000), batch_size=7, steps=9)
+    assert_same_bits(arrays(stream.seeded(4).batches(1)), arrays(stream.batches(0)))
+
+
+# Padded batches
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("group", [True, False])
+def test_every_sequence_comes_once_whole_and_padded(shuffle: bool, group: bool) -> None:
+    labels = np.arange(len(IDS))
+    targets = [-ids for ids in IDS]
+    plain = PaddedBatches(IDS, targets, batch_size=10, seed=1, shuffle=shuffle, group=group)
+    labelled = PaddedBatches(VALUES, labels, batch_size=10, seed=1, shuffle=shuffle, group=group)
+    seen: list[int] = []
+    for ids, values in zip(plain.batches(0), labelled.batches(0), strict=True):
+        assert ids.lengths is not None and ids.targets is not None and values.targets is not None
+        assert_same_bits(values.lengths, ids.lengths)
+        assert ids.inputs.shape == (len(ids.lengths), ids.lengths.max()) == values.inputs.shape[:2]
+        assert values.targets.shape == (len(ids.lengths),)
+        assert ids.fresh is None and ids.tokens == ids.lengths.sum()
+        for row, length in enumerate(ids.lengths):
+            which = int(ids.inputs[row, 0]) // 1000 - 1
+            seen.append(which)
+            assert values.targets[row] == which
+            np.testing.assert_array_equal(ids.inputs[row, :length], IDS[which])
+            np.testing.assert_array_equal(ids.targets[row, :length], targets[which])
+            np.testing.assert_array_equal(values.inputs[row, :length], VALUES[which])
+            assert not ids.inputs[row, length:].any() and not ids.targets[row, length:].any()
+            assert not values.inputs[row, length:].any()
+    assert sorted(seen) == list(range(len(IDS)))
+    if not shuffle and not group:
+        assert seen == list(range(len(IDS)))
+    if not shuffle:
+        assert_same_bits(arrays(plain.batches(1)), arrays(plain.batches(0)))
+
+
+def test_grouping_saves_padding() -> None:
+    def padding(**options: bool) -> int:
+        data = PaddedBatches(IDS, batch_size=10, seed=1, **options)
+        return sum(batch.inputs.size - batch.tokens for batch in data.batches(0))
+
+    assert padding(group=True) < padding(group=False) / 4
+    assert padding(group=True, shuffle=False) < padding(group=False) / 4
+    # And yet batches do not come by their length.
+    longest = [batch.inputs.shape[1] for batch in PaddedBatches(IDS, batch_size=10, seed=1).batches(0)]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+def test_sequences_may_be_lists_rows_or_empty() -> None:
+    (batch,) = PaddedBatches([[1, 2, 3], [4], np.zeros(0, int)], batch_size=5, shuffle=False, group=False).batches(0)
+    np.testing.assert_array_equal(batch.inputs, [[1, 2, 3], [4, 0, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(batch.lengths, [3, 1, 0])
+    assert batch.targets is None
+    (batch,) = PaddedBatches(np.arange(6).reshape(2, 3), batch_size=5, shuffle=False).batches(0)
+    np.testing.assert_array_equal(batch.inputs, [[0, 1, 2], [3, 4, 5]])
+    (batch,) = PaddedBatches([[1.0, 2.0], [3.0]], batch_size=5, shuffle=False, group=False).batches(0)
+    assert batch.inputs.shape == (2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"sequences": "abc"}, TypeError, "sequences"),
+        ({"sequences": 3}, TypeError, "sequences"),
+        ({"sequences": []}, ValueError, "sequences"),
+        ({"sequences": [[1, 2], ["a"]]}, TypeError, r"sequences\[1\]"),
+        ({"sequences": [[True, False]]}, TypeError, r"sequences\[0\]"),
+        ({"sequences": [[[1, 2], [3, 4]]]}, ValueError, r"sequences\[0\]"),
+        ({"sequences": [[[[1.0]]]]}, ValueError, r"sequences\[0\]"),
+        ({"sequences": [[1, 2], [1.0]]}, ValueError, r"sequences\[1\]"),
+        ({"sequences": [np.zeros((2, 3)), np.zeros((2, 4))]}, ValueError, r"sequences\[1\]"),
+        ({"targets": [1]}, ValueError, "targets"),
+        ({"targets": 3}, TypeError, "targets"),
+        ({"targets": [[1, 2], [1, 2]]}, ValueError, r"targets\[0\]"),
+        ({"targets": [[1, 2, 3], 4]}, ValueError, r"targets\[1\]"),
+        ({"targets": ["a", "b"]}, TypeError, r"targets\[0\]"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"batch_size": 2.0}, TypeError, "batch_size"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"shuffle": 1}, TypeError, "shuffle"),
+        ({"group": None}, TypeError, "group"),
+    ],
+)
+def test_bad_padded_batches(arguments: dict[str, Any], error: type[Exception], name: str) -> None:
+    with pytest.raises(error, match=name):
+        PaddedBatches(**{"sequences": [[1, 2, 3], [4, 5]], "batch_size": 2, **arguments})
+
+
+# Streams
+
+
+@pytest.mark.parametrize("seed", [None, 2])
+def test_streams_go_on_from_chunk_to_chunk(seed: int | None) -> None:
+    data = Streams(np.arange(1000), batch_size=7, steps=9, seed=seed)
+    starts = set()
+    for epoch in range(4):
+        batches = list(data.batches(epoch))
+        whole = np.concatenate([batch.inputs for batch in batches], axis=1)
+        for batch in batches:
+            np.testing.assert_array_equal(batch.targets, batch.inputs + 1)
+            assert batch.lengths is None and batch.tokens == batch.inputs.size
+        np.testing.assert_array_equal([batch.fresh.all() for batch in batches], [True] + [False] * (len(batches) - 1))
+        np.testing.assert_array_equal([batch.fresh.any() for batch in batches], [True] + [False] * (len(batches) - 1))
+        assert all(batch.inputs.shape == (7, 9) for batch in batches[:-1])
+        assert (np.diff(whole, axis=1) == 1).all()  # contiguous
+        assert (whole[1:, 0] == whole[:-1, -1] + 1).all()  # and one beside the other
+        assert whole.size > 1000 - 1 - 9 - 7
+        starts.add(int(whole[0, 0]))
+    assert starts == {0} if seed is None else len(starts) > 1 and max(starts) < 9
+
+
+def test_streams_of_values_and_the_shortest() -> None:
+    values = series(50, 2)
+    batches = list(Streams(values, batch_size=3, steps=5).batches(0))
+    assert_same_bits(batches[1].inputs[1], values[16 + 5 : 16 + 10])
+    assert_same_bits(batches[1].targets[1], values[16 + 6 : 16 + 11])
+    for seed in (None, 0):
+        (batch,) = Streams([5, 6, 7, 8], batch_size=3, steps=5, seed=seed).batches(0)
+        np.testing.assert_array_equal(batch.inputs, [[5], [6], [7]])
+        np.testing.assert_array_equal(batch.targets, [[6], [7], [8]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"ids": ["a"]}, TypeError, "ids"),
+        ({"ids": np.zeros((3, 4), int)}, ValueError, "ids"),
+        ({"ids": [1, 2]}, ValueError, "ids"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"steps": 0}, ValueError, "steps"),
+        ({"seed": 1.0}, TypeError, "seed"),
+    ],
+)
+def test_bad_streams(arguments: dict[str, Any], error: type[Exception], name: str) -> None:
+    with pytest.raises(error, match=name):
+        Streams(**{"ids": [1, 2, 3, 4], "batch_size": 2, "steps": 2, **arguments})
+
+
+# Windows
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_every_window_comes_once_with_what_follows(horizon: int) -> None:
+    many = [np.arange(30.0), np.arange(100.0, 105.0), np.arange(200.0, 260.0)]
+    data = Windows(many, steps=6, horizon=horizon, batch_size=8, seed=1)
+    batches = list(data.batches(0))
+    inputs, targets = (np.concatenate([batch[i] for batch in batches]) for i in (0, 1))
+    assert inputs.shape == targets.shape == (30 - 6 - horizon + 1 + 60 - 6 - horizon + 1, 6, 1)
+    np.testing.assert_array_equal(targets, inputs + horizon)
+    assert (np.diff(inputs[..., 0], axis=1) == 1).all()
+    firsts = inputs[:, 0, 0]
+    assert sorted(firsts) == [*range(30 - 6 - horizon + 1), *range(200, 260 - 6 - horizon + 1)]
+    assert list(firsts) != sorted(firsts)
+    in_order = Windows(many, steps=6, horizon=horizon, batch_size=8, shuffle=False)
+    firsts = np.concatenate([batch.inputs[:, 0, 0] for batch in in_order.batches(7)])
+    assert list(firsts) == sorted(firsts)
+
+
+def test_one_series_of_several_values() -> None:
+    values = series(20, 3)
+    (batch,) = Windows(values, steps=18, batch_size=4, shuffle=False).batches(0)
+    assert_same_bits(batch.inputs, np.stack([values[:18], values[1:19]]))
+    assert_same_bits(batch.targets, np.stack([values[1:19], values[2:20]]))
+    assert batch.lengths is None and batch.fresh is None and batch.tokens == 36
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"series": [1, 2, 3, 4]}, TypeError, "series"),
+        ({"series": "abc"}, TypeError, "series"),
+        ({"series": []}, ValueError, "series"),
+        ({"series": [1.0, 2.0]}, ValueError, "series"),
+        ({"series": [[1.0, 2.0, 3.0], ["a"]]}, TypeError, r"series\[1\]"),
+        ({"series": [np.zeros((5, 1)), np.zeros((5, 2))]}, ValueError, r"series\[1\]"),
+        ({"series": np.zeros((2, 3, 4))}, ValueError, "series"),
+        ({"steps": 0}, ValueError, "steps"),
+        ({"horizon": 0}, ValueError, "horizon"),
+        ({"batch_size": None}, TypeError, "batch_size"),
+        ({"seed": "1"}, TypeError, "seed"),
+        ({"shuffle": 0}, TypeError, "shuffle"),
+    ],
+)
+def test_bad_windows(arguments: dict[str, Any], error: type[Exception], name: str) -> None:
+    with pytest.raises(error, match=name):
+        Windows(**{"series": [1.0, 2.0, 3.0, 4.0], "steps": 2, "batch_size": 2, **arguments})
