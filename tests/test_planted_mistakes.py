@@ -249,11 +249,12 @@ class Lesson:
         results = self.taught(self.layer)
         self.compare(results)
         changed = mistake({name: array.copy() for name, array in results.items()})
-        for name, array in changed.items():
-            if name.startswith(where):
-                assert array.shape == results[name].shape
-                with pytest.raises(AssertionError, match=f"^{name}: off by"):
-                    self.compare({**results, name: array})
+        names = [name for name in changed if name.startswith(where)]
+        assert names
+        for name in names:
+            assert changed[name].shape == results[name].shape
+            with pytest.raises(AssertionError, match=f"^{name}: off by"):
+                self.compare({**results, name: changed[name]})
 
 
 def test_all_that_is_compared() -> None:
