@@ -126,6 +126,30 @@ def random_lengths(batch: int, time: int, seed: int = 0) -> Array:
     return rng.permutation(lengths)
 
 
+def random_resets(batch: int, time: int, seed: int = 0) -> Array:
+    """About one step in five."""
+    return np.random.default_rng([seed, 5]).random((batch, time)) < 0.2
+
+
+def example(layer: Any, batch: int, time: int, seed: int = 0) -> tuple[Array, Any, Array, Any]:
+    """x, state, dy and dstate."""
+    x, state = inputs((batch, time, layer.input_size), layer.dtype, seed), random_state(layer, batch, seed)
+    dy = inputs((batch, time, layer._directions * layer._output_size), layer.dtype, seed + 100)
+    return x, state, dy, random_state(layer, batch, seed + 100)
+
+
+def train(
+    layer: Any, x: Array, state: Any, dy: Array, dstate: Any, truncate: int | None = None, **options: Any
+) -> dict[str, Array]:
+    """All that a forward and a backward give, by name."""
+    y, end, tape = layer.forward(x, state, **options)
+    grads = {name: np.zeros_like(array) for name, array in layer.parameters.items()}
+    dx, dstart = layer.backward(dy, tape, dstate=dstate, truncate=truncate, grads=grads)
+    ends = {f"end.{name}": array for name, array in zip(end._fields, end, strict=True)}
+    starts = {f"dstart.{name}": array for name, array in zip(dstart._fields, dstart, strict=True)}
+    return {"y": y, "dx": dx, **ends, **starts, **grads}
+
+
 def tolerance(dtype: Any, k: int, time: int) -> float:
     """The numeric contract: how far, relative to the largest magnitude in the result, a result may be off."""
     return 16 * float(np.finfo(dtype).eps) * math.ceil(math.log2(2 + k * time))

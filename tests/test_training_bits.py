@@ -16,42 +16,22 @@ from common import (
     assert_close,
     assert_same_bits,
     bits,
+    example,
     inputs,
     make,
     random_lengths,
+    random_resets,
     random_state,
     reduction,
     reference,
     threads,
     tolerance,
+    train,
 )
 
 pytestmark = pytest.mark.every_isa
 
 DTYPES = ("float32", "float64")
-
-
-def random_resets(batch: int, time: int, seed: int = 0) -> Array:
-    return np.random.default_rng([seed, 5]).random((batch, time)) < 0.2
-
-
-def train(
-    layer: Any, x: Array, state: Any, dy: Array, dstate: Any, truncate: int | None = None, **options: Any
-) -> dict[str, Array]:
-    """All that a forward and a backward give, by name."""
-    y, end, tape = layer.forward(x, state, **options)
-    grads = {name: np.zeros_like(array) for name, array in layer.parameters.items()}
-    dx, dstart = layer.backward(dy, tape, dstate=dstate, truncate=truncate, grads=grads)
-    ends = {f"end.{name}": array for name, array in zip(end._fields, end, strict=True)}
-    starts = {f"dstart.{name}": array for name, array in zip(dstart._fields, dstart, strict=True)}
-    return {"y": y, "dx": dx, **ends, **starts, **grads}
-
-
-def example(layer: Any, batch: int, time: int, seed: int = 0) -> tuple[Array, Any, Array, Any]:
-    """x, state, dy and dstate."""
-    x, state = inputs((batch, time, layer.input_size), layer.dtype, seed), random_state(layer, batch, seed)
-    dy = inputs((batch, time, layer._directions * layer._output_size), layer.dtype, seed + 100)
-    return x, state, dy, random_state(layer, batch, seed + 100)
 
 
 def assert_all_same(actual: dict[str, Array], expected: dict[str, Array], what: str = "") -> None:
