@@ -43,8 +43,8 @@ class Text(NamedTuple):
 def read_text() -> Text:
     """The topics of `help()`. Some share paragraphs, and one that was learnt by heart should not be held out."""
     topics = pydoc_data.topics.topics
-    paragraphs = dict.fromkeys(p for name in sorted(topics) for p in topics[name].split("\n\n"))
-    text = "\n\n".join(paragraphs)
+    paragraphs = (p.strip("\n") for name in sorted(topics) for p in topics[name].split("\n\n"))
+    text = "\n\n".join(dict.fromkeys(p for p in paragraphs if p))
     characters = sorted(set(text))
     places = {c: i for i, c in enumerate(characters)}
     ids = np.array([places[c] for c in text])

@@ -116,7 +116,7 @@ def draw(path: str, norms: dict[str, np.ndarray], delays: Sequence[int], accurac
         title="The gradient on its way back",
     )
     left.axhline(1, color="grey", linewidth=0.6)
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    left.legend(frameon=False, fontsize=8, loc="upper right")
     for name, shares in accuracies.items():
         right.plot(delays, shares, "o-", markersize=4, color=colors[name], label=name)
     right.axhline(1 / SYMBOLS, color="grey", linestyle=":", linewidth=1, label="guessing")
@@ -129,7 +129,7 @@ def draw(path: str, norms: dict[str, np.ndarray], delays: Sequence[int], accurac
     )
     right.set_xticks(delays, [str(delay) for delay in delays])
     right.minorticks_off()
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc=(0.68, 0.16))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

@@ -102,7 +102,7 @@ def linear_pack(cnp.ndarray weight not None, cnp.ndarray bias):
 
 
 cdef int transpose(Packed packed) except -1:
-    """Pack the weights for dx, once. Two threads may meet here and both do it, which harms nothing."""
+    """Pack the weights for dx, once. Two threads may meet here and both do it; what the first made is kept."""
     cdef Py_ssize_t rows = cnp.PyArray_DIM(packed.weight, 0), columns = cnp.PyArray_DIM(packed.weight, 1), i
     if packed.has_transposed:
         return 0
@@ -115,8 +115,9 @@ cdef int transpose(Packed packed) except -1:
     with nogil:
         packed.leaves.pack_panels(pointers, rows, columns, 0, made.panels, <void *> made.h)
     PyMem_RawFree(pointers)
-    packed.transposed = made
-    packed.has_transposed = True
+    if not packed.has_transposed:  # another thread may be multiplying with what it made meanwhile
+        packed.transposed = made
+        packed.has_transposed = True
     return 0
 
 
@@ -237,6 +238,8 @@ cdef int add_weight_gradient(
     cdef Py_ssize_t total = cnp.PyArray_DIM(x, 0), units = cnp.PyArray_DIM(dweight, 0), k = cnp.PyArray_DIM(dweight, 1)
     cdef Py_ssize_t block, first, rows, i, n_bytes, zero_bytes
     cdef int part, parts
+    cdef unsigned long long before
+    cdef char *bias = NULL if dbias is None else cnp.PyArray_BYTES(dbias)
     job.leaves = table(x)
     cdef double work = <double> units * k
     # Few enough rows that Ctrl-C is seen in time; and where that would be too few, some of the outputs at a time.
@@ -256,7 +259,8 @@ cdef int add_weight_gradient(
     if scratch == NULL:
         raise MemoryError(f"{n_bytes} bytes of scratch")
     lay_out(&job, block, threads, &zero_bytes, <size_t> scratch + (-<size_t> scratch & (LINE - 1)))
-    memset(job.bias, 0, zero_bytes)
+    with nogil:
+        memset(job.bias, 0, zero_bytes)
     job.outer.a[0].rows = job.dy_rows
     job.outer.b[0].rows = job.x_rows
     try:
@@ -275,9 +279,12 @@ cdef int add_weight_gradient(
                             if threadid() < threads:
                                 gradient_share(&job, rows, part, parts, threadid(), min(fs_team_size(), threads))
                 PyErr_CheckSignals()
-        take_sums(&job.outer, job.leaves)
-        if dbias is not None:
-            add_row(job.leaves, job.bias, units, cnp.PyArray_BYTES(dbias))
+        with nogil:
+            before = fs_flush_denormals()
+            take_sums(&job.outer, job.leaves)
+            if bias != NULL:
+                add_row(job.leaves, job.bias, units, bias)
+            fs_restore_denormals(before)
     finally:
         PyMem_RawFree(scratch)
     return 0

@@ -130,7 +130,7 @@ cdef fs_weights packed_rows(Cell cell, cnp.ndarray weight, Py_ssize_t first, Py_
 
 
 cdef int transpose(Cell cell) except -1:
-    """Pack the weights for backward, once. Two threads may meet here and both do it, which harms nothing."""
+    """Pack the weights for backward, once. Two threads may meet here and both do it; what the first made is kept."""
     cdef Transposed made
     cdef Py_ssize_t units = cell.hidden_size
     cdef Py_ssize_t rows = cnp.PyArray_DIM(cell.weight_ih, 0)
@@ -147,8 +147,9 @@ cdef int transpose(Cell cell) except -1:
         made.recurrent = packed_rows(cell, cell.weight_hh, 0, rows, 0)
     if cell.weight_hr is not None:
         made.projection = packed_rows(cell, cell.weight_hr, 0, cnp.PyArray_DIM(cell.weight_hr, 0), 0)
-    cell.transposed = made
-    cell.has_transposed = True
+    if not cell.has_transposed:  # another thread may be multiplying with what it made meanwhile
+        cell.transposed = made
+        cell.has_transposed = True
     return 0
 
 
@@ -631,15 +632,16 @@ cdef void add_gradients(Undo *job, char *bias_ih, char *bias_hh) noexcept nogil:
     cdef const fs_leaves *leaves = job.leaves
     cdef Py_ssize_t units = job.cell_units * job.item
     cdef Py_ssize_t x_columns = job.weights.input.h_size
+    cdef unsigned long long before = fs_flush_denormals()
     take_sums(&job.outer, leaves)
-    if bias_ih == NULL:
-        return
-    add_row(leaves, job.bias + job.x_first * job.item, x_columns, bias_ih)
-    if job.kind == GRU_AFTER:
-        add_row(leaves, job.bias + units, 2 * job.cell_units, bias_hh)
-        add_row(leaves, job.bias, job.cell_units, bias_hh + 2 * units)
-    else:
-        add_row(leaves, job.bias, x_columns, bias_hh)
+    if bias_ih != NULL:
+        add_row(leaves, job.bias + job.x_first * job.item, x_columns, bias_ih)
+        if job.kind == GRU_AFTER:
+            add_row(leaves, job.bias + units, 2 * job.cell_units, bias_hh)
+            add_row(leaves, job.bias, job.cell_units, bias_hh + 2 * units)
+        else:
+            add_row(leaves, job.bias, x_columns, bias_hh)
+    fs_restore_denormals(before)
 
 
 cdef int undo(
@@ -681,7 +683,8 @@ cdef int undo(
         raise MemoryError(f"{n_bytes} bytes of scratch")
     lay_out(job, <size_t> scratch + (-<size_t> scratch & 63))
     set_products(job, weight_ih, weight_hh, weight_hr)
-    memset(<char *> job.zeros, 0, job.zero_bytes)
+    with nogil:
+        memset(<char *> job.zeros, 0, job.zero_bytes)
     cdef Py_ssize_t i, place, row, to_step, from_step
     for i in range(job.chunk_rows):
         job.no_init[i] = job.zeros

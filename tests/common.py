@@ -150,6 +150,45 @@ def train(
     return {"y": y, "dx": dx, **ends, **starts, **grads}
 
 
+def misplaced(array: Array) -> Array:
+    """A copy that begins at an odd address."""
+    copy = np.frombuffer(bytearray(array.nbytes + 1), array.dtype, array.size, offset=1).reshape(array.shape)
+    copy[...] = array
+    assert not copy.flags.aligned or not array.size
+    return copy
+
+
+def strange(array: Array) -> dict[str, Array]:
+    """The same numbers lying in memory in every way."""
+    swapped = array.astype(array.dtype.newbyteorder())
+    wide = np.full([2 * n + 1 for n in array.shape], np.nan, array.dtype)
+    every_other = wide[tuple(slice(1, None, 2) for _ in array.shape)]
+    every_other[...] = array
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    record = np.zeros(array.shape, [("tag", "u1"), ("value", array.dtype)])
+    record["value"] = array
+    misaligned_swapped = misplaced(swapped)
+    misaligned_transposed = misplaced(array.swapaxes(0, 1))
+    return {
+        "byte-swapped": swapped,
+        "misaligned": misplaced(array),
+        "misaligned and byte-swapped": misaligned_swapped,
+        "misaligned and transposed": misaligned_transposed.swapaxes(0, 1),
+        "every other": every_other,
+        "backwards": np.flip(np.ascontiguousarray(np.flip(array))),
+        "time first": np.ascontiguousarray(array.swapaxes(0, 1)).swapaxes(0, 1),
+        "Fortran-ordered": np.asfortranarray(array),
+        "read-only": frozen,
+        "field of a record": record["value"],
+        "subclass": array.view(type("Subclass", (np.ndarray,), {})),
+    }
+
+
+def unchanged(arrays: list[Array], before: list[bytes]) -> None:
+    assert [array.tobytes() for array in arrays] == before, "an input was modified"
+
+
 def tolerance(dtype: Any, k: int, time: int) -> float:
     """The numeric contract: how far, relative to the largest magnitude in the result, a result may be off."""
     return 16 * float(np.finfo(dtype).eps) * math.ceil(math.log2(2 + k * time))
