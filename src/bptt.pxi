@@ -8,11 +8,9 @@
 # 3. add their product with the inputs and the states to the weight gradients: one product over batch and time, summed
 #    in one order (last step first, longest row first), whatever the chunks and the threads.
 #
-# A chunk is short enough that what 1 leaves is still in a cache for 2 and 3.
+# A chunk has about OUTER_ROWS rows of gradients: few enough that what 1 leaves is still in a cache for 2 and 3.
 
-# A chunk has about this many rows of gradients.
-cdef Py_ssize_t CHUNK_ROWS = OUTER_ROWS
-# The most rows of the batch walked at once; a number of threads may not change it, because the order of sums hangs on it.
+# The most rows of the batch walked at once. No number of threads may change it: the order of sums hangs on it.
 cdef Py_ssize_t BACK_BLOCK = 1024
 
 cdef enum:
@@ -542,9 +540,8 @@ cdef void add_products(Undo *job, int thread, int team, fs_barrier *barrier) noe
     """Step 3: what one thread does to add the chunk to the weight gradients."""
     cdef Py_ssize_t columns = job.gradient_columns
     job.leaves.sum_rows(job.g_rows, job.n, columns * thread // team, columns * (thread + 1) // team, job.bias)
-    add_outer(
-        &job.outer, job.leaves, job.n, <const void **> (job.pointers + thread * job.pointers_each), thread, team, barrier,
-    )
+    cdef const void **rows = <const void **> (job.pointers + thread * job.pointers_each)
+    add_outer(&job.outer, job.leaves, job.n, rows, thread, team, barrier)
 
 
 cdef void undo_chunk(Undo *job, int thread, int team) noexcept nogil:
@@ -670,7 +667,7 @@ cdef int undo(
         job.split_panels = True
     cdef int region = fs_team_limit(n_threads) if job.threads > 1 else 1
     job.threads = min(job.threads, region)
-    cdef Py_ssize_t chunk = max(1, min(CHUNK_ROWS, limit // work) // job.row_block)
+    cdef Py_ssize_t chunk = max(1, min(OUTER_ROWS, limit // work) // job.row_block)
     chunk = min(chunk, job.time)
     job.chunk_rows = max(chunk * job.row_block, job.row_block)
     job.gradient_row = padded_bytes(job.gradient_columns * job.item)
