@@ -536,6 +536,16 @@ def test_the_padding_row(module: Any) -> None:
         np.testing.assert_array_equal(layer.grads["weight"], expected)
 
 
+@BOTH
+def test_a_tape_has_its_own_ids(module: Any) -> None:
+    layer = build("embedding", module=module)
+    ids = np.arange(6)
+    y, tape = layer.forward(ids)
+    ids[...] = 99
+    layer.backward(np.ones_like(y), tape)
+    assert layer.grads["weight"][:6].all() and not layer.grads["weight"][6:].any()
+
+
 # Dropout
 
 
