@@ -177,7 +177,7 @@ def predict(
     set_linear(&job, intercept, coefficients)
     cdef cnp.ndarray result = np.zeros_like(x)
     result[:, :job.order - 1] = np.nan
-    for row in range(job.rows):
+    for row in np.flatnonzero(lengths < job.order - 1):
         result[row, job.lengths[row]:] = 0
     job.y = cnp.PyArray_BYTES(result)
     cdef bint single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32

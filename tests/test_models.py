@@ -21,6 +21,12 @@ needs_statsmodels = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So small as most models here are, more would be in each other's way on a busy machine."""
+    fs.set_num_threads(1)
+
+
 def random_ids(vocab, shape, seed=0):
     """Ids of unequal frequency."""
     rng = np.random.default_rng([seed, 11])
@@ -171,6 +177,11 @@ def test_markov_choose_finds_the_order(criterion):
     chosen = fs.models.MarkovChain.choose(x, 3, range(6), criterion, held_out)
     assert chosen.order == 2
     assert_same_bits(chosen.log_prob(x), fs.models.MarkovChain(3, 2).fit(x).log_prob(x))
+
+
+def test_markov_choose_of_orders_with_more_parameters_than_any_number():
+    x = random_ids(3, 2000)
+    assert fs.models.MarkovChain.choose(x, 3, [1, 1000]).order == 1
 
 
 def test_markov_criteria_by_hand():
@@ -476,6 +487,45 @@ def test_autoregressive_has_the_same_bits_on_any_number_of_threads():
     assert_same_bits(results[2], results[0])
 
 
+@pytest.mark.parametrize("model", ["perceptron", "forecaster", "lm"])
+def test_trained_models_have_the_same_bits_on_any_number_of_threads(model):
+    x = series((64, 60)).astype(np.float32)
+    results = []
+    for n in (1, 2, 3):
+        with threads(n):
+            if model == "lm":
+                one = fs.models.RecurrentLM(30, 32, 64, 2, dropout=0.2, seed=0)
+                one.fit(random_ids(30, (64, 20)), epochs=1, progress=False)
+                results.append((*one.state_dict().values(), one.generate(random_ids(30, (64, 5)), 9, seed=1)))
+            else:
+                if model == "forecaster":
+                    one = fs.models.RecurrentForecaster(1, 64, 2, cell="gru", dropout=0.2, seed=0)
+                else:
+                    one = fs.models.AutoRegressive(8, 32, dtype="float32", seed=0)
+                one.fit(x, steps=3, batch_size=64, progress=False)
+                results.append((*one.state_dict().values(), one.forecast(x, 300), one.log_prob(x)))
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("model", ["perceptron", "forecaster"])
+def test_trained_models_resume(model, dtype, tmp_path):
+    """Checkpoints hold what was measured, too; a run of two halves has the bits of one."""
+    x = series((90,)).astype(dtype)
+
+    def make():
+        if model == "perceptron":
+            return fs.models.AutoRegressive(3, 4, dtype=dtype, seed=0)
+        return fs.models.RecurrentForecaster(1, 4, dtype=dtype, seed=0)
+
+    whole, half, other = make(), make(), make()
+    whole.fit(x, epochs=4, progress=False)
+    half.fit(x, epochs=2, progress=False, checkpoint=tmp_path)
+    other.fit(x, epochs=4, progress=False, checkpoint=tmp_path, resume=True)
+    assert_same_bits(tuple(other.state_dict().values()), tuple(whole.state_dict().values()))
+
+
 def test_autoregressive_in_float32():
     x = series((5, 80)).astype(np.float32)
     model, twin = fs.models.AutoRegressive(2, dtype="float32").fit(x), fs.models.AutoRegressive(2).fit(x)
@@ -528,6 +578,8 @@ def test_autoregressive_bad_input(call, kind, message):
 
 
 def test_autoregressive_edges():
+    none = fs.models.AutoRegressive(2).fit(np.zeros((0, 9)))
+    assert none.forecast(np.zeros((0, 9)), 4).shape == (0, 4) and none.bic().shape == (0,)
     model = fs.models.AutoRegressive(3).fit(series((50,)))
     assert model.forecast(series((2, 3)), 0).shape == (2, 0)
     assert model(np.zeros((4, 0))).shape == (4, 0)

@@ -380,7 +380,8 @@ def _information(level: _Level, used: Array, order: int, vocab_size: int, criter
     n = int(counts.sum())
     if not n:
         raise ValueError(f"sequences should hold symbols with {order} others before them")
-    parameters = float(vocab_size**order * (vocab_size - 1))
+    with np.errstate(over="ignore"):  # beyond any number, and then the order is chosen never
+        parameters = float(np.power(float(vocab_size), order) * (vocab_size - 1))
     return parameters * (2.0 if criterion == "aic" else float(np.log(n))) - 2 * log_likelihood
 
 
