@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fastseq as fs
@@ -79,3 +80,112 @@ def test_pronounce_refuses_useless_options(example, capsys, arguments):
         example.main(arguments)
     assert stop.value.code == 2
     assert "error" in capsys.readouterr().err
+
+
+# --- The models
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, PATH.parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where a NamedTuple looks for its annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def numbers(line):
+    return [float(word.rstrip("%")) for word in line.split() if word.rstrip("%").replace(".", "", 1).isdigit()]
+
+
+def is_picture(path):
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_char_lm_quick(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    char_lm = load("char_lm")
+    assert char_lm.main(["--quick", "--plot", str(tmp_path / "p.png")]) == 0
+    out = capsys.readouterr().out
+    assert is_picture(tmp_path / "p.png")
+    lines = [line.strip() for line in out.splitlines()]
+
+    def row(name):
+        return numbers(next(line for line in lines if line.startswith(name))[len(name) :])
+
+    by_name = {name: row(name) for name in char_lm.SMOOTHINGS}
+    assert all(len(values) == 5 for values in by_name.values())
+    # Smoothing that backs off is what high orders need, and more context helps it.
+    assert by_name["add one"][4] > by_name["Witten-Bell"][4] > by_name["Kneser-Ney"][4]
+    assert by_name["Kneser-Ney"] == sorted(by_name["Kneser-Ney"], reverse=True)
+    lstm = row("LSTM 2×64")[0]
+    assert 1 < lstm < 4.6  # below the entropy of single characters: it has begun to learn from context
+    assert out.count("--- ") == 2
+
+
+def test_char_lm_text_is_held_out():
+    text = load("char_lm").read_text()
+    assert text.decode(text.encode("The ")) == "The "
+    whole = text.decode(np.concatenate([text.ids, text.held_out]))
+    paragraphs = whole.split("\n\n")
+    assert len(paragraphs) == len(set(paragraphs)) > 1000
+    assert 0.09 < len(text.held_out) / len(whole) < 0.11
+
+
+@needs("statsmodels", "statsmodels")
+def test_forecast_quick(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    forecast = load("forecast")
+    assert forecast.main(["--quick", "--plot", str(tmp_path / "p.png")]) == 0
+    assert is_picture(tmp_path / "p.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("309 years; 1700 to 1919")
+    table = {line[:22].strip(): numbers(line[22:]) for line in lines[4:]}
+    assert list(table) == ["last value", "AR(2)", "perceptron(9)", "RNN", "LSTM", "GRU"]
+    assert table["AR(2)"][0] < table["last value"][0]
+    years, x = forecast.read_sunspots()
+    first = int(np.flatnonzero(years == 1920)[0])
+    assert table["last value"][0] == pytest.approx(np.sqrt(np.mean(np.diff(x[first - 1 :]) ** 2)), abs=0.05)
+    one_step, loop = forecast.errors(fs.models.AutoRegressive(2).fit(x[:first]), x, first)
+    assert table["AR(2)"] == pytest.approx([one_step, loop[1], loop[4], loop[10]], abs=0.06)
+
+
+@needs("statsmodels", "statsmodels")
+def test_forecast_notices_other_coefficients():
+    forecast = load("forecast")
+    _, x = forecast.read_sunspots()
+    model = fs.models.AutoRegressive(3).fit(x)
+    assert forecast.compare_with_statsmodels(model, x) < 1e-9
+    model.fit(x[1:])
+    with pytest.raises(AssertionError, match="coefficients differ"):
+        forecast.compare_with_statsmodels(model, x)
+
+
+def test_forecast_names_a_missing_package(monkeypatch, capsys):
+    forecast = load("forecast")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        forecast.main([])
+    assert stop.value.code == 1
+    assert "needs the package statsmodels" in capsys.readouterr().err
+
+
+def test_vanishing_gradients_quick(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    example = load("vanishing_gradients")
+    assert example.main(["--quick", "--plot", str(tmp_path / "p.png")]) == 0
+    assert is_picture(tmp_path / "p.png")
+    lines = capsys.readouterr().out.splitlines()
+    accuracies = {line[:32].strip(): numbers(line[32:]) for line in lines[-5:]}
+    assert list(accuracies) == example.LAYERS
+    assert accuracies["sigmoid RNN"][1] < 40 and accuracies["LSTM"] == accuracies["GRU"] == [100, 100]
+    norms = {name: example.gradient_norms(name, 0) for name in [*example.LAYERS, example.FORGET_BIAS_1]}
+    assert norms["sigmoid RNN"][0] < 1e-50 < norms["tanh RNN"][0] < 1e-18 < norms[example.FORGET_BIAS_1][0] < 1e-6
+    assert norms["ReLU RNN"][0] > 1e6
+    assert 0.01 < norms["LSTM"][0] < 1 and 0.01 < norms["GRU"][0] < 1
+
+
+@pytest.mark.parametrize("name", ["char_lm", "forecast", "vanishing_gradients"])
+def test_examples_refuse_useless_options(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load(name).main(["--seed", "-1"])
+    assert stop.value.code == 2

@@ -379,10 +379,11 @@ def test_clip_grad_norm() -> None:
     assert clip_grad_norm(grads, 1) == 5
     assert clip_grad_norm(grads, 10) == pytest.approx(1, rel=1e-6)
     assert clip_grad_norm({}, 1) == 0
-    grads["a"][1] = np.nan
-    before = {name: array.copy() for name, array in grads.items()}
-    assert math.isnan(clip_grad_norm(grads, 0.1))
-    assert_same_bits(list(grads.values()), list(before.values()))
+    for value in (np.nan, np.inf):
+        grads["a"][1] = value
+        before = {name: array.copy() for name, array in grads.items()}
+        assert not math.isfinite(clip_grad_norm(grads, 0.1))
+        assert_same_bits(list(grads.values()), list(before.values()))
 
 
 def test_clip_grad_norm_has_the_same_bits_for_any_threads() -> None:

@@ -288,23 +288,35 @@ def padded() -> PaddedBatches:
     return PaddedBatches(sequences, [np.tanh(np.cumsum(one, 0)) for one in sequences], batch_size=8)
 
 
+def spelled() -> PaddedBatches:
+    """Sequences of ids that go up by one, and what comes next."""
+    rng = np.random.default_rng(0)
+    sequences = [(np.arange(n) + rng.integers(7)) % 7 for n in rng.integers(1, 12, 50)]
+    return PaddedBatches(sequences, [(one + 1) % 7 for one in sequences], batch_size=8)
+
+
 @pytest.mark.parametrize(
     ("make", "data"),
     [
         (lambda: fs.LSTM(3, 3, 2, dropout=0.1, seed=1), streams),
         (lambda: fs.GRU(3, 3, seed=1), padded),
         (lambda: fs.reference.RNN(3, 3, dtype="float64", seed=1), padded),
+        (lambda: fs.Sequential(fs.Embedding(7, 4), fs.Dropout(0.1), fs.GRU(4, 5), fs.Linear(5, 7)), spelled),
         (lambda: fs.Linear(3, 3, seed=1), lambda: Windows(series(), steps=4, batch_size=32)),
     ],
-    ids=["lstm", "gru", "rnn", "linear"],
+    ids=["lstm", "gru", "rnn", "symbols", "linear"],
 )
 def test_layers_learn_and_go_on_where_they_were(make: Any, data: Any, tmp_path: Path) -> None:
+    start = make().state_dict()
+    losses = fs.losses if make().dtype == np.float32 else fs.reference.losses
+
     def run(model: Any, steps: int, **options: Any) -> Any:
+        model.load_state_dict(start)
         optimiser = AdamW(model, 0.02)
         history = fit(
             model,
             data(),
-            loss=fs.losses.mean_squared_error if model.dtype == np.float32 else fs.reference.losses.mean_squared_error,
+            loss=losses.softmax_cross_entropy if data is spelled else losses.mean_squared_error,
             optimiser=optimiser,
             steps=steps,
             validation=data(),
@@ -583,6 +595,18 @@ def test_checkpoints_are_kept_to_a_number_with_the_best_beside(tmp_path: Path) -
     assert files(tmp_path / "all") == [name_of(step) for step in (4, 8, 10, 20, 30, 40)]
     train(checkpoint=tmp_path / "epochs", steps=40, validation=None, validate_every=None)
     assert files(tmp_path / "epochs") == [name_of(step) for step in (19, 38, 40)]
+
+
+def test_a_run_from_an_older_checkpoint_keeps_its_own(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "checkpoint": tmp_path,
+        "checkpoint_every": 10,
+        "validation": None,
+        "validate_every": None,
+    }
+    train(steps=50, keep=None, **options)
+    train(steps=25, keep=1, resume=tmp_path / name_of(20), **options)
+    assert files(tmp_path) == [name_of(step) for step in (25, 30, 40, 50)]
 
 
 def test_what_a_checkpoint_holds(tmp_path: Path) -> None:

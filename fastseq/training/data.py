@@ -190,8 +190,8 @@ class PaddedBatches(Data):
         if not self._group:
             return [order[i : i + size] for i in range(0, count, size)]
         for i in range(0, count, BUCKET * size):
-            bucket = order[i : i + BUCKET * size]
-            order[i : i + BUCKET * size] = bucket[np.argsort(self._lengths[bucket], kind="stable")]
+            bucket = order[i : i + BUCKET * size]  # a view
+            bucket[:] = bucket[np.argsort(self._lengths[bucket], kind="stable")]
         batches = [order[i : i + size] for i in range(0, count, size)]
         return [batches[i] for i in random.permutation(len(batches))]
 

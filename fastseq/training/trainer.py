@@ -329,8 +329,7 @@ class _Run:
         self.learner, self.model = learner, learner.model
         known = checks.seed("seed", seed)
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if known is None else known
-        self.given_data = datasets.checked("data", data)
-        self.data = datasets.seeded(self.given_data, self.seed)
+        self.data = datasets.seeded(datasets.checked("data", data), self.seed)
         self.validation = None
         if validation is not None:
             self.validation = datasets.seeded(datasets.checked("validation", validation), VALIDATION_SEED)
@@ -436,7 +435,6 @@ class _Run:
             self.model.load_state_dict(content["model"])
             self.optimiser.load_state_dict(content["optimiser"]["state"])
             self.seed, self.state = checks.size("seed", content["seed"]), content["state"]
-            self.data = datasets.seeded(self.given_data, self.seed)
             for part in ("schedule", "data"):
                 if content[part] is not None and hasattr(getattr(self, part), "load_state_dict"):
                     getattr(self, part).load_state_dict(content[part])

@@ -76,6 +76,11 @@ static void outer(ptrdiff_t n, ptrdiff_t groups, const void *a, const void *pane
     for (ptrdiff_t g = 0; g < groups; g++) {
         const real *group = (const real *)a + g * n * ROWS_OF_4;
         real *tile = (real *)c + g * ROWS_OF_4 * c_row;
+        /* What the next tile adds to comes from afar, in short pieces: have it here by then. */
+        if (g + 1 < groups)
+            for (int r = 0; r < ROWS_OF_4; r++)
+                for (int v = 0; v < vectors; v++)
+                    __builtin_prefetch(tile + (ROWS_OF_4 + r) * c_row + v * LANES, 1, 3);
         switch (vectors) {
         case 1: outer_tile(1, n, group, panel, tile, c_row); break;
         case 2: outer_tile(2, n, group, panel, tile, c_row); break;
