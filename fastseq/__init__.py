@@ -8,9 +8,10 @@
 ((8, 100, 128), (8, 1, 128))
 """
 
-from fastseq import init, losses, reference, training
+from fastseq import init, losses, models, reference, training
 from fastseq.io import load
 from fastseq.layers import GRU, LSTM, RNN, Dropout, Embedding, LayerNorm, Linear, Sequential
+from fastseq.reference import models as _reference_models  # noqa: F401  so that it is there
 from fastseq.state import LSTMState, State
 from fastseq.threads import get_num_threads, set_num_threads
 from fastseq.version import __version__
@@ -31,6 +32,7 @@ __all__ = [
     "init",
     "load",
     "losses",
+    "models",
     "reference",
     "set_num_threads",
     "training",

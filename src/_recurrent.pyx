@@ -1,8 +1,8 @@
 """Recurrent layers, compiled: packing the weights, and the loops over layers, directions, time and rows.
 
-`pack`, `run`, `fits`, `step` and `rollout` are the operations, and for training `forward`, `gates` and `backward`, which are in
-bptt.pxi; `fastseq.reference.operations` has the same in NumPy, and their documentation. Arguments were checked at the
-door.
+`pack`, `run`, `fits`, `step` and `rollout` are the operations, and for training `forward`, `gates` and `backward`,
+which are in bptt.pxi; `fastseq.reference.operations` has the same in NumPy, and their documentation. Arguments were
+checked at the door.
 
 A direction of a layer is a `Job`. The rows of the batch stand longest first, so that the rows still running at a
 step are the first ones. A job is done in one of two ways, chosen by `plan`:

@@ -19,17 +19,27 @@ SOURCES = ROOT / "fastseq"
 # Each floor, from the ground up: its modules may import from floors below theirs, and from their own package.
 FLOORS = [
     ["fastseq.version", "fastseq._simd"],
-    ["fastseq.checks", "fastseq._recurrent", "fastseq._dense", "fastseq._losses", "fastseq._optimisers"],
+    [
+        "fastseq.checks",
+        "fastseq._recurrent",
+        "fastseq._dense",
+        "fastseq._losses",
+        "fastseq._optimisers",
+        "fastseq._models",
+    ],
     [
         "fastseq.threads",
         "fastseq.io",
         "fastseq.reference.operations",
-        "fastseq.reference.dense",
         "fastseq.reference.optimisers",
+        "fastseq.reference.autoregression",
+        "fastseq.reference.dense",
     ],
     ["fastseq.state", "fastseq.losses", "fastseq.reference.loss_operations"],
     ["fastseq.layers"],
-    ["fastseq.reference", "fastseq.training", "fastseq.init"],
+    ["fastseq.training", "fastseq.init"],
+    ["fastseq.models"],
+    ["fastseq.reference"],
     ["fastseq"],
     ["fastseq.cli"],
     ["fastseq.__main__"],
@@ -129,7 +139,7 @@ def test_no_flag_lets_the_compiler_change_the_arithmetic():
     assert not re.search("fast-math|Ofast|unsafe-math|associative-math|reciprocal-math|finite-math", text)
 
 
-@pytest.mark.parametrize("module", ["_simd", "_recurrent", "_dense", "_losses", "_optimisers"])
+@pytest.mark.parametrize("module", ["_simd", "_recurrent", "_dense", "_losses", "_optimisers", "_models"])
 def test_stubs_name_what_the_compiled_modules_have(module):
     compiled = importlib.import_module(f"fastseq.{module}")
     has = {n for n, value in vars(compiled).items() if not n.startswith("_") and not isinstance(value, ModuleType)}

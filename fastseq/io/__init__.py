@@ -1,4 +1,4 @@
-"""Files: layers and states as safetensors, with the class and its configuration in the metadata.
+"""Files: layers, models and states as safetensors, with the class and its configuration in the metadata.
 
 What only files need is imported when one is read or written: importing fastseq costs little more than NumPy.
 """
@@ -19,7 +19,9 @@ from fastseq.checks import Array
 _FORMAT = "1"
 _LAYERS = ("RNN", "LSTM", "GRU", "Linear", "Embedding", "LayerNorm", "Dropout", "Sequential")
 _STATES = ("State", "LSTMState")
-_DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64"}
+_MODELS = ("MarkovChain", "AutoRegressive", "RecurrentLM", "RecurrentForecaster")
+_CLASSES = _LAYERS + _STATES + _MODELS
+_DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}
 
 
 def save(path: str | os.PathLike[str], class_name: str, config: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
@@ -29,8 +31,8 @@ def save(path: str | os.PathLike[str], class_name: str, config: Mapping[str, Any
     from safetensors.numpy import save as to_bytes
 
     target = checks.path("path", path)
-    for unknown in _classes(class_name, config) - {*_LAYERS, *_STATES}:
-        raise TypeError(f"a file can hold {', '.join(_LAYERS + _STATES)}, not a {unknown}")
+    for unknown in _classes(class_name, config) - {*_CLASSES}:
+        raise TypeError(f"a file can hold {', '.join(_CLASSES)}, not a {unknown}")
     for name, array in arrays.items():
         if array.dtype.name not in _DTYPES.values():
             raise TypeError(f"a file can hold {', '.join(_DTYPES.values())}, but {name} is {array.dtype}")
@@ -59,16 +61,16 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Read a layer or a state that its `save` wrote.
+    """Read a layer, a model or a state that its `save` wrote.
 
     Parameters
     ----------
     path : path
-        A file written by ``layer.save`` or ``state.save``.
+        A file written by ``layer.save``, ``model.save`` or ``state.save``.
 
     Returns
     -------
-    layer or state
+    layer, model or state
         Of the class and the configuration that were saved.
 
     Raises
@@ -114,9 +116,9 @@ def load_into(path: str | os.PathLike[str], namespace: ModuleType) -> Any:
 
 def _made(class_name: str, config: Mapping[str, Any], namespace: ModuleType) -> Any:
     """A layer from its configuration; one made of layers has theirs in it."""
-    if class_name not in _LAYERS:
+    if class_name not in _LAYERS + _MODELS:
         raise ValueError(f"it holds a {class_name!r}, which this version does not know")
-    made = getattr(namespace, class_name)
+    made = getattr(namespace.models if class_name in _MODELS else namespace, class_name)
     if "layers" not in config:
         return made(**config)
     return made(*(_made(child["class"], child["config"], namespace) for child in config["layers"]))
@@ -132,6 +134,6 @@ def _class_name(path: str, metadata: Mapping[str, str]) -> str:
         )
     if metadata.get("fastseq.format") != _FORMAT:
         raise ValueError(f"path: {path!r} was written by another version of fastseq")
-    if name not in _LAYERS + _STATES:
+    if name not in _CLASSES:
         raise ValueError(f"path: {path!r} holds a {name!r}, which this version does not know")
     return name

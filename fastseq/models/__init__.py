@@ -1,0 +1,10 @@
+"""Whole models, from the Markov chain to the recurrent network, under one protocol.
+
+`fit`, a call for what a model predicts at every step, `log_prob`, `generate` or `forecast`, `save`.
+"""
+
+from fastseq.models.autoregressive import AutoRegressive
+from fastseq.models.markov import MarkovChain
+from fastseq.models.recurrent import RecurrentForecaster, RecurrentLM
+
+__all__ = ["AutoRegressive", "MarkovChain", "RecurrentForecaster", "RecurrentLM"]

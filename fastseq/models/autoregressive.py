@@ -1,0 +1,431 @@
+"""Autoregressive models of real-valued series: the next value from the τ before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fastseq import _models, checks, layers, losses, threads, training
+from fastseq.checks import Array
+from fastseq.models.base import (
+    Model,
+    Series,
+    bounded,
+    gaussian,
+    row_sums,
+    seeds_of,
+    series_of,
+    spread_of,
+)
+from fastseq.training import Batch, History
+
+_CRITERIA = ("bic", "aic")
+
+
+class AutoRegressive(Model):
+    """AR(τ): x_t = b + φ_1 x_{t-1} + ... + φ_τ x_{t-τ} + e_t, with e_t Gaussian [1]_; or a perceptron in its place.
+
+    Without `hidden`, every series has coefficients of its own, and a model of one series predicts any number of them.
+    With it, one perceptron learns from all series and predicts any number: H = f(W x + b), O = V H + c, x the τ past
+    values, oldest first, standardised by mean and deviation of what was fitted.
+
+    Parameters
+    ----------
+    order : int
+        τ, at least 1.
+    hidden : int, optional
+        Units of the perceptron; by default there is none.
+    activation : {"sigmoid", "tanh", "relu"}
+        f.
+    dtype : {"float32", "float64"}
+        Of parameters and predictions. Least squares are solved in float64.
+    seed : int, optional
+        Fixes the initial parameters of the perceptron.
+
+    Attributes
+    ----------
+    coefficients : ndarray of shape (S, order)
+        φ of each series that was fitted, that of the last value first; of a linear model.
+    intercept : ndarray of shape (S,)
+        b; of a linear model.
+    sigma2 : ndarray of shape (S,), or (1,) of a perceptron
+        The variance of e, the mean of the squared residuals.
+    history : History or None
+        Of the last training of a perceptron.
+
+    References
+    ----------
+    .. [1] G. E. P. Box and G. M. Jenkins, "Time Series Analysis: Forecasting and Control", 1970.
+    """
+
+    _operations: ClassVar[Any] = _models
+    _layers: ClassVar[Any] = layers
+    _losses: ClassVar[Any] = losses
+    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+
+    order: int
+    hidden: int | None
+    activation: str
+    seed: int | None
+
+    def __init__(
+        self,
+        order: int,
+        hidden: int | None = None,
+        *,
+        activation: str = "sigmoid",
+        dtype: Any = "float64",
+        seed: int | None = None,
+    ) -> None:
+        self.order = checks.size("order", order, 1)
+        self.hidden = None if hidden is None else checks.size("hidden", hidden, 1)
+        self.activation = checks.choice("activation", activation, ("sigmoid", "tanh", "relu"))
+        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.seed = checks.seed("seed", seed)
+        config = {
+            "order": self.order,
+            "hidden": self.hidden,
+            "activation": self.activation,
+            "dtype": self.dtype.name,
+            "seed": self.seed,
+        }
+        self._history: History | None = None
+        self._first: Any = None
+        self._second: Any = None
+        if self.hidden is None:
+            self._start(config)
+            self._measured = ("coefficients", "intercept", "sigma2", "counts")
+            return
+        first, second = seeds_of(self.seed, 2)
+        self._start(
+            config,
+            hidden=self._layers.Linear(self.order, self.hidden, dtype=self.dtype, seed=first),
+            output=self._layers.Linear(self.hidden, 1, dtype=self.dtype, seed=second),
+        )
+        self._first, self._second = self._children.values()
+        self._measured = ("mean", "deviation", "sigma2", "counts")
+
+    def _linear(self, name: str) -> Array:
+        if self.hidden is not None:
+            raise ValueError(f"a perceptron has no {name}; see parameters")
+        return self._needs_fit()[name]
+
+    @property
+    def coefficients(self) -> Array:  # noqa: D102  see the class
+        return self._linear("coefficients")
+
+    @property
+    def intercept(self) -> Array:  # noqa: D102  see the class
+        return self._linear("intercept")
+
+    @property
+    def sigma2(self) -> Array:  # noqa: D102  see the class
+        return self._needs_fit()["sigma2"]
+
+    @property
+    def history(self) -> History | None:  # noqa: D102  see the class
+        return self._history
+
+    def _check_fitted(self, given: Mapping[str, Any]) -> dict[str, Array]:
+        own = ("coefficients", "intercept")  # these are of the model's dtype
+        wide = np.dtype(np.float64)
+        fitted = {n: np.array(checks.real_array(n, given[n], self.dtype if n in own else wide)) for n in given}
+        rows = fitted["sigma2"].size if self.hidden is None else 1
+        for name, array in fitted.items():
+            shape = (rows, self.order) if name == "coefficients" else (rows,)
+            if array.shape != shape:
+                raise ValueError(f"{name} should be of shape {shape}, not {array.shape}")
+        return fitted
+
+    def fit(self, series: Any, lengths: Any = None, *, hold_back: int | None = None, **settings: Any) -> AutoRegressive:
+        """Make the likelihood given the first τ values of each series large.
+
+        A linear model is solved for: conditional least squares, where it is largest. A perceptron is trained, from
+        the parameters it has.
+
+        Parameters
+        ----------
+        series : array of shape (S, T), or (T,) for one, or list of arrays
+            Finite real numbers.
+        lengths : array of shape (S,), optional
+            The real values of each series.
+        hold_back : int, optional
+            The values at the start of each series that are not predicted, τ by default; more of them, to compare
+            orders on the same values.
+        **settings
+            Of a perceptron: as of `fastseq.training.fit`, where `validation` may be series, too; `batch_size`, 32 by
+            default; and `epochs`, 100 if `steps` are not given either. The optimiser is Adam with a learning rate of
+            0.01, unless another is given.
+
+        Returns
+        -------
+        AutoRegressive
+            Itself.
+        """
+        first = self.order if hold_back is None else checks.size("hold_back", hold_back, self.order)
+        given = series_of("series", series, lengths, np.dtype(np.float64))
+        given.check_finite("series")
+        if self.hidden is not None:
+            self._train(given, first, settings)
+            return self
+        if settings:
+            raise TypeError(f"{next(iter(settings))} is a setting of training, which a linear model does without")
+        given.check_lengths("series", first + self.order + 2)
+        # Values far from 0 have nearly the same direction as the intercept; from its first value a series has not.
+        base = given.values[:, :1]
+        upper = self._operations.triangle(
+            np.ascontiguousarray(given.values - base), given.lengths, self.order, first, threads.get_num_threads()
+        )
+        solution = _solve(upper[:, :-1, :-1], upper[:, :-1, -1])
+        coefficients = np.ascontiguousarray(solution[:, 1:])
+        self._take_fitted(
+            {
+                "coefficients": coefficients.astype(self.dtype),
+                "intercept": (solution[:, 0] + base[:, 0] * (1 - coefficients.sum(axis=1))).astype(self.dtype),
+                "sigma2": upper[:, -1, -1] ** 2 / (given.lengths - first),
+                "counts": (given.lengths - first).astype(np.float64),
+            }
+        )
+        return self
+
+    def _train(self, given: Series, first: int, settings: dict[str, Any]) -> None:
+        """Train the perceptron, and measure what is left."""
+        batch_size = settings.pop("batch_size", 32)
+        given.check_lengths("series", first + 1)
+        rows = [row[first - self.order :] for row in given.rows()]
+        mean, deviation = spread_of(given.values[given.real()][:, None])
+        n = float(sum(len(row) - self.order for row in rows))
+        self._take_fitted(
+            {"mean": mean, "deviation": deviation, "sigma2": np.square(deviation), "counts": np.array([n])}
+        )
+        if settings.get("steps") is None:
+            settings.setdefault("epochs", 100)
+        if settings.get("optimiser") is None:
+            settings["optimiser"] = training.Adam(self, 0.01)
+        if settings.get("validation") is not None and not hasattr(settings["validation"], "batches"):
+            validation = series_of("validation", settings["validation"], None, np.dtype(np.float64))
+            validation.check_lengths("validation", self.order + 1)
+            settings["validation"] = training.Windows(
+                validation.rows(), steps=self.order, batch_size=batch_size, seed=0
+            )
+        data = training.Windows(rows, steps=self.order, batch_size=batch_size, seed=settings.get("seed", 0))
+        self._history = training.fit(self, data, **settings)
+        own = Series(given.values.astype(self.dtype), given.lengths, given.alone, False)
+        residuals = own.values[:, first:] - self._predict(own)[:, first - 1 : -1]
+        squares = row_sums(np.square(residuals, dtype=np.float64), given.lengths - first)
+        self._take_fitted({**self._fitted, "sigma2": np.array([squares.sum() / n])})
+
+    def _units(self) -> tuple[Any, Any]:
+        """Mean and deviation, in the dtype of the layers."""
+        if not self._fitted:
+            return self.dtype.type(0), self.dtype.type(1)
+        return self.dtype.type(self._fitted["mean"][0]), self.dtype.type(self._fitted["deviation"][0])
+
+    def _windows(self, batch: Batch) -> tuple[Array, Array]:
+        """The windows of a batch (B, τ) and what follows them (B, 1), standardised."""
+        mean, deviation = self._units()
+        if batch.targets is None:
+            raise ValueError("data should be Windows, or batches with targets")
+        parts = []
+        for name, value in (("inputs", batch.inputs), ("targets", batch.targets)):
+            array = checks.real_array(name, value, self.dtype)
+            if array.ndim != 3 or array.shape[1:] != (self.order, 1):
+                raise ValueError(f"{name} should be of shape (B, {self.order}, 1), not {array.shape}")
+            parts.append(np.ascontiguousarray((array[..., 0] - mean) / deviation))
+        return parts[0], parts[1][:, -1:]
+
+    def training_forward(
+        self, batch: Batch, state: Any = None, seed: int | None = None
+    ) -> tuple[float, int, Any, None]:
+        """The mean squared error of a batch of `Windows` of τ steps, in units of the deviation."""
+        if self.hidden is None:
+            raise ValueError("a linear model is not trained; its fit solves for it")
+        x, target = self._windows(batch)
+        a, first = self._first.forward(x)
+        h = self._operations.activate(a, self.activation)
+        y, second = self._second.forward(h)
+        loss, dy = self._losses.mean_squared_error(y, target)
+        return loss, len(y), (dy, h, first, second), None
+
+    def training_backward(self, tape: Any, grads: Any = None) -> None:
+        """Add the gradients of the loss that `training_forward` returned."""
+        dy, h, first, second = tape
+        targets = self._child_targets(grads)
+        dh = self._second.backward(dy, second, grads=targets["output"])
+        slope = {"sigmoid": h * (1 - h), "tanh": 1 - h * h, "relu": (h > 0).astype(h.dtype)}[self.activation]
+        self._first.backward(dh * slope, first, grads=targets["hidden"])
+
+    def _given(self, series: Any, lengths: Any) -> Series:
+        given = series_of("series", series, lengths, self.dtype)
+        models = len(self.sigma2)
+        if models not in (1, len(given.values)):
+            raise ValueError(f"series should be as many as were fitted, {models}, not {len(given.values)}")
+        return given
+
+    def __call__(self, series: Any, *, lengths: Any = None) -> Array:
+        """The value expected next, at every step.
+
+        Parameters
+        ----------
+        series : array of shape (S, T), or (T,) for one, or list of arrays
+            As many as were fitted; any number, if that was one.
+        lengths : array of shape (S,), optional
+            The real values of each series.
+
+        Returns
+        -------
+        ndarray of shape (S, T), or (T,)
+            At step t the expectation of x_{t+1} given x_t, ..., x_{t-τ+1}; NaN while there are fewer than τ values,
+            0 past the end of a series.
+        """
+        given = self._given(series, lengths)
+        return given.like(self._predict(given))
+
+    def _predict(self, given: Series) -> Array:
+        y: Array
+        if self.hidden is None:
+            y = self._operations.predict(
+                given.values, given.lengths, self.intercept, self.coefficients, threads.get_num_threads()
+            )
+            return y
+        y = np.full_like(given.values, np.nan)
+        if y.shape[1] >= self.order:
+            mean, deviation = self._units()
+            windows = np.lib.stride_tricks.sliding_window_view((given.values - mean) / deviation, self.order, axis=1)
+            hidden = self._operations.activate(self._first(windows), self.activation)
+            y[:, self.order - 1 :] = self._second(hidden)[..., 0] * deviation + mean
+        y[~given.real()] = 0
+        return y
+
+    def log_prob(self, series: Any, lengths: Any = None) -> Array:
+        """The Gaussian log-density of each series given its first τ values; arguments as of a call.
+
+        Returns
+        -------
+        ndarray of shape (S,)
+            float64; 0 for a series of no more than τ values.
+        """
+        given = self._given(series, lengths)
+        residuals = given.values[:, self.order :] - self._predict(given)[:, self.order - 1 : -1]
+        return gaussian(residuals, np.maximum(given.lengths - self.order, 0), self.sigma2)
+
+    def forecast(self, series: Any, horizon: int, *, lengths: Any = None) -> Array:
+        """Go on from the end of each series, each prediction taken for a value.
+
+        Parameters
+        ----------
+        series : array of shape (S, T), or (T,) for one, or list of arrays
+            At least τ values each.
+        horizon : int
+            How many values.
+        lengths : array of shape (S,), optional
+            The real values of each series.
+
+        Returns
+        -------
+        ndarray of shape (S, horizon), or (horizon,)
+        """
+        given = self._given(series, lengths)
+        horizon = checks.size("horizon", horizon)
+        given.check_lengths("series", self.order)
+        places = given.lengths[:, None] - self.order + np.arange(self.order)
+        recent = np.ascontiguousarray(np.take_along_axis(given.values, places, axis=1))
+        return given.like(self._rollout(recent, horizon))
+
+    def _rollout(self, recent: Array, horizon: int) -> Array:
+        y: Array
+        n_threads = threads.get_num_threads()
+        if self.hidden is None:
+            y = self._operations.rollout(recent, self.intercept, self.coefficients, horizon, n_threads)
+            return y
+        mean, deviation = self._units()
+        weights = [layer.parameters[name] for layer in (self._first, self._second) for name in ("weight", "bias")]
+        y = self._operations.rollout_perceptron(
+            (recent - mean) / deviation, *weights, self.activation, horizon, n_threads
+        )
+        return np.asarray(y * deviation + mean)
+
+    def aic(self) -> Array:
+        """Akaike's criterion of each series that was fitted, (S,): 2 p - 2 log L; less is better.
+
+        p is τ + 2, for the coefficients, the intercept and the variance. A perceptron has one for all series, (1,), and
+        p is the number of its parameters and the variance.
+        """
+        return 2.0 * self._freedom() - 2 * self._log_likelihood()
+
+    def bic(self) -> Array:
+        """Schwarz's criterion: p log n - 2 log L, of n residuals; p and shape as of `aic`."""
+        penalty: Array = self._freedom() * np.log(self._needs_fit()["counts"])
+        result: Array = penalty - 2 * self._log_likelihood()
+        return result
+
+    def _freedom(self) -> int:
+        if self.hidden is None:
+            return self.order + 2
+        return sum(array.size for array in self._arrays.values()) + 1
+
+    def _log_likelihood(self) -> Array:
+        """Of what was fitted, at the variance that makes it largest."""
+        result: Array = -0.5 * self._needs_fit()["counts"] * (np.log(2 * np.pi * bounded(self.sigma2)) + 1)
+        return result
+
+    @classmethod
+    def choose(
+        cls,
+        series: Any,
+        orders: Iterable[int],
+        criterion: str = "bic",
+        *,
+        lengths: Any = None,
+        hidden: int | None = None,
+        activation: str = "sigmoid",
+        dtype: Any = "float64",
+        seed: int | None = None,
+        **settings: Any,
+    ) -> AutoRegressive:
+        """The model of the best order, fitted to all of the series.
+
+        Parameters
+        ----------
+        series, lengths, settings
+            As of `fit`. Many series have one order: that of the least sum of their criteria.
+        orders : iterable of int
+            What to choose from; the lower of two that are equally good.
+        criterion : {"bic", "aic"}
+            All orders are judged on the same values: those that have the highest order's number before them.
+        hidden, activation, dtype, seed
+            As of the class.
+        """
+        checks.choice("criterion", criterion, _CRITERIA)
+        tried = sorted(set(orders))
+        if not tried:
+            raise ValueError("orders should hold at least one order")
+
+        def model(order: int) -> AutoRegressive:
+            return cls(order, hidden, activation=activation, dtype=dtype, seed=seed)
+
+        most = model(tried[-1]).order
+        fitted = [model(order).fit(series, lengths, hold_back=most, **settings) for order in tried]
+        scores = [getattr(one, criterion)().sum() for one in fitted]
+        return model(tried[int(np.argmin(scores))]).fit(series, lengths, **settings)
+
+    def __repr__(self) -> str:
+        if self.hidden is not None:
+            return super().__repr__()
+        return f"AutoRegressive(order={self.order}, dtype={self.dtype.name!r}) " + (
+            f"of {len(self.sigma2):,} series" if self._fitted else "not fitted"
+        )
+
+
+def _solve(upper: Array, right: Array) -> Array:
+    """Solve triangular systems (S, n, n); where one has no single solution, the smallest."""
+    columns = np.linalg.norm(upper, axis=1)
+    diagonal = np.diagonal(upper, axis1=1, axis2=2)
+    precision = np.finfo(np.float64).eps * 64
+    singular = (diagonal <= columns * precision).any(axis=1)
+    result = np.empty_like(right)
+    result[~singular] = np.linalg.solve(upper[~singular], right[~singular, :, None])[..., 0]
+    result[singular] = (np.linalg.pinv(upper[singular], rcond=precision) @ right[singular, :, None])[..., 0]
+    return result

@@ -1,0 +1,748 @@
+"""Latent autoregressive models: the past in the state of a recurrent layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from fastseq import checks, layers, losses, threads, training
+from fastseq.checks import Array
+from fastseq.layers.base import Tape, child_seed, mask_seed
+from fastseq.models.base import Model, Series, SymbolModel, Symbols, gaussian, seeds_of, series_of, spread_of, symbols
+from fastseq.training import Batch, History
+
+CELLS = ("rnn", "lstm", "gru")
+_ROWS, _CHUNK = 32, 512  # sequences, and steps of them, that `log_prob` looks at together
+
+
+def recurrent_layer(kinds: Any, cell: str, *sizes: int, **settings: Any) -> Any:
+    """A recurrent layer by the name of its cell."""
+    return {"rnn": kinds.RNN, "lstm": kinds.LSTM, "gru": kinds.GRU}[cell](*sizes, **settings)
+
+
+class _Kept(NamedTuple):
+    """The tapes of the layers of a language model."""
+
+    embedding: Tape
+    entering: Tape | None  # of dropout
+    recurrent: Tape
+    leaving: Tape | None
+    output: Tape
+
+
+class RecurrentLM(SymbolModel):
+    """The latent autoregressive model of symbols: P(x_t | x_<t) = softmax(W h_t + b), h_t = f(x_{t-1}, h_{t-1}).
+
+    Every sequence starts with a begin symbol of its own, which stands before x_1 and is never predicted.
+
+    Parameters
+    ----------
+    vocab_size : int
+        V; symbols are 0..V-1.
+    embedding_dim, hidden_size : int
+        Of the vector of a symbol, and of the state.
+    num_layers : int
+        Recurrent layers, stacked.
+    cell : {"lstm", "gru", "rnn"}
+        Which recurrent layer.
+    dropout : float in [0, 1)
+        Share of what enters and leaves each recurrent layer that training drops [1]_.
+    dtype : {"float32", "float64"}
+        Of parameters and logits.
+    seed : int, optional
+        Fixes the initial parameters.
+
+    References
+    ----------
+    .. [1] W. Zaremba, I. Sutskever and O. Vinyals, "Recurrent neural network regularization", arXiv:1409.2329, 2014.
+    """
+
+    _layers: ClassVar[Any] = layers
+    _losses: ClassVar[Any] = losses
+    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+
+    vocab_size: int
+    embedding_dim: int
+    hidden_size: int
+    num_layers: int
+    cell: str
+    dropout: float
+    seed: int | None
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_dim: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        cell: str = "lstm",
+        dropout: float = 0.0,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        self.vocab_size = checks.size("vocab_size", vocab_size, 1)
+        self.embedding_dim = checks.size("embedding_dim", embedding_dim, 1)
+        self.hidden_size = checks.size("hidden_size", hidden_size, 1)
+        self.num_layers = checks.size("num_layers", num_layers, 1)
+        self.cell = checks.choice("cell", cell, CELLS)
+        self.dropout = checks.fraction("dropout", dropout)
+        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.seed = checks.seed("seed", seed)
+        first, second, third = seeds_of(self.seed, 3)
+        kinds, of_type = self._layers, {"dtype": self.dtype}
+        config = {
+            "vocab_size": self.vocab_size,
+            "embedding_dim": self.embedding_dim,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "cell": self.cell,
+            "dropout": self.dropout,
+            "dtype": self.dtype.name,
+            "seed": self.seed,
+        }
+        sizes = self.embedding_dim, self.hidden_size, self.num_layers
+        self._start(
+            config,
+            embedding=kinds.Embedding(self.vocab_size + 1, self.embedding_dim, seed=first, **of_type),
+            recurrent=recurrent_layer(kinds, self.cell, *sizes, dropout=self.dropout, seed=second, **of_type),
+            output=kinds.Linear(self.hidden_size, self.vocab_size, seed=third, **of_type),
+        )
+        self._embedding: Any = self._children["embedding"]
+        self._recurrent: Any = self._children["recurrent"]
+        self._output: Any = self._children["output"]
+        self._drop = kinds.Dropout(self.dropout, **of_type)
+
+    @property
+    def begin(self) -> int:
+        """The id of the begin symbol: V."""
+        return self.vocab_size
+
+    def initial_state(self, batch_size: int) -> Any:
+        """The state after the begin symbol, where every sequence starts.
+
+        Parameters
+        ----------
+        batch_size : int
+            Rows of the batch, 0 or more.
+        """
+        rows = np.zeros(checks.size("batch_size", batch_size), np.int64)
+        return self._begun()[1][rows]
+
+    def _begun(self) -> tuple[Array, Any]:
+        """What comes out of the recurrent layer at the begin symbol, (1, H), and its state."""
+        y, state = self._recurrent.step(self._embedding(np.array([self.begin])))
+        return y, state
+
+    def _ids(self, x: Any, lengths: Any) -> tuple[Array, Array | None, bool]:
+        """Symbols (B, T), zeros in the padding; their lengths; whether there was a batch."""
+        array = checks.as_array("x", x)
+        if array.ndim not in (1, 2):
+            raise ValueError(f"x should be of shape (B, T) or (T,), not {array.shape}")
+        batched = array.ndim == 2
+        if lengths is None:
+            ids = checks.ids("x", array, self.vocab_size)
+            return ids if batched else ids[None], None, batched
+        rows = array if batched else array[None]
+        counts = checks.lengths(lengths, *rows.shape)
+        return np.maximum(checks.ids("x", rows, self.vocab_size, _real(counts, rows.shape[1])), 0), counts, batched
+
+    def __call__(self, x: Any, state: Any = None, *, lengths: Any = None) -> Array:
+        """The whole predictive distribution at every step.
+
+        Parameters
+        ----------
+        x : array of shape (B, T), or (T,) for one sequence
+            Ids in 0..V-1.
+        state : state, optional
+            Where each row goes on; by default it starts, after a begin symbol.
+        lengths : array of shape (B,), optional
+            The real symbols of each row.
+
+        Returns
+        -------
+        ndarray of shape (B, T, V), or (T, V)
+            At step t the logits of the next symbol, x_{t+1}; 0 past the end of a row.
+        """
+        ids, counts, batched = self._ids(x, lengths)
+        state = self.initial_state(len(ids)) if state is None else state
+        y, _ = self._recurrent(self._embedding(ids), state, lengths=counts)
+        logits: Array = self._output(y)
+        if counts is not None:
+            logits[~_real(counts, ids.shape[1])] = 0
+        return logits if batched else logits[0]
+
+    def step(self, x_t: Any, state: Any = None) -> tuple[Array, Any]:
+        """The logits (B, V) of what follows one symbol of each row, (B,), and the state for the next step."""
+        array = checks.as_array("x_t", x_t)
+        if array.ndim != 1:
+            raise ValueError(f"x_t should be of shape (B,), not {array.shape}")
+        ids = checks.ids("x_t", array, self.vocab_size)
+        state = self.initial_state(len(ids)) if state is None else state
+        y, state = self._recurrent.step(self._embedding(ids), state)
+        return self._output(y), state
+
+    def forward(
+        self, x: Any, state: Any = None, *, lengths: Any = None, seed: int | None = None
+    ) -> tuple[Array, Any, Tape]:
+        """Call for training: with dropout, and what `backward` needs.
+
+        Parameters
+        ----------
+        x, state, lengths
+            As of a call. The logits past the end of a row are not 0 here, but mean nothing.
+        seed : int, optional
+            Fixes what dropout drops.
+
+        Returns
+        -------
+        logits : ndarray of shape (B, T, V), or (T, V)
+        state : State or LSTMState
+            Where each row ends.
+        tape : Tape
+        """
+        ids, counts, batched = self._ids(x, lengths)
+        begins = state is None
+        if begins:
+            ids = self._after_begin(ids)
+            counts = None if counts is None else counts + 1
+        logits, state, kept = self._through(ids, state, counts, seed)
+        if begins:
+            logits = logits[:, 1:]
+        logits = logits if batched else logits[0]
+        return logits, state, Tape(self, (kept, begins, logits.shape))
+
+    def _after_begin(self, ids: Array) -> Array:
+        return np.concatenate([np.full((len(ids), 1), self.begin), ids], axis=1)
+
+    def _through(self, ids: Array, state: Any, lengths: Array | None, seed: int | None) -> tuple[Array, Any, _Kept]:
+        """All layers, forward."""
+        seed = mask_seed(seed)
+        entering = leaving = None
+        x, embedding = self._embedding.forward(ids)
+        if self.dropout:
+            x, entering = self._drop.forward(x, seed=child_seed(seed, 0))
+        y, state, recurrent = self._recurrent.forward(x, state, lengths=lengths, seed=child_seed(seed, 1))
+        if self.dropout:
+            y, leaving = self._drop.forward(y, seed=child_seed(seed, 2))
+        logits, output = self._output.forward(y)
+        return logits, state, _Kept(embedding, entering, recurrent, leaving, output)
+
+    def backward(
+        self, dlogits: Any, tape: Tape, *, dstate: Any = None, truncate: int | None = None, grads: Any = None
+    ) -> Any:
+        """Add the gradients of all parameters.
+
+        Parameters
+        ----------
+        dlogits : array of the shape of the logits
+        tape : Tape
+            What `forward` returned.
+        dstate : state, optional
+            The gradient of the state that was returned.
+        truncate : int, optional
+            As of the recurrent layers; a begin symbol is a step, too.
+        grads : mapping from str to ndarray, optional
+            Where the gradients are added; `grads` of the model by default.
+
+        Returns
+        -------
+        State or LSTMState
+            The gradient of the state that was given.
+        """
+        kept, begun, shape = self._kept(tape)
+        dlogits = checks.like("dlogits", dlogits, self.dtype, shape)
+        if len(shape) == 2:
+            dlogits = dlogits[None]
+        if begun:  # what is predicted after the begin symbol was not returned
+            nothing = np.zeros((len(dlogits), 1, self.vocab_size), self.dtype)
+            dlogits = np.concatenate([nothing, dlogits], axis=1)
+        return self._back(dlogits, kept, dstate, truncate, grads)
+
+    def _back(self, dlogits: Array, kept: _Kept, dstate: Any, truncate: int | None, grads: Any) -> Any:
+        """All layers, in the reverse order of `_through`."""
+        targets = self._child_targets(grads)
+        dy = self._output.backward(dlogits, kept.output, grads=targets["output"])
+        if kept.leaving is not None:
+            dy = self._drop.backward(dy, kept.leaving)
+        dx, dstate = self._recurrent.backward(
+            dy, kept.recurrent, dstate=dstate, truncate=truncate, grads=targets["recurrent"]
+        )
+        if kept.entering is not None:
+            dx = self._drop.backward(dx, kept.entering)
+        self._embedding.backward(dx, kept.embedding, grads=targets["embedding"])
+        return dstate
+
+    def _batch(self, batch: Batch, state: Any) -> tuple[Array, Array, Array | None]:
+        """Inputs, targets and lengths of a batch, with the begin symbol where there is one."""
+        given = checks.as_array("inputs", batch.inputs)
+        if given.ndim != 2:
+            raise ValueError(f"inputs should be ids of shape (B, T), not {given.shape}")
+        counts = None if batch.lengths is None else checks.lengths(batch.lengths, *given.shape)
+        real = None if counts is None else _real(counts, given.shape[1])
+        inputs = np.maximum(checks.ids("inputs", given, self.vocab_size, real), 0)
+        if batch.targets is None:
+            return self._after_begin(inputs[:, :-1])[:, : given.shape[1]], inputs, counts
+        targets = np.maximum(checks.ids("targets", batch.targets, self.vocab_size, real), 0)
+        if targets.shape != inputs.shape:
+            raise ValueError(f"targets should be of shape {inputs.shape}, as inputs, not {targets.shape}")
+        if state is None and batch.fresh is not None and np.all(batch.fresh):
+            targets = np.concatenate([inputs[:, :1], targets], axis=1)
+            return self._after_begin(inputs), targets, None if counts is None else counts + 1
+        return inputs, targets, counts
+
+    def training_forward(self, batch: Batch, state: Any = None, seed: int | None = None) -> tuple[float, int, Any, Any]:
+        """The mean cross-entropy of a batch, for `fastseq.training.fit`.
+
+        Parameters
+        ----------
+        batch : Batch
+            Of `PaddedBatches` without targets: whole sequences, each after a begin symbol. Of `Streams`: a chunk;
+            the first of an epoch comes after a begin symbol.
+        state : state, optional
+            Where the chunk before ended.
+        seed : int, optional
+            Fixes what dropout drops.
+
+        Returns
+        -------
+        loss : float
+        count : int
+            Over how many symbols.
+        tape : object
+            For `training_backward`.
+        state : State or LSTMState
+        """
+        inputs, targets, counts = self._batch(batch, state)
+        logits, state, kept = self._through(inputs, state, counts, seed)
+        loss, gradient = self._losses.softmax_cross_entropy(logits, targets, lengths=counts)
+        return loss, targets.size if counts is None else int(counts.sum()), (gradient, kept), state
+
+    def training_backward(self, tape: Any, grads: Any = None, *, truncate: int | None = None) -> None:
+        """Add the gradients of the loss that `training_forward` returned; `truncate` as of `backward`."""
+        gradient, kept = tape
+        self._back(gradient, kept, None, truncate, grads)
+
+    def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
+        """Loss, count and state as of `training_forward`, without dropout."""
+        inputs, targets, counts = self._batch(batch, state)
+        y, state = self._recurrent(self._embedding(inputs), state, lengths=counts)
+        loss, _ = self._losses.softmax_cross_entropy(self._output(y), targets, lengths=counts)
+        return loss, targets.size if counts is None else int(counts.sum()), state
+
+    def fit(
+        self,
+        data: Any,
+        lengths: Any = None,
+        *,
+        batch_size: int = 32,
+        chunk: int = 64,
+        seed: int | None = 0,
+        **settings: Any,
+    ) -> History:
+        """Train; what was learnt before is where it starts.
+
+        Parameters
+        ----------
+        data : data of `fastseq.training`, array of shape (T,), list of sequences, or array of shape (B, T)
+            One long text (T,) becomes `Streams`, sequences become `PaddedBatches`.
+        lengths : array of shape (B,), optional
+            The real symbols of each row.
+        batch_size : int
+            Streams side by side, or sequences in a batch.
+        chunk : int
+            Steps of a chunk of a stream.
+        seed : int, optional
+            Fixes the order of the data and what dropout drops.
+        **settings
+            As of `fastseq.training.fit`: ``epochs``, ``optimiser``, ``validation``, ``checkpoint``, ...
+            ``validation`` may be raw, as `data`.
+
+        Returns
+        -------
+        History
+        """
+        data = self._data("data", data, lengths, batch_size, chunk, seed)
+        if settings.get("validation") is not None:
+            settings["validation"] = self._data("validation", settings["validation"], None, batch_size, chunk, 0)
+        return training.fit(self, data, seed=seed, **settings)
+
+    def _data(self, name: str, data: Any, lengths: Any, batch_size: int, chunk: int, seed: int | None) -> Any:
+        """Data of the trainer, made from ids where those were given."""
+        if hasattr(data, "batches") or (isinstance(data, list | tuple) and data and isinstance(data[0], Batch)):
+            return data
+        given = symbols(name, data, lengths, self.vocab_size)
+        if len(given.lengths) == 1 and len(given.ids) > 1:
+            streams = min(checks.size("batch_size", batch_size, 1), len(given.ids) - 1)
+            return training.Streams(given.ids, batch_size=streams, steps=chunk, seed=seed)
+        rows = np.split(given.ids, np.cumsum(given.lengths)[:-1])
+        return training.PaddedBatches([row for row in rows if len(row)], batch_size=batch_size, seed=seed)
+
+    def _log_probs(self, given: Symbols) -> Array:
+        result = np.empty(len(given.ids))
+        ends = np.cumsum(given.lengths)
+        order = np.argsort(-given.lengths, kind="stable")
+        for first in range(0, len(order), _ROWS):
+            rows = order[first : first + _ROWS]
+            lengths, starts = given.lengths[rows], ends[rows] - given.lengths[rows]
+            state = None
+            for at in range(0, int(lengths.max()), _CHUNK):
+                counts = np.clip(lengths - at, 0, _CHUNK)
+                real = _real(counts, int(counts.max()))
+                places = (starts[:, None] + at + np.arange(real.shape[1]))[real]
+                before = np.zeros(real.shape, np.int64)
+                before[real] = given.ids[places - 1]  # of the first symbol of all, the last: it is replaced
+                if at == 0:
+                    before[:, 0] = self.begin
+                y, state = self._recurrent(self._embedding(before), state, lengths=counts)
+                result[places] = _log_softmax_at(self._output(y[real]), given.ids[places])
+        return result
+
+    def _begin(self, prompt: Symbols) -> tuple[Array, Any]:
+        ids = np.concatenate([np.full((len(prompt.lengths), 1), self.begin), prompt.padded()], axis=1)
+        y, state = self._recurrent(self._embedding(ids), lengths=prompt.lengths + 1)
+        return self._output(y[np.arange(len(ids)), prompt.lengths]), state
+
+    def _go_on(self, chosen: Array, carried: Any) -> tuple[Array, Any]:
+        return self.step(chosen, carried)
+
+
+def _real(lengths: Array, time: int) -> Array:
+    """Where rows have steps and no padding, (B, T)."""
+    result: Array = np.arange(time) < lengths[:, None]
+    return result
+
+
+def _log_softmax_at(logits: Array, ids: Array) -> Array:
+    """The log-probability of one symbol of each row of (N, V)."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max(axis=1, keepdims=True)
+    result: Array = scores[np.arange(len(ids)), ids] - np.log(np.exp(scores).sum(axis=1))
+    return result
+
+
+def rollout(recurrent: Any, output: Any, x: Array, state: Any, steps: int) -> Array:
+    """Go on from `x` (B, I), each output taken for the next input: (B, steps, I)."""
+    weight, bias = output.parameters["weight"], output.parameters["bias"]
+    h, c = state.h, getattr(state, "c", None)
+    y: Array
+    y, _, _ = recurrent._operations.rollout(
+        recurrent._cells(), weight, bias, np.ascontiguousarray(x), h, c, steps, threads.get_num_threads()
+    )
+    return y
+
+
+class RecurrentForecaster(Model):
+    """The latent autoregressive model of series: x_{t+1} = W h_t + b + e_t, h_t = f(x_t, h_{t-1}), e_t Gaussian.
+
+    Inputs and outputs of the layers are standardised by mean and deviation of what was fitted; what comes in and goes
+    out of the model is not.
+
+    Parameters
+    ----------
+    input_size : int
+        I, values a step. Where it is 1, the axis of values may be left out.
+    hidden_size, num_layers : int
+        Of the recurrent layer.
+    cell : {"lstm", "gru", "rnn"}
+        Which recurrent layer.
+    dropout : float in [0, 1)
+        Share of the outputs between layers that training drops.
+    dtype : {"float32", "float64"}
+        Of parameters and predictions.
+    seed : int, optional
+        Fixes the initial parameters.
+
+    Attributes
+    ----------
+    sigma2 : ndarray of shape (I,)
+        The variance of e, the mean of the squared residuals of what was fitted.
+    """
+
+    _layers: ClassVar[Any] = layers
+    _losses: ClassVar[Any] = losses
+    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+    _measured = ("mean", "deviation", "sigma2")
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    cell: str
+    dropout: float
+    seed: int | None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        cell: str = "lstm",
+        dropout: float = 0.0,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        self.input_size = checks.size("input_size", input_size, 1)
+        self.hidden_size = checks.size("hidden_size", hidden_size, 1)
+        self.num_layers = checks.size("num_layers", num_layers, 1)
+        self.cell = checks.choice("cell", cell, CELLS)
+        self.dropout = checks.fraction("dropout", dropout)
+        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.seed = checks.seed("seed", seed)
+        first, second = seeds_of(self.seed, 2)
+        config = {
+            "input_size": self.input_size,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "cell": self.cell,
+            "dropout": self.dropout,
+            "dtype": self.dtype.name,
+            "seed": self.seed,
+        }
+        sizes = self.input_size, self.hidden_size, self.num_layers
+        kinds, of_type = self._layers, {"dtype": self.dtype}
+        self._start(
+            config,
+            recurrent=recurrent_layer(kinds, self.cell, *sizes, dropout=self.dropout, seed=first, **of_type),
+            output=kinds.Linear(self.hidden_size, self.input_size, seed=second, **of_type),
+        )
+        self._recurrent: Any = self._children["recurrent"]
+        self._output: Any = self._children["output"]
+
+    @property
+    def sigma2(self) -> Array:  # noqa: D102  see the class
+        return self._needs_fit()["sigma2"]
+
+    def _check_fitted(self, given: Mapping[str, Any]) -> dict[str, Array]:
+        fitted = {name: np.array(checks.real_array(name, given[name], np.dtype(np.float64))) for name in given}
+        for name, array in fitted.items():
+            if array.shape != (self.input_size,):
+                raise ValueError(f"{name} should be of shape ({self.input_size},), not {array.shape}")
+        return fitted
+
+    def _units(self) -> tuple[Array, Array]:
+        """Mean and deviation, in the dtype of the layers."""
+        if not self._fitted:
+            return np.zeros(self.input_size, self.dtype), np.ones(self.input_size, self.dtype)
+        return self._fitted["mean"].astype(self.dtype), self._fitted["deviation"].astype(self.dtype)
+
+    def _standard(self, values: Array) -> Array:
+        mean, deviation = self._units()
+        return np.asarray((values - mean) / deviation)
+
+    def _raw(self, values: Array) -> Array:
+        mean, deviation = self._units()
+        return np.asarray(values * deviation + mean)
+
+    def _given(self, name: str, series: Any, lengths: Any) -> Series:
+        return series_of(name, series, lengths, self.dtype, self.input_size)
+
+    def __call__(self, x: Any, state: Any = None, *, lengths: Any = None) -> Array:
+        """The value expected next, at every step.
+
+        Parameters
+        ----------
+        x : array of shape (B, T, I), or (T, I) for one series, or list of arrays
+            Real floating numbers. If I is 1, the last axis may be left out.
+        state : state, optional
+            Where each row goes on; zeros by default.
+        lengths : array of shape (B,), optional
+            The real steps of each row.
+
+        Returns
+        -------
+        ndarray of the shape of x
+            At step t the expectation of x_{t+1}; 0 past the end of a row.
+        """
+        given = self._given("x", x, lengths)
+        return given.like(self._predict(given, state)[0])
+
+    def _predict(self, given: Series, state: Any = None) -> tuple[Array, Any]:
+        """What a call returns, (B, T, I), and where each row ends."""
+        y, state = self._recurrent(self._standard(given.values), state, lengths=given.lengths)
+        predicted = self._raw(self._output(y))
+        predicted[~given.real()] = 0
+        return predicted, state
+
+    def step(self, x_t: Any, state: Any = None) -> tuple[Array, Any]:
+        """The value expected after x_t (B, I), of the same shape, and the state for the next step."""
+        x = checks.real_array("x_t", x_t, self.dtype)
+        if x.ndim != 2 or x.shape[1] != self.input_size:
+            raise ValueError(f"x_t should be of shape (B, {self.input_size}), not {x.shape}")
+        y, state = self._recurrent.step(self._standard(x), state)
+        return self._raw(self._output(y)), state
+
+    def forward(
+        self, x: Any, state: Any = None, *, lengths: Any = None, seed: int | None = None
+    ) -> tuple[Array, Any, Tape]:
+        """Call for training: with dropout, and what `backward` needs; also the state each row ends in.
+
+        What is predicted past the end of a row is not 0 here, but means nothing.
+        """
+        given = self._given("x", x, lengths)
+        z, state, tapes = self._through(given.values, state, given.lengths, seed)
+        y = given.like(self._raw(z))
+        return y, state, Tape(self, (tapes, given, y.shape))
+
+    def _through(
+        self, values: Array, state: Any, lengths: Array | None, seed: int | None
+    ) -> tuple[Array, Any, tuple[Tape, Tape]]:
+        """All layers, forward; the outputs as they come from the last."""
+        y, state, recurrent = self._recurrent.forward(self._standard(values), state, lengths=lengths, seed=seed)
+        z, output = self._output.forward(y)
+        return z, state, (recurrent, output)
+
+    def backward(
+        self, dy: Any, tape: Tape, *, dstate: Any = None, truncate: int | None = None, grads: Any = None
+    ) -> tuple[Array, Any]:
+        """Add the gradients of all parameters; return those of x and of the state that was given."""
+        tapes, given, shape = self._kept(tape)
+        dy = checks.like("dy", dy, self.dtype, shape).reshape(given.values.shape)
+        _, deviation = self._units()
+        dx, dstate = self._back(dy * deviation, tapes, dstate, truncate, grads)
+        return given.like(dx / deviation), dstate
+
+    def _back(
+        self, dz: Array, tapes: tuple[Tape, Tape], dstate: Any, truncate: int | None, grads: Any
+    ) -> tuple[Array, Any]:
+        """All layers, in the reverse order of `_through`."""
+        targets = self._child_targets(grads)
+        recurrent, output = tapes
+        dy = self._output.backward(dz, output, grads=targets["output"])
+        result: tuple[Array, Any] = self._recurrent.backward(
+            dy, recurrent, dstate=dstate, truncate=truncate, grads=targets["recurrent"]
+        )
+        return result
+
+    def training_forward(self, batch: Batch, state: Any = None, seed: int | None = None) -> tuple[float, int, Any, Any]:
+        """The mean squared error of a batch in units of the deviation, for `fastseq.training.fit`.
+
+        A batch without targets holds whole series, each step of which is the target of the step before.
+        """
+        inputs, targets, lengths = self._batch(batch)
+        z, state, tapes = self._through(inputs, state, lengths, seed)
+        loss, gradient = self._losses.mean_squared_error(z, self._standard(targets), lengths=lengths)
+        return loss, int(lengths.sum()), (gradient, tapes), state
+
+    def _batch(self, batch: Batch) -> tuple[Array, Array, Array]:
+        """Inputs, targets and lengths of a batch."""
+        given = self._given("inputs", batch.inputs, batch.lengths)
+        if batch.targets is None:
+            return given.values[:, :-1], given.values[:, 1:], np.maximum(given.lengths - 1, 0)
+        targets = self._given("targets", batch.targets, batch.lengths).values
+        if targets.shape != given.values.shape:
+            raise ValueError(f"targets should be of shape {given.values.shape}, as inputs, not {targets.shape}")
+        return given.values, targets, given.lengths
+
+    def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
+        """Loss, count and state as of `training_forward`, without dropout."""
+        inputs, targets, lengths = self._batch(batch)
+        y, state = self._recurrent(self._standard(inputs), state, lengths=lengths)
+        loss, _ = self._losses.mean_squared_error(self._output(y), self._standard(targets), lengths=lengths)
+        return loss, int(lengths.sum()), state
+
+    def training_backward(self, tape: Any, grads: Any = None, *, truncate: int | None = None) -> None:
+        """Add the gradients of the loss that `training_forward` returned; `truncate` as of the recurrent layers."""
+        gradient, tapes = tape
+        self._back(gradient, tapes, None, truncate, grads)
+
+    def fit(
+        self,
+        series: Any,
+        lengths: Any = None,
+        *,
+        window: int = 64,
+        batch_size: int = 32,
+        seed: int | None = 0,
+        **settings: Any,
+    ) -> History:
+        """Train, and measure what is left: `sigma2`.
+
+        Parameters
+        ----------
+        series : array of shape (S, T, I), or (T, I) for one, or list of arrays
+            Finite real numbers, of which `fastseq.training.Windows` are made. If I is 1, the last axis may be left
+            out.
+        lengths : array of shape (S,), optional
+            The real steps of each series.
+        window : int
+            Steps of a window; shorter where no series has as many.
+        batch_size : int
+            Windows in a batch.
+        seed : int, optional
+            Fixes the order of the windows and what dropout drops.
+        **settings
+            As of `fastseq.training.fit`: ``epochs``, ``validation``, which may be raw, as `series`, ... The optimiser
+            is Adam with a learning rate of 0.01, unless another is given.
+
+        Returns
+        -------
+        History
+        """
+        given = self._given("series", series, lengths)
+        given.check_finite("series")
+        if not (given.lengths >= 2).any():
+            raise ValueError(f"series should have at least 2 steps, not {given.lengths.max(initial=0)}")
+        mean, deviation = spread_of(given.values[given.real()])
+        self._take_fitted({"mean": mean, "deviation": deviation, "sigma2": np.square(deviation)})
+        data = self._windows(given, window, batch_size, seed)
+        if settings.get("validation") is not None and not hasattr(settings["validation"], "batches"):
+            validation = self._given("validation", settings["validation"], None)
+            settings["validation"] = self._windows(validation, window, batch_size, 0)
+        if settings.get("optimiser") is None:
+            settings["optimiser"] = training.Adam(self, 0.01)
+        history = training.fit(self, data, seed=seed, **settings)
+        residuals, counts = self._residuals(given)
+        squares = np.square(residuals[_real(counts, residuals.shape[1])], dtype=np.float64)
+        self._take_fitted({**self._fitted, "sigma2": squares.mean(axis=0)})
+        return history
+
+    def _windows(self, given: Series, window: int, batch_size: int, seed: int | None) -> Any:
+        steps = min(checks.size("window", window, 1), int(given.lengths.max()) - 1)
+        rows = [row for row in given.rows() if len(row) > 1]
+        return training.Windows(rows, steps=steps, batch_size=batch_size, seed=seed)
+
+    def _residuals(self, given: Series) -> tuple[Array, Array]:
+        """What was predicted less what came, (S, T - 1, I), and how many steps of each series that is."""
+        predicted, _ = self._predict(given)
+        return given.values[:, 1:] - predicted[:, :-1], np.maximum(given.lengths - 1, 0)
+
+    def log_prob(self, series: Any, lengths: Any = None) -> Array:
+        """The Gaussian log-density of each series given its first step; arguments as of a call.
+
+        Returns
+        -------
+        ndarray of shape (S,)
+            float64.
+        """
+        given = self._given("series", series, lengths)
+        sigma2 = self.sigma2
+        residuals, counts = self._residuals(given)
+        parts = [gaussian(residuals[..., i], counts, sigma2[i : i + 1]) for i in range(self.input_size)]
+        return np.asarray(sum(parts))
+
+    def forecast(self, series: Any, horizon: int, *, lengths: Any = None) -> Array:
+        """Go on from the end of each series, each prediction taken for a value.
+
+        Parameters
+        ----------
+        series, lengths
+            As of a call; at least one step each.
+        horizon : int
+            How many steps.
+
+        Returns
+        -------
+        ndarray of shape (S, horizon, I), or in the form the series were given in
+        """
+        given = self._given("series", series, lengths)
+        horizon = checks.size("horizon", horizon)
+        given.check_lengths("series", 1)
+        if horizon == 0:
+            return given.like(np.empty((len(given.values), 0, self.input_size), self.dtype))
+        y, state = self._recurrent(self._standard(given.values), lengths=given.lengths)
+        x = self._output(y[np.arange(len(y)), given.lengths - 1])
+        later = rollout(self._recurrent, self._output, x, state, horizon - 1)
+        return given.like(self._raw(np.concatenate([x[:, None], later], axis=1)))

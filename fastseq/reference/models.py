@@ -1,0 +1,36 @@
+"""The models over the layers of `fastseq.reference`; they take any floating dtype.
+
+A `MarkovChain` is the same here: it counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from fastseq import models, reference
+from fastseq.models import MarkovChain
+from fastseq.reference import autoregression, losses
+
+__all__ = ["AutoRegressive", "MarkovChain", "RecurrentForecaster", "RecurrentLM"]
+
+
+class AutoRegressive(models.AutoRegressive):  # noqa: D101
+    __doc__ = models.AutoRegressive.__doc__
+    _operations: ClassVar[Any] = autoregression
+    _layers: ClassVar[Any] = reference
+    _losses: ClassVar[Any] = losses
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class RecurrentLM(models.RecurrentLM):  # noqa: D101
+    __doc__ = models.RecurrentLM.__doc__
+    _layers: ClassVar[Any] = reference
+    _losses: ClassVar[Any] = losses
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class RecurrentForecaster(models.RecurrentForecaster):  # noqa: D101
+    __doc__ = models.RecurrentForecaster.__doc__
+    _layers: ClassVar[Any] = reference
+    _losses: ClassVar[Any] = losses
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
