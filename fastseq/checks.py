@@ -155,7 +155,7 @@ def integers(name: str, value: Any) -> Array:
 
 
 def ids(name: str, value: Any, count: int, counted: Array | None = None) -> Array:
-    """Numbers of `count` things, of any integer dtype: contiguous, as int64.
+    """Numbers of `count` things, of any integer dtype: a contiguous copy as int64.
 
     Only those where `counted` is True are looked at, if it is given; the others become -1.
     """
@@ -167,7 +167,7 @@ def ids(name: str, value: Any, count: int, counted: Array | None = None) -> Arra
         place = np.unravel_index(int(np.argmax(wrong)), array.shape)
         where = f"{name}[{', '.join(map(str, place))}]" if place else name
         raise ValueError(f"{name} should be in 0..{count - 1}, but {where} is {array[place]}")
-    numbers = np.ascontiguousarray(array, dtype=np.int64).reshape(array.shape)
+    numbers = array.astype(np.int64, order="C")  # always a copy: a tape may keep it, and it is aligned
     return numbers if counted is None else np.where(counted, numbers, -1)
 
 

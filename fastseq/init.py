@@ -231,4 +231,4 @@ def _orthonormal(rows: int, columns: int, rng: np.random.Generator) -> Array:
     normal = rng.normal(size=(max(rows, columns), min(rows, columns)))
     q, r = np.linalg.qr(normal)
     q *= np.where(np.diagonal(r) < 0, -1, 1)
-    return q if rows >= columns else q.T
+    return q if rows >= columns else np.ascontiguousarray(q.T)

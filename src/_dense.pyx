@@ -15,8 +15,8 @@ from libc.string cimport memcpy, memset
 
 from leaves cimport FS_IDENTITY, fs_leaves, fs_step, fs_weights
 from outer cimport (
-    OUTER_ROWS, Outer, add_outer, add_row, fs_barrier, lay_out_factors, lay_out_sums, set_factor, set_product,
-    take_sums, taken,
+    OUTER_ROWS, Outer, add_outer, add_row, fs_barrier, fs_barrier_wait, lay_out_factors, lay_out_sums, multiply_share,
+    pack_share, set_factor, set_product, take_sums, taken,
 )
 from share cimport SHARE_CHUNK_WORK, SHARE_TEAM_WORK, share_out
 
@@ -102,7 +102,7 @@ def linear_pack(cnp.ndarray weight not None, cnp.ndarray bias):
 
 
 cdef int transpose(Packed packed) except -1:
-    """Pack the weights for dx, once. Two threads may meet here and both do it, which harms nothing."""
+    """Pack the weights for dx, once. Two threads may meet here and both do it; what the first made is kept."""
     cdef Py_ssize_t rows = cnp.PyArray_DIM(packed.weight, 0), columns = cnp.PyArray_DIM(packed.weight, 1), i
     if packed.has_transposed:
         return 0
@@ -115,8 +115,9 @@ cdef int transpose(Packed packed) except -1:
     with nogil:
         packed.leaves.pack_panels(pointers, rows, columns, 0, made.panels, <void *> made.h)
     PyMem_RawFree(pointers)
-    packed.transposed = made
-    packed.has_transposed = True
+    if not packed.has_transposed:  # another thread may be multiplying with what it made meanwhile
+        packed.transposed = made
+        packed.has_transposed = True
     return 0
 
 
@@ -159,20 +160,25 @@ cdef void product_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexc
 
 cdef cnp.ndarray mapped(Packed packed, const fs_weights *weights, cnp.ndarray x, int n_threads):
     """The rows of x times packed weights."""
-    cdef Py_ssize_t rows = cnp.PyArray_DIM(x, 0)
+    cdef Py_ssize_t rows = cnp.PyArray_DIM(x, 0), block = rows, first, items
     cdef cnp.ndarray y = np.empty((rows, weights.units), x.dtype)
+    cdef double work_row = <double> weights.units * weights.h_size
     cdef Map job
     job.leaves = packed.leaves
     job.weights = weights
-    job.rows = rows
-    job.x = cnp.PyArray_BYTES(x)
     job.x_row = cnp.PyArray_STRIDE(x, 0)
-    job.y = cnp.PyArray_BYTES(y)
     job.y_row = cnp.PyArray_STRIDE(y, 0)
     job.by_panels = rows < 2 * packed.leaves.tile_rows[4] * n_threads
-    cdef Py_ssize_t items = weights.panels if job.by_panels else rows
-    cdef double work = <double> rows * weights.units * weights.h_size
-    share_out(product_part, &job, items if rows else 0, work / max(items, 1), n_threads)
+    if work_row * BLOCK_ROWS > SHARE_CHUNK_WORK and weights.panels >= 8 * n_threads:
+        # Few rows between two looks for Ctrl-C would have to wait for all of the weights.
+        job.by_panels = True
+        block = BLOCK_ROWS
+    for first in range(0, rows, max(block, 1)):
+        job.rows = min(block, rows - first)
+        job.x = cnp.PyArray_BYTES(x) + first * job.x_row
+        job.y = cnp.PyArray_BYTES(y) + first * job.y_row
+        items = weights.panels if job.by_panels else job.rows
+        share_out(product_part, &job, items, job.rows * work_row / items, n_threads)
     return y
 
 
@@ -206,15 +212,21 @@ cdef Py_ssize_t lay_out(
     return n_bytes
 
 
-cdef void gradient_share(Gradient *job, Py_ssize_t rows, int thread, int team) noexcept nogil:
-    """What one thread adds of some rows."""
+cdef void gradient_share(Gradient *job, Py_ssize_t rows, int part, int parts, int thread, int team) noexcept nogil:
+    """What one thread adds of some rows; where there are several parts, of some outputs at each."""
     cdef unsigned long long before = fs_flush_denormals()
     cdef Py_ssize_t columns = job.outer.a[0].columns
-    job.leaves.sum_rows(job.dy_rows, rows, columns * thread // team, columns * (thread + 1) // team, job.bias)
-    add_outer(
-        &job.outer, job.leaves, rows, <const void **> (job.pointers + thread * OUTER_ROWS * sizeof(void *)), thread,
-        team, &job.barrier,
-    )
+    cdef const void **pointers = <const void **> (job.pointers + thread * OUTER_ROWS * sizeof(void *))
+    if part == 0:
+        job.leaves.sum_rows(job.dy_rows, rows, columns * thread // team, columns * (thread + 1) // team, job.bias)
+    if parts == 1:
+        add_outer(&job.outer, job.leaves, rows, pointers, thread, team, &job.barrier)
+    else:
+        if part == 0:
+            pack_share(&job.outer, job.leaves, 0, rows, pointers, thread, team)
+            if team > 1:
+                fs_barrier_wait(&job.barrier, team)
+        multiply_share(&job.outer.products[0], job.leaves, rows, part * team + thread, parts * team)
     fs_restore_denormals(before)
 
 
@@ -225,10 +237,14 @@ cdef int add_weight_gradient(
     cdef Gradient job
     cdef Py_ssize_t total = cnp.PyArray_DIM(x, 0), units = cnp.PyArray_DIM(dweight, 0), k = cnp.PyArray_DIM(dweight, 1)
     cdef Py_ssize_t block, first, rows, i, n_bytes, zero_bytes
+    cdef int part, parts
+    cdef unsigned long long before
+    cdef char *bias = NULL if dbias is None else cnp.PyArray_BYTES(dbias)
     job.leaves = table(x)
     cdef double work = <double> units * k
-    # Few enough rows that Ctrl-C is seen in time.
+    # Few enough rows that Ctrl-C is seen in time; and where that would be too few, some of the outputs at a time.
     block = min(total, max(OUTER_ROWS, <Py_ssize_t> min(8.0 * OUTER_ROWS, SHARE_CHUNK_WORK / work)))
+    parts = <int> min(<double> units, ceil(block * work / SHARE_CHUNK_WORK)) if block <= OUTER_ROWS else 1
     cdef int most = <int> min(<double> min(n_threads, units), total * work / SHARE_TEAM_WORK)
     cdef int region = fs_team_limit(n_threads) if most > 1 else 1
     cdef int threads = max(1, min(most, region))
@@ -243,7 +259,8 @@ cdef int add_weight_gradient(
     if scratch == NULL:
         raise MemoryError(f"{n_bytes} bytes of scratch")
     lay_out(&job, block, threads, &zero_bytes, <size_t> scratch + (-<size_t> scratch & (LINE - 1)))
-    memset(job.bias, 0, zero_bytes)
+    with nogil:
+        memset(job.bias, 0, zero_bytes)
     job.outer.a[0].rows = job.dy_rows
     job.outer.b[0].rows = job.x_rows
     try:
@@ -252,18 +269,22 @@ cdef int add_weight_gradient(
             for i in range(rows):
                 job.dy_rows[i] = cnp.PyArray_BYTES(dy) + (first + i) * cnp.PyArray_STRIDE(dy, 0)
                 job.x_rows[i] = cnp.PyArray_BYTES(x) + (first + i) * cnp.PyArray_STRIDE(x, 0)
-            with nogil:
-                if threads == 1:
-                    gradient_share(&job, rows, 0, 1)
-                else:
-                    fs_barrier_init(&job.barrier)
-                    with parallel(num_threads=region):
-                        if threadid() < threads:
-                            gradient_share(&job, rows, threadid(), min(fs_team_size(), threads))
-            PyErr_CheckSignals()
-        take_sums(&job.outer, job.leaves)
-        if dbias is not None:
-            add_row(job.leaves, job.bias, units, cnp.PyArray_BYTES(dbias))
+            for part in range(parts):
+                with nogil:
+                    if threads == 1:
+                        gradient_share(&job, rows, part, parts, 0, 1)
+                    else:
+                        fs_barrier_init(&job.barrier)
+                        with parallel(num_threads=region):
+                            if threadid() < threads:
+                                gradient_share(&job, rows, part, parts, threadid(), min(fs_team_size(), threads))
+                PyErr_CheckSignals()
+        with nogil:
+            before = fs_flush_denormals()
+            take_sums(&job.outer, job.leaves)
+            if bias != NULL:
+                add_row(job.leaves, job.bias, units, bias)
+            fs_restore_denormals(before)
     finally:
         PyMem_RawFree(scratch)
     return 0

@@ -130,8 +130,9 @@ cdef tuple elements_loss(
     job.gradient = cnp.PyArray_BYTES(gradient)
     job.sums = <double *> cnp.PyArray_DATA(scratch)
     share_out(elements_part, &job, rows, ELEMENT_WORK * job.width, n_threads)
-    for row in range(rows):
-        total += job.sums[row]
+    with nogil:
+        for row in range(rows):
+            total += job.sums[row]
     return total / max(count, 1), gradient
 
 

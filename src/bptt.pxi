@@ -8,11 +8,9 @@
 # 3. add their product with the inputs and the states to the weight gradients: one product over batch and time, summed
 #    in one order (last step first, longest row first), whatever the chunks and the threads.
 #
-# A chunk is short enough that what 1 leaves is still in a cache for 2 and 3.
+# A chunk has about OUTER_ROWS rows of gradients: few enough that what 1 leaves is still in a cache for 2 and 3.
 
-# A chunk has about this many rows of gradients.
-cdef Py_ssize_t CHUNK_ROWS = OUTER_ROWS
-# The most rows of the batch walked at once; a number of threads may not change it, because the order of sums hangs on it.
+# The most rows of the batch walked at once. No number of threads may change it: the order of sums hangs on it.
 cdef Py_ssize_t BACK_BLOCK = 1024
 
 cdef enum:
@@ -130,7 +128,7 @@ cdef fs_weights packed_rows(Cell cell, cnp.ndarray weight, Py_ssize_t first, Py_
 
 
 cdef int transpose(Cell cell) except -1:
-    """Pack the weights for backward, once. Two threads may meet here and both do it, which harms nothing."""
+    """Pack the weights for backward, once. Two threads may meet here and both do it; what the first made is kept."""
     cdef Transposed made
     cdef Py_ssize_t units = cell.hidden_size
     cdef Py_ssize_t rows = cnp.PyArray_DIM(cell.weight_ih, 0)
@@ -147,8 +145,9 @@ cdef int transpose(Cell cell) except -1:
         made.recurrent = packed_rows(cell, cell.weight_hh, 0, rows, 0)
     if cell.weight_hr is not None:
         made.projection = packed_rows(cell, cell.weight_hr, 0, cnp.PyArray_DIM(cell.weight_hr, 0), 0)
-    cell.transposed = made
-    cell.has_transposed = True
+    if not cell.has_transposed:  # another thread may be multiplying with what it made meanwhile
+        cell.transposed = made
+        cell.has_transposed = True
     return 0
 
 
@@ -541,9 +540,8 @@ cdef void add_products(Undo *job, int thread, int team, fs_barrier *barrier) noe
     """Step 3: what one thread does to add the chunk to the weight gradients."""
     cdef Py_ssize_t columns = job.gradient_columns
     job.leaves.sum_rows(job.g_rows, job.n, columns * thread // team, columns * (thread + 1) // team, job.bias)
-    add_outer(
-        &job.outer, job.leaves, job.n, <const void **> (job.pointers + thread * job.pointers_each), thread, team, barrier,
-    )
+    cdef const void **rows = <const void **> (job.pointers + thread * job.pointers_each)
+    add_outer(&job.outer, job.leaves, job.n, rows, thread, team, barrier)
 
 
 cdef void undo_chunk(Undo *job, int thread, int team) noexcept nogil:
@@ -631,15 +629,16 @@ cdef void add_gradients(Undo *job, char *bias_ih, char *bias_hh) noexcept nogil:
     cdef const fs_leaves *leaves = job.leaves
     cdef Py_ssize_t units = job.cell_units * job.item
     cdef Py_ssize_t x_columns = job.weights.input.h_size
+    cdef unsigned long long before = fs_flush_denormals()
     take_sums(&job.outer, leaves)
-    if bias_ih == NULL:
-        return
-    add_row(leaves, job.bias + job.x_first * job.item, x_columns, bias_ih)
-    if job.kind == GRU_AFTER:
-        add_row(leaves, job.bias + units, 2 * job.cell_units, bias_hh)
-        add_row(leaves, job.bias, job.cell_units, bias_hh + 2 * units)
-    else:
-        add_row(leaves, job.bias, x_columns, bias_hh)
+    if bias_ih != NULL:
+        add_row(leaves, job.bias + job.x_first * job.item, x_columns, bias_ih)
+        if job.kind == GRU_AFTER:
+            add_row(leaves, job.bias + units, 2 * job.cell_units, bias_hh)
+            add_row(leaves, job.bias, job.cell_units, bias_hh + 2 * units)
+        else:
+            add_row(leaves, job.bias, x_columns, bias_hh)
+    fs_restore_denormals(before)
 
 
 cdef int undo(
@@ -668,7 +667,7 @@ cdef int undo(
         job.split_panels = True
     cdef int region = fs_team_limit(n_threads) if job.threads > 1 else 1
     job.threads = min(job.threads, region)
-    cdef Py_ssize_t chunk = max(1, min(CHUNK_ROWS, limit // work) // job.row_block)
+    cdef Py_ssize_t chunk = max(1, min(OUTER_ROWS, limit // work) // job.row_block)
     chunk = min(chunk, job.time)
     job.chunk_rows = max(chunk * job.row_block, job.row_block)
     job.gradient_row = padded_bytes(job.gradient_columns * job.item)
@@ -681,7 +680,8 @@ cdef int undo(
         raise MemoryError(f"{n_bytes} bytes of scratch")
     lay_out(job, <size_t> scratch + (-<size_t> scratch & 63))
     set_products(job, weight_ih, weight_hh, weight_hr)
-    memset(<char *> job.zeros, 0, job.zero_bytes)
+    with nogil:
+        memset(<char *> job.zeros, 0, job.zero_bytes)
     cdef Py_ssize_t i, place, row, to_step, from_step
     for i in range(job.chunk_rows):
         job.no_init[i] = job.zeros

@@ -11,7 +11,8 @@ cdef extern from "team.h" nogil:
 
 cdef enum:
     SHARE_TEAM_WORK = 1 << 18    # below this much work in all, waking another thread costs more than it gives
-    SHARE_CHUNK_WORK = 1 << 30   # work between two looks for Ctrl-C: a tenth of a second at the worst
+    SHARE_CHUNK_WORK = 1 << 29   # work between two looks for Ctrl-C: a tenth of a second at the worst
+    SHARE_CHUNK_ITEMS = 1 << 20  # and so many items at most: the least of them waits for memory
 
 # Items [first, last) of a job. What one item gives may not depend on the others.
 ctypedef void (*share_part)(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil
@@ -36,10 +37,10 @@ cdef inline int share_out(
     # Every region is opened with all threads, or none: the runtime ends and starts threads when their number changes.
     cdef int region = fs_team_limit(n_threads) if most > 1 else 1
     cdef int threads = min(most, region)
-    cdef Py_ssize_t chunk = <Py_ssize_t> max(1.0, min(<double> items, SHARE_CHUNK_WORK / max(1.0, work_each)))
+    cdef Py_ssize_t chunk = <Py_ssize_t> min(<double> SHARE_CHUNK_ITEMS, SHARE_CHUNK_WORK / max(1.0, work_each))
     cdef Py_ssize_t first = 0, n
     while first < items:
-        n = min(chunk, items - first)
+        n = min(max(chunk, threads), items - first)
         with nogil:
             if threads <= 1:
                 share_flushed(part, job, first, n, 0, 1)

@@ -126,6 +126,69 @@ def random_lengths(batch: int, time: int, seed: int = 0) -> Array:
     return rng.permutation(lengths)
 
 
+def random_resets(batch: int, time: int, seed: int = 0) -> Array:
+    """About one step in five."""
+    return np.random.default_rng([seed, 5]).random((batch, time)) < 0.2
+
+
+def example(layer: Any, batch: int, time: int, seed: int = 0) -> tuple[Array, Any, Array, Any]:
+    """x, state, dy and dstate."""
+    x, state = inputs((batch, time, layer.input_size), layer.dtype, seed), random_state(layer, batch, seed)
+    dy = inputs((batch, time, layer._directions * layer._output_size), layer.dtype, seed + 100)
+    return x, state, dy, random_state(layer, batch, seed + 100)
+
+
+def train(
+    layer: Any, x: Array, state: Any, dy: Array, dstate: Any, truncate: int | None = None, **options: Any
+) -> dict[str, Array]:
+    """All that a forward and a backward give, by name."""
+    y, end, tape = layer.forward(x, state, **options)
+    grads = {name: np.zeros_like(array) for name, array in layer.parameters.items()}
+    dx, dstart = layer.backward(dy, tape, dstate=dstate, truncate=truncate, grads=grads)
+    ends = {f"end.{name}": array for name, array in zip(end._fields, end, strict=True)}
+    starts = {f"dstart.{name}": array for name, array in zip(dstart._fields, dstart, strict=True)}
+    return {"y": y, "dx": dx, **ends, **starts, **grads}
+
+
+def misplaced(array: Array) -> Array:
+    """A copy that begins at an odd address."""
+    copy = np.frombuffer(bytearray(array.nbytes + 1), array.dtype, array.size, offset=1).reshape(array.shape)
+    copy[...] = array
+    assert not copy.flags.aligned or not array.size
+    return copy
+
+
+def strange(array: Array) -> dict[str, Array]:
+    """The same numbers lying in memory in every way."""
+    swapped = array.astype(array.dtype.newbyteorder())
+    wide = np.full([2 * n + 1 for n in array.shape], np.nan, array.dtype)
+    every_other = wide[tuple(slice(1, None, 2) for _ in array.shape)]
+    every_other[...] = array
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    record = np.zeros(array.shape, [("tag", "u1"), ("value", array.dtype)])
+    record["value"] = array
+    misaligned_swapped = misplaced(swapped)
+    misaligned_transposed = misplaced(array.swapaxes(0, 1))
+    return {
+        "byte-swapped": swapped,
+        "misaligned": misplaced(array),
+        "misaligned and byte-swapped": misaligned_swapped,
+        "misaligned and transposed": misaligned_transposed.swapaxes(0, 1),
+        "every other": every_other,
+        "backwards": np.flip(np.ascontiguousarray(np.flip(array))),
+        "time first": np.ascontiguousarray(array.swapaxes(0, 1)).swapaxes(0, 1),
+        "Fortran-ordered": np.asfortranarray(array),
+        "read-only": frozen,
+        "field of a record": record["value"],
+        "subclass": array.view(type("Subclass", (np.ndarray,), {})),
+    }
+
+
+def unchanged(arrays: list[Array], before: list[bytes]) -> None:
+    assert [array.tobytes() for array in arrays] == before, "an input was modified"
+
+
 def tolerance(dtype: Any, k: int, time: int) -> float:
     """The numeric contract: how far, relative to the largest magnitude in the result, a result may be off."""
     return 16 * float(np.finfo(dtype).eps) * math.ceil(math.log2(2 + k * time))

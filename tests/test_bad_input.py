@@ -405,22 +405,26 @@ def test_threads_that_cannot_be_had() -> None:
     """More threads than there is memory for their stacks: a MemoryError, or the right result on fewer."""
     code = """
     import resource, numpy as np, fastseq as fs
-    from common import assert_same_bits, inputs, make
+    from common import assert_same_bits, example, make, train
     layer = make("lstm", 8, 64)
-    x = inputs((600, 20, 8))
+    linear = fs.Linear(64, 300, seed=0)
+    arrays = example(layer, 600, 20)
+    def run():
+        y, tape = linear.forward(arrays[2])
+        return layer(arrays[0]), tuple(train(layer, *arrays).values()), linear.backward(y, tape)
     fs.set_num_threads(1)
-    expected = layer(x)
+    expected = run()
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), hard))
     fs.set_num_threads(64)
     try:
-        assert_same_bits(layer(x), expected)
+        assert_same_bits(run(), expected)
     except MemoryError:
         pass
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     fs.set_num_threads(2)
-    assert_same_bits(layer(x), expected)
+    assert_same_bits(run(), expected)
     print("alive")
     """
     assert run_python(code, OPENBLAS_NUM_THREADS="1").stdout == "alive\n"

@@ -15,7 +15,7 @@ import pytest
 
 import fastseq as fs
 from fastseq import _simd, io
-from fastseq.cli import bench, cases, engines, limits, main, others, plot, report, worker
+from fastseq.cli import bench, cases, engines, limits, main, others, plot, progress, report, worker
 
 TINY = ("--vs", "reference", "--shape", "1,1,8,8", "--kind", "lstm", "--rounds", "1", "--threads", "1")
 
@@ -61,8 +61,8 @@ def test_bench_prints_every_case_and_engine(tiny):
     done, _ = tiny
     assert "LSTM 1×1×8×8" in done.stdout
     assert "LSTM step 1×1×8×8" in done.stdout
-    assert len(re.findall(r"^.{24}  fastseq  .*%$", done.stdout, re.M)) == 2
-    assert len(re.findall(r"^.{24}  reference  .*% .* to ", done.stdout, re.M)) == 2
+    assert len(re.findall(rf"^.{{{report.TITLE}}}  fastseq  .*%$", done.stdout, re.M)) == 2
+    assert len(re.findall(rf"^.{{{report.TITLE}}}  reference  .*% .* to ", done.stdout, re.M)) == 2
     assert "fastseq is faster in" in done.stdout
 
 
@@ -83,6 +83,17 @@ def test_bench_writes_json(tiny):
         assert ours["ratio"] == 1
         assert reference["ratio"] == pytest.approx(reference["seconds"][0] / ours["seconds"][0])
         assert ours["share_of_limit"] == pytest.approx(case["limit"]["seconds"][0] / ours["seconds"][0])
+
+
+def test_bench_trains(tmp_path):
+    path = tmp_path / "result.json"
+    done = fastseq("bench", "--train", "--vs", "reference", "--shape", "2,1,8,5", *TINY[4:], "--json", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(re.findall(r"^LSTM train 2×1×8×5  +fastseq  .*%$", done.stdout, re.M)) == 1
+    (case,) = json.loads(path.read_text())["cases"]
+    assert (case["name"], case["train"], case["step"]) == ("LSTM train 2×1×8×5", True, False)
+    assert case["flops"] == 3 * 2 * 2 * 4 * 5 * (8 + 5)
+    assert all(0 < case["engines"][name]["error"] < 1e-5 for name in ("fastseq", "reference"))
 
 
 def test_bench_on_a_terminal_shows_progress_and_removes_it():
@@ -110,6 +121,7 @@ def test_bench_on_a_terminal_shows_progress_and_removes_it():
         (["--shape", "1,0,3,4"], "from 1 on, not '1,0,3,4'"),
         (["--shape", "1,1,999999999,999999999"], "of memory"),
         (["--vs", "reference,keras"], "not 'keras'"),
+        (["--train", "--vs", "torch,openvino"], "openvino does not train"),
         (["--kind", "transformer"], "transformer"),
         (["--threads", "0"], "--threads should be a whole number from 1 to 1024, not '0'"),
         (["--rounds", "many"], "--rounds should be a whole number"),
@@ -136,6 +148,8 @@ def test_bench_refuses_an_engine_that_is_not_installed(capsys, monkeypatch):
     assert main(["bench", "--vs", "torch"]) == 2
     assert "--vs torch needs no_such_module, which is not installed" in capsys.readouterr().err
     assert "torch" not in bench.chosen_engines(None)
+    assert bench.chosen_engines(None, train=True) == []
+    assert bench.chosen_engines("reference", train=True) == ["reference"]
 
 
 def test_bench_refuses_a_bad_thread_count_in_the_environment():
@@ -169,6 +183,34 @@ def test_largest_error_sees_every_output():
     assert bench.largest_error((y * np.nan, h, c), (y, h, c)) == np.inf
 
 
+class Answers:
+    """A worker that gives these outputs."""
+
+    def __init__(self, *outputs):
+        self.outputs = outputs
+
+    def check(self, case):
+        return self.outputs
+
+
+@pytest.mark.parametrize(
+    "y, dx, fault",
+    [
+        (1.0009, 1.0039, None),
+        (1.0011, 1.0, "1.1e-03 of its largest value"),
+        (1.0, 0.9959, "4.1e-03 of a gradient's largest value"),
+        (1.0, np.nan, "inf of a gradient's largest value"),
+    ],
+)
+def test_gradients_may_be_four_times_as_far_off(y, dx, fault):
+    one = np.ones((1, 1))
+    row = report.Row(cases.Case("gru", 1, 1, 1, 1, train=True))
+    workers = {"fastseq": Answers(one, one, one), "torch": Answers(one, one * y, one * dx)}
+    bench.check_parity([row], workers, Answers(one, one, one), progress.Progress(1))
+    assert row.errors["torch"] == pytest.approx(np.inf if np.isnan(dx) else max(abs(y - 1), abs(dx - 1)))
+    assert row.faults == ({} if fault is None else {"torch": f"differs from the reference by {fault}"})
+
+
 @pytest.fixture(scope="module")
 def exact():
     """The float64 reference in its process."""
@@ -188,6 +230,34 @@ def test_engines_compute_the_same(engine, exact):
             assert bench.largest_error(peer.check(case), exact.check(case)) < 1e-5
     finally:
         peer.close()
+
+
+@pytest.mark.parametrize("engine", ["fastseq", "torch"])
+def test_engines_train_the_same(engine, exact):
+    if engine in engines.NEEDS and engines.missing(engine):
+        pytest.skip(f"{engine} is not installed")
+    peer = worker.Worker(engine, 1)
+    try:
+        for kind, parts in (("lstm", 2), ("gru", 1), ("rnn", 1)):
+            case = cases.Case(kind, 2, 3, 5, 7, train=True)
+            given = cases.numbers(case)
+            outputs, expected = peer.check(case), exact.check(case)
+            shapes = [(2, 3, 7), *[(2, 7)] * parts, (2, 3, 5), *[(2, 7)] * parts]
+            assert [array.shape for array in outputs] == shapes + [array.shape for array in given.weights.values()]
+            assert bench.largest_error(outputs, expected) < 1e-5
+            assert case.outputs == 1 + parts
+    finally:
+        peer.close()
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_every_call_starts_from_no_gradients(engine):
+    if engines.missing(engine):
+        pytest.skip(f"{engine} is not installed")
+    model = engines.build(engine, cases.Case("lstm", 2, 3, 5, 7, train=True), 1)
+    first = [np.array(array) for array in model.outputs(model.call())]
+    for once, again in zip(first, model.outputs(model.call()), strict=True):
+        np.testing.assert_array_equal(again, once)
 
 
 def test_worker_that_dies_is_told():
@@ -261,6 +331,16 @@ def test_floor():
     assert limits.floor(many, 1e9, 1e9) == pytest.approx(many.flops / 1e9)
 
 
+def test_floor_of_training():
+    # Three products with each weight, two of which read it.
+    for shape, multiply_adds, read, times in (((1, 10, 64, 128), 1e12, 1e6, 2), ((64, 10, 64, 128), 1e9, 1e9, 3)):
+        forward, both = (cases.Case("gru", *shape, train=train) for train in (False, True))
+        expected = times * limits.floor(forward, multiply_adds, read)
+        assert limits.floor(both, multiply_adds, read) == pytest.approx(expected)
+        assert both.flops == 3 * forward.flops and both.bytes_read == 2 * forward.bytes_read
+        assert both.memory(2) > forward.memory(2)
+
+
 def test_ratios_are_paired_by_round():
     row = report.Row(cases.Case("rnn", 1, 1, 2, 3), seconds={"fastseq": [1.0, 10.0, 1.0], "torch": [2.0, 20.0, 4.0]})
     assert row.ratios("torch") == [2, 2, 4]
@@ -278,7 +358,7 @@ def test_disturbed_rows_are_named_and_left_out_of_the_summary():
     said = report.table(report.Report(about, {2: 1e9}, {1024: 1e9}, rows))
     assert said.count("disturbed: others kept 0.90 processors busy") == 1
     assert "without the 1 row that others disturbed" in said
-    assert "torch takes 2.00 times as long as fastseq" in said
+    assert "torch takes 2.00 times as long as fastseq (geometric mean: GRU 2.00, RNN 2.00), at least" in said
 
 
 def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
@@ -303,3 +383,10 @@ def test_spread_keeps_labels_apart_and_near():
 def test_table_has_the_24_shapes():
     chosen = [case for case in bench.chosen_cases("all", [], "table") if not case.step]
     assert len(chosen) == len(set(chosen)) == 24
+
+
+def test_nine_shapes_train():
+    chosen = bench.chosen_cases("all", [], None, train=True)
+    assert len(chosen) == len(set(chosen)) == 9
+    assert all(case.train and not case.step for case in chosen)
+    assert bench.chosen_cases("rnn", ["1,1,2,3"], None, train=True) == [cases.Case("rnn", 1, 1, 2, 3, train=True)]

@@ -177,7 +177,7 @@ def test_vanishing_gradients_quick(capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     accuracies = {line[:32].strip(): numbers(line[32:]) for line in lines[-5:]}
     assert list(accuracies) == example.LAYERS
-    assert accuracies["sigmoid RNN"][1] < 40 and accuracies["LSTM"] == accuracies["GRU"] == [100, 100]
+    assert accuracies["sigmoid RNN"][1] < 40 and min(accuracies["LSTM"] + accuracies["GRU"]) > 95
     norms = {name: example.gradient_norms(name, 0) for name in [*example.LAYERS, example.FORGET_BIAS_1]}
     assert norms["sigmoid RNN"][0] < 1e-50 < norms["tanh RNN"][0] < 1e-18 < norms[example.FORGET_BIAS_1][0] < 1e-6
     assert norms["ReLU RNN"][0] > 1e6

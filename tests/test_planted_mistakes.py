@@ -7,22 +7,30 @@ comparison without it is green.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from common import (
+    GATES,
+    Array,
     assert_agree,
     assert_close,
     assert_same_bits,
+    example,
     inputs,
     make,
     random_lengths,
+    random_resets,
     random_state,
     reduction,
     reference,
     tolerance,
+    train,
 )
+
+from fastseq import _dense
 
 B, T, WIDTH, H = 5, 7, 4, 9
 
@@ -201,6 +209,242 @@ def test_the_projection_left_out() -> None:
     other = make_like(layer)
     other.parameters["weight_hr_l0"] = np.eye(H // 2, H)
     red(layer, honest(other), x, state)
+
+
+# Gradients
+
+
+Results = dict[str, Array]
+CELLS = pytest.mark.parametrize("kind", ["rnn_tanh", "lstm", "lstm_proj", "gru_after", "gru_before"])
+GRUS = pytest.mark.parametrize("kind", ["gru_after", "gru_before"])
+
+
+class Lesson:
+    """A layer and all that its gradients depend on."""
+
+    def __init__(self, kind: str, truncate: int | None = None, dropout: float = 0.0, **config: Any) -> None:
+        self.layer = make(kind, WIDTH, H, **config)
+        if dropout:
+            weights = self.layer.state_dict()
+            self.layer = type(self.layer)(**{**self.layer._config, "dropout": dropout})
+            self.layer.load_state_dict(weights)
+        self.x, self.state, self.dy, self.dstate = example(self.layer, B, T)
+        self.truncate = truncate
+        self.options: dict[str, Any] = {"seed": 3}
+
+    def taught(self, layer: Any, **other: Any) -> Results:
+        """What a layer learns of it, or of another lesson that differs in some places; outputs are left to others."""
+        arrays = [other.pop(name, getattr(self, name)) for name in ("x", "state", "dy", "dstate", "truncate")]
+        results = train(layer, *arrays, **{**self.options, **other})
+        return {name: array for name, array in results.items() if name != "y" and not name.startswith("end.")}
+
+    def compare(self, results: Results) -> None:
+        """The comparison of test_training_bits.py."""
+        longest = max(reduction(self.layer), GATES[type(self.layer).__name__] * H, B)
+        for name, expected in self.taught(reference(self.layer)).items():
+            assert_close(results[name], expected, 4 * tolerance("float32", longest, T), name)
+
+    def red(self, mistake: Callable[[Results], Any], where: str) -> None:
+        """Honest results are right; a mistake, made in them or in a call of its own, shows in what `where` begins."""
+        results = self.taught(self.layer)
+        self.compare(results)
+        changed = mistake({name: array.copy() for name, array in results.items()})
+        names = [name for name in changed if name.startswith(where)]
+        assert names
+        for name in names:
+            assert changed[name].shape == results[name].shape
+            with pytest.raises(AssertionError, match=f"^{name}: off by"):
+                self.compare({**results, name: changed[name]})
+
+
+def test_all_that_is_compared() -> None:
+    for kind, names in (("lstm_proj", 8), ("gru_after", 6), ("rnn_tanh", 6)):
+        lesson = Lesson(kind)
+        results = lesson.taught(lesson.layer)
+        assert len(results) == names
+        for name in results:
+            lesson.red(lambda results, name=name: {name: results[name] * np.float32(1.0005)}, name)
+
+
+@pytest.mark.parametrize("part", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+@pytest.mark.parametrize(("kind", "order"), [("lstm", (0, 1, 3, 2)), ("lstm", (1, 0, 2, 3)), ("gru_after", (1, 0, 2))])
+def test_gates_of_gradients_exchanged(kind: str, order: tuple[int, ...], part: str) -> None:
+    def exchanged(results: Results) -> Results:
+        name = f"{part}_l0"
+        blocks = np.split(results[name], len(order))
+        return {name: np.concatenate([blocks[gate] for gate in order])}
+
+    Lesson(kind).red(exchanged, part)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[1:], ids=str)
+def test_gates_exchanged_on_the_way_back(order: tuple[int, ...]) -> None:
+    """What comes back through weights whose gates are in another order: dx, and the state before."""
+    lesson = Lesson("lstm")
+    lesson.red(lambda _: lesson.taught(with_gates(lesson.layer, order)), ("dx", "dstart"))
+
+
+@GRUS
+def test_the_gradient_of_the_wrong_reset(kind: str) -> None:
+    lesson = Lesson(kind)
+    other = make({"gru_after": "gru_before", "gru_before": "gru_after"}[kind], WIDTH, H)
+    other.load_state_dict(lesson.layer.state_dict())
+    lesson.red(lambda _: lesson.taught(other), "")
+
+
+def test_the_gradients_of_the_two_biases_of_a_gru_exchanged() -> None:
+    names = ["bias_ih_l0", "bias_hh_l0"]
+    Lesson("gru_after").red(lambda results: dict(zip(names, (results[n] for n in names[::-1]), strict=True)), "bias")
+
+
+def test_h_and_c_exchanged_in_the_gradients_of_states() -> None:
+    lesson = Lesson("lstm", num_layers=2, bidirectional=True)
+    c_and_h = (lesson.dstate.c, lesson.dstate.h)
+    lesson.red(lambda _: lesson.taught(lesson.layer, dstate=c_and_h), "")
+    names = ["dstart.h", "dstart.c"]
+    lesson.red(lambda results: dict(zip(names, (results[n] for n in names[::-1]), strict=True)), "dstart")
+
+
+@CELLS
+def test_gradients_of_states_ignored_or_of_other_slots(kind: str) -> None:
+    lesson = Lesson(kind, num_layers=2, bidirectional=True)
+    lesson.red(lambda _: lesson.taught(lesson.layer, dstate=None), "")
+    swapped = type(lesson.dstate)(*(array[:, [0, 2, 1, 3]] for array in lesson.dstate))
+
+    def reached(_: Results) -> Results:
+        results = lesson.taught(lesson.layer, dstate=swapped)
+        return {name: array for name, array in results.items() if not name.endswith("l1_reverse")}
+
+    lesson.red(reached, "")
+    lesson.red(lambda results: {"dstart.h": results["dstart.h"][:, [0, 2, 1, 3]]}, "dstart")
+
+
+@CELLS
+def test_gradients_of_states_given_at_the_end_of_the_padding(kind: str) -> None:
+    """They belong to the last real step; past it there is nothing for them to come back through."""
+    lesson = Lesson(kind)
+    lengths = lesson.options["lengths"] = random_lengths(B, T)
+    running = [row for row in range(B) if 0 < lengths[row] < T]
+    dy = np.where((np.arange(T) < lengths[:, None])[..., None], lesson.dy, 0)
+
+    def walked_through_the_padding(results: Results) -> Results:
+        whole = lesson.taught(lesson.layer, lengths=None, dy=dy)
+        for name in ("dx", "dstart.h"):
+            results[name][running] = whole[name][running]
+        return {**whole, "dx": results["dx"], "dstart.h": results["dstart.h"]}
+
+    lesson.red(walked_through_the_padding, "")
+
+
+@CELLS
+def test_lengths_ignored_in_gradients(kind: str) -> None:
+    lesson = Lesson(kind)
+    lesson.options["lengths"] = random_lengths(B, T)
+    lesson.red(lambda _: lesson.taught(lesson.layer, lengths=None), "")
+    lesson.red(lambda _: lesson.taught(lesson.layer, lengths=np.sort(lesson.options["lengths"])), "")
+
+
+@CELLS
+def test_gradients_of_a_reverse_direction_started_in_the_padding(kind: str) -> None:
+    """Kindly: zeros stand there, in x and in dy, and the gradient of the final state is zero."""
+    lesson = Lesson(kind, bidirectional=True)
+    lengths = lesson.options["lengths"] = random_lengths(B, T)
+    padding = np.arange(T) >= lengths[:, None]
+    lesson.x[padding] = lesson.dy[padding] = 0
+    lesson.dstate = None
+
+    def started_in_the_padding(results: Results) -> Results:
+        whole = lesson.taught(lesson.layer, lengths=None)
+        kept = {name: array for name, array in whole.items() if name.endswith("_reverse")}
+        start = results["dstart.h"]
+        start[:, 1] = whole["dstart.h"][:, 1]
+        return {**kept, "dx": np.where(padding[..., None], 0, whole["dx"]), "dstart.h": start}
+
+    lesson.red(started_in_the_padding, "")
+
+
+@CELLS
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_truncation_off_by_one(k: int, kind: str) -> None:
+    """One step more, one less, none, and cuts counted from the last step."""
+    lesson = Lesson(kind, truncate=k)
+    for other in (k + 1, k - 1 or None, None):
+        lesson.red(lambda _, other=other: lesson.taught(lesson.layer, truncate=other), "")
+
+    def pieces(*bounds: int) -> Results:
+        total: Results = {}
+        state, dx = lesson.state, []
+        for begin, end in itertools.pairwise((0, *bounds, T)):
+            steps = slice(begin, end)
+            last = lesson.dstate if end == T else None
+            y_state = lesson.layer(lesson.x[:, steps], state)[1]
+            here = lesson.taught(
+                lesson.layer, x=lesson.x[:, steps], state=state, dy=lesson.dy[:, steps], dstate=last, truncate=None
+            )
+            dx.append(here["dx"])
+            for name, array in here.items():
+                if name in lesson.layer.parameters:
+                    total[name] = total.get(name, 0) + array
+            state = y_state
+        return {**total, "dx": np.concatenate(dx, axis=1)}
+
+    lesson.compare({**lesson.taught(lesson.layer), **pieces(*range(k, T, k))})
+    lesson.red(lambda _: pieces(*range(k + 1, T, k)), "")
+    if T % k:
+        lesson.red(lambda _: pieces(*range(T % k, T, k)), "")
+
+
+@CELLS
+def test_resets_ignored_or_at_other_steps_in_gradients(kind: str) -> None:
+    lesson = Lesson(kind, bidirectional=True)
+    resets = lesson.options["resets"] = random_resets(B, T)
+    assert resets[:, 1:-1].any()
+    lesson.red(lambda _: lesson.taught(lesson.layer, resets=None), "")
+    for shift in (-1, 1):  # as if a direction dropped the state after a step, not before it
+        lesson.red(lambda _, shift=shift: lesson.taught(lesson.layer, resets=np.roll(resets, shift, axis=1)), "")
+
+
+class OtherMasks:
+    """The operations of dropout, which make a mistake in the nth call: the first is of forward."""
+
+    def __init__(self, mistake: Callable[..., Array], call: int) -> None:
+        self.mistake, self.left = mistake, call
+
+    def dropout(self, x: Array, p: float, seed: int, stream: int, n_threads: int) -> Array:
+        self.left -= 1
+        return (_dense.dropout if self.left + 1 else self.mistake)(x, p, seed, stream, n_threads)
+
+
+@CELLS
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda x, p, seed, stream, n_threads: _dense.dropout(x, p, seed + 1, stream, n_threads),
+        lambda x, p, seed, stream, n_threads: _dense.dropout(x, p, seed, stream + 1, n_threads),
+        lambda x, p, seed, stream, n_threads: x,
+        lambda x, p, seed, stream, n_threads: _dense.dropout(x, p, seed, stream, n_threads) * np.float32(1 - p),
+    ],
+    ids=["another seed", "another layer", "none", "not scaled"],
+)
+def test_gradients_through_another_dropout_mask(mistake: Any, kind: str) -> None:
+    lesson = Lesson(kind, num_layers=2, dropout=0.4)
+
+    def wrong(_: Results) -> Results:
+        layer = make_like(lesson.layer)
+        layer._dense = OtherMasks(mistake, 1)
+        results = lesson.taught(layer)
+        # Gradients of the layer above the mask are right.
+        return {name: array for name, array in results.items() if "_l1" not in name and "start" not in name}
+
+    lesson.red(wrong, "")
+
+
+def test_gradients_that_replace_what_was_there() -> None:
+    """The two directions of a layer add to one dx."""
+    lesson = Lesson("lstm", bidirectional=True)
+    half = lesson.dy.copy()
+    half[..., :H] = 0
+    lesson.red(lambda _: {"dx": lesson.taught(lesson.layer, dy=half)["dx"]}, "dx")
 
 
 # And of the comparisons themselves

@@ -10,7 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from common import KINDS, assert_same_bits, bits, inputs, make, random_lengths, random_state, run_python, threads
+from common import (
+    KINDS,
+    assert_same_bits,
+    bits,
+    inputs,
+    make,
+    random_lengths,
+    random_state,
+    run_python,
+    strange,
+    threads,
+    unchanged,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -274,45 +286,6 @@ def test_any_cut_of_any_batch(data: st.DataObject) -> None:
 
 
 # Memory
-
-
-def misplaced(array: Any) -> Any:
-    """A copy that begins at an odd address."""
-    copy = np.frombuffer(bytearray(array.nbytes + 1), array.dtype, array.size, offset=1).reshape(array.shape)
-    copy[...] = array
-    assert not copy.flags.aligned or not array.size
-    return copy
-
-
-def strange(array: Any) -> dict[str, Any]:
-    """The same numbers lying in memory in every way."""
-    swapped = array.astype(array.dtype.newbyteorder())
-    wide = np.full([2 * n + 1 for n in array.shape], np.nan, array.dtype)
-    every_other = wide[tuple(slice(1, None, 2) for _ in array.shape)]
-    every_other[...] = array
-    frozen = array.copy()
-    frozen.flags.writeable = False
-    record = np.zeros(array.shape, [("tag", "u1"), ("value", array.dtype)])
-    record["value"] = array
-    misaligned_swapped = misplaced(swapped)
-    misaligned_transposed = misplaced(array.swapaxes(0, 1))
-    return {
-        "byte-swapped": swapped,
-        "misaligned": misplaced(array),
-        "misaligned and byte-swapped": misaligned_swapped,
-        "misaligned and transposed": misaligned_transposed.swapaxes(0, 1),
-        "every other": every_other,
-        "backwards": np.flip(np.ascontiguousarray(np.flip(array))),
-        "time first": np.ascontiguousarray(array.swapaxes(0, 1)).swapaxes(0, 1),
-        "Fortran-ordered": np.asfortranarray(array),
-        "read-only": frozen,
-        "field of a record": record["value"],
-        "subclass": array.view(type("Subclass", (np.ndarray,), {})),
-    }
-
-
-def unchanged(arrays: list[Any], before: list[bytes]) -> None:
-    assert [array.tobytes() for array in arrays] == before, "an input was modified"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -36,7 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--vs",
         metavar="ENGINES",
-        help="of reference, torch, onnxruntime, openvino; with commas (default: the reference and those installed)",
+        help="of reference, torch, onnxruntime, openvino; with commas (default: the reference and those installed; "
+        "with --train only torch, because the reference takes long)",
+    )
+    bench.add_argument(
+        "--train",
+        action="store_true",
+        help="time forward and backward: all gradients, of three shapes for each kind unless told otherwise",
     )
     bench.add_argument("--kind", choices=("lstm", "gru", "rnn", "all"), default="all", help="default: all")
     bench.add_argument(

@@ -15,7 +15,7 @@ import numpy as np
 
 from fastseq import _simd, threads
 from fastseq.cli import UsageError, engines, info, plot
-from fastseq.cli.cases import FEW, KINDS, TABLE, Case
+from fastseq.cli.cases import KINDS, SHAPES, Case
 from fastseq.cli.limits import ROOFS, Limits, floor
 from fastseq.cli.others import Others
 from fastseq.cli.progress import Progress
@@ -26,13 +26,15 @@ from fastseq.version import __version__
 
 # Of the largest magnitude in the result. A gate exchanged or a state dropped costs far more, an approximate tanh less.
 PEER_TOLERANCE = 1e-3
+# How many times as far off gradients may be: they are sums over what was rounded on the way there.
+OF_GRADIENTS = 4
 
 
 def run(options: argparse.Namespace) -> int:
     """The command; returns the exit status."""
     # All that can be refused is refused before anything is measured.
-    cases = chosen_cases(options.kind, options.shape, options.shapes)
-    peers, asked = chosen_engines(options.vs), options.vs is not None
+    cases = chosen_cases(options.kind, options.shape, options.shapes, options.train)
+    peers, asked = chosen_engines(options.vs, options.train), options.vs is not None
     if options.threads is None:
         n_threads = info.thread_count()[0]
     else:
@@ -55,11 +57,11 @@ def run(options: argparse.Namespace) -> int:
     return 1 if any(row.faults for row in report.rows) else 0
 
 
-def chosen_cases(kind: str, shapes: Sequence[str], named: str | None) -> list[Case]:
-    """The cases that some options ask for; single steps of a single row also through ``layer.step``."""
+def chosen_cases(kind: str, shapes: Sequence[str], named: str | None, train: bool = False) -> list[Case]:
+    """The cases that some options ask for; inference of a single step of a single row also through ``layer.step``."""
     wanted: list[tuple[int, ...]] = []
     if named is not None or not shapes:
-        wanted += TABLE if named == "table" else FEW
+        wanted += SHAPES[named or ("train" if train else "few")]
     for text in shapes:
         parts = [part.strip() for part in text.split(",")]
         if len(parts) != 4 or not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
@@ -71,20 +73,25 @@ def chosen_cases(kind: str, shapes: Sequence[str], named: str | None) -> list[Ca
     cases = []
     for each in KINDS if kind == "all" else (kind,):
         for batch, time, inputs, hidden in dict.fromkeys(wanted):
-            cases.append(Case(each, batch, time, inputs, hidden))
-            if batch == time == 1:
+            cases.append(Case(each, batch, time, inputs, hidden, train=train))
+            if batch == time == 1 and not train:
                 cases.append(Case(each, batch, time, inputs, hidden, step=True))
     return cases
 
 
-def chosen_engines(text: str | None) -> list[str]:
-    """The engines that --vs names; without it the reference and those installed."""
+def chosen_engines(text: str | None, train: bool = False) -> list[str]:
+    """The engines that --vs names; without it the reference, which takes too long to train, and those installed."""
     if text is None:
-        return [name for name in engines.NEEDS if not engines.missing(name)]
+        suitable = [name for name in engines.TRAINED if name != "reference"] if train else list(engines.NEEDS)
+        return [name for name in suitable if not engines.missing(name)]
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in engines.NEEDS:
             raise UsageError(f"--vs should name some of {', '.join(engines.NEEDS)}, not {name!r}")
+        if train and name not in engines.TRAINED:
+            raise UsageError(
+                f"--vs should name some of {', '.join(engines.TRAINED)} with --train: {name} does not train"
+            )
         missing = engines.missing(name)
         if missing:
             raise UsageError(f"--vs {name} needs {' and '.join(missing)}, which is not installed")
@@ -128,8 +135,27 @@ def writable(option: str, text: str | None) -> Path | None:
     return path
 
 
-def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int, asked: bool) -> Report | None:
-    """Check, then time. None where fastseq or an engine that was asked for failed; that is told on standard error."""
+def measure(
+    cases: Sequence[Case],
+    peers: list[str],
+    n_threads: int,
+    rounds: int,
+    asked: bool,
+    module: str = engines.__name__,
+) -> Report | None:
+    """Check, then time. None where fastseq or an engine that was asked for failed; that is told on standard error.
+
+    Parameters
+    ----------
+    cases : sequence of Case
+    peers : list of str
+        The engines to stand beside fastseq.
+    n_threads, rounds : int
+    asked : bool
+        Whether somebody named the peers: one that cannot start is left out otherwise.
+    module : str
+        Where the engines build the cases; see `Worker`.
+    """
     rows = [Row(case) for case in cases]
     with contextlib.ExitStack() as stack:
         starts = 1 + len(peers)
@@ -140,12 +166,13 @@ def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int
             for name in ["fastseq", *peers]:
                 progress.advance(f"starting {name}")
                 try:
-                    workers[name] = stack.enter_context(contextlib.closing(Worker(name, n_threads)))
+                    workers[name] = stack.enter_context(contextlib.closing(Worker(name, n_threads, module)))
                 except EngineError as error:
                     if asked or name == "fastseq":
                         raise
                     complain(f"left out {error}")
-            check_parity(rows, workers, n_threads, progress)
+            with contextlib.closing(Worker("exact", n_threads, module)) as exact:  # it ends before anything is timed
+                check_parity(rows, workers, exact, progress)
             progress.advance("measuring the limits")
             limits = stack.enter_context(contextlib.closing(Limits(n_threads)))
             peaks, reads = roofs(limits)
@@ -178,27 +205,33 @@ def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int
     return Report(about, peaks, reads, rows)
 
 
-def check_parity(rows: Sequence[Row], workers: dict[str, Worker], n_threads: int, progress: Progress) -> None:
+def check_parity(rows: Sequence[Row], workers: dict[str, Worker], exact: Worker, progress: Progress) -> None:
     """Compare every engine with the float64 reference; what differs is left out, and fastseq must not."""
-    # In a process of its own that ends before anything is timed.
-    with contextlib.closing(Worker("exact", n_threads)) as exact:
-        for row in rows:
-            progress.advance(f"checking {row.case.name}")
-            expected = exact.check(row.case)
-            for name, worker in workers.items():
-                try:
-                    row.errors[name] = error = largest_error(worker.check(row.case), expected)
-                except EngineError as failure:
-                    if name == "fastseq":
-                        raise
-                    row.faults[name] = f"failed: {failure}"
-                    continue
-                allowed = tolerance(row.case) if name == "fastseq" else PEER_TOLERANCE
-                if error <= allowed:
-                    continue
-                row.faults[name] = f"differs from the reference by {error:.1e} of its largest value"
+    for row in rows:
+        progress.advance(f"checking {row.case.name}")
+        expected = exact.check(row.case)
+        for name, worker in workers.items():
+            try:
+                outputs = worker.check(row.case)
+            except EngineError as failure:
                 if name == "fastseq":
-                    raise EngineError(f"fastseq: {row.case.name} {row.faults[name]}, more than {allowed:.1e}")
+                    raise
+                row.faults[name] = f"failed: {failure}"
+                continue
+            allowed = tolerance(row.case) if name == "fastseq" else PEER_TOLERANCE
+            results, gradients = slice(row.case.outputs), slice(row.case.outputs, None)
+            error = largest_error(outputs[results], expected[results])
+            in_gradients = largest_error(outputs[gradients], expected[gradients])
+            row.errors[name] = max(error, in_gradients)
+            if error > allowed:
+                row.faults[name] = f"differs from the reference by {error:.1e} of its largest value"
+            elif in_gradients > OF_GRADIENTS * allowed:
+                allowed *= OF_GRADIENTS
+                row.faults[name] = f"differs from the reference by {in_gradients:.1e} of a gradient's largest value"
+            else:
+                continue
+            if name == "fastseq":
+                raise EngineError(f"fastseq: {row.case.name} {row.faults[name]}, more than {allowed:.1e}")
 
 
 def tolerance(case: Case) -> float:
@@ -208,11 +241,11 @@ def tolerance(case: Case) -> float:
 
 
 def largest_error(outputs: engines.Outputs, expected: engines.Outputs) -> float:
-    """The largest difference over the largest magnitude, of the worst array; infinite where shapes or NaN differ."""
+    """The largest difference over the largest magnitude, of the worst array; infinite where shapes differ, or NaN."""
     if [array.shape for array in outputs] != [array.shape for array in expected]:
         return math.inf
     errors = [np.max(np.abs(one - other)) / np.max(np.abs(other)) for one, other in zip(outputs, expected, strict=True)]
-    return float(max(errors)) if np.all(np.isfinite(errors)) else math.inf
+    return float(max(errors, default=0)) if np.all(np.isfinite(errors)) else math.inf
 
 
 def roofs(limits: Limits) -> tuple[dict[int, float], dict[int, float]]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastseq.checks import Array
-from fastseq.cli.cases import Case, Numbers
+from fastseq.cli.cases import Case, Numbers, numbers
 
 Outputs = tuple[Array, ...]
 
@@ -29,7 +29,8 @@ class Model:
     call : callable
         What is timed: inputs lie ready in the layout of the engine, results are new arrays every time.
     outputs : callable
-        Takes what `call` returned to y (B, T, H), h (B, H) and, for LSTM, c (B, H). Not timed.
+        Takes what `call` returned to y (B, T, H), h (B, H) and, for LSTM, c (B, H); in training also to the gradients
+        of x, of the initial state and of the parameters in the order of the weights. Not timed.
     """
 
     call: Callable[[], Any]
@@ -47,6 +48,8 @@ def _layer(module: Any, dtype: str, case: Case, numbers: Numbers) -> Model:
     x = numbers.x.astype(dtype)
     states = [array[:, None].astype(dtype) for array in (numbers.h, numbers.c) if array is not None]
     state = module.LSTMState(*states) if case.kind == "lstm" else module.State(*states)
+    if numbers.dy is not None:
+        return _training_layer(layer, x, state, numbers.dy.astype(dtype))
     if not case.step:
         return Model(lambda: layer(x, state), lambda result: (result[0], *(part[:, 0] for part in result[1])))
     x_t, out = x[:, 0], np.empty((case.batch, case.hidden), dtype)
@@ -54,6 +57,19 @@ def _layer(module: Any, dtype: str, case: Case, numbers: Numbers) -> Model:
         lambda: layer.step(x_t, state, out=out),
         lambda result: (result[0][:, None], *(part[:, 0] for part in result[1])),
     )
+
+
+def _training_layer(layer: Any, x: Array, state: Any, dy: Array) -> Model:
+    def call() -> Any:
+        layer.zero_grad()
+        y, end, tape = layer.forward(x, state)
+        return y, end, layer.backward(dy, tape)
+
+    def outputs(result: Any) -> Outputs:
+        y, end, (dx, start) = result
+        return (y, *(part[:, 0] for part in end), dx, *(part[:, 0] for part in start), *layer.grads.values())
+
+    return Model(call, outputs)
 
 
 def _fastseq(case: Case, numbers: Numbers, threads: int) -> Model:
@@ -83,21 +99,45 @@ def _torch(case: Case, numbers: Numbers, threads: int) -> Model:
     kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[case.kind]
     layer = kind(case.inputs, case.hidden, batch_first=True)
     layer.load_state_dict({name: torch.from_numpy(array) for name, array in numbers.weights.items()})
-    layer.eval()
+    layer.train(case.train)
     x = torch.from_numpy(numbers.x)
     states = tuple(torch.from_numpy(array[None]) for array in (numbers.h, numbers.c) if array is not None)
     state = states if case.kind == "lstm" else states[0]
+    if numbers.dy is not None:
+        return _training_torch(layer, x, state, torch.from_numpy(numbers.dy))
 
     def call() -> Any:
         with torch.inference_mode():
             return layer(x, state)
 
+    return Model(call, _torch_outputs)
+
+
+def _training_torch(layer: Any, x: Any, state: Any, dy: Any) -> Model:
+    states = state if isinstance(state, tuple) else (state,)
+    leaves = [x, *states, *layer.parameters()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def call() -> Any:
+        for leaf in leaves:
+            leaf.grad = None
+        result = layer(x, state)
+        result[0].backward(dy)
+        return result
+
     def outputs(result: Any) -> Outputs:
-        y, ends = result
-        ends = ends if case.kind == "lstm" else (ends,)
-        return (y.numpy(), *(end[0].numpy() for end in ends))
+        dx, *gradients = (leaf.grad.numpy() for leaf in leaves)
+        n = len(states)
+        return (*_torch_outputs(result), dx, *(part[0] for part in gradients[:n]), *gradients[n:])
 
     return Model(call, outputs)
+
+
+def _torch_outputs(result: Any) -> Outputs:
+    y, ends = result
+    ends = ends if isinstance(ends, tuple) else (ends,)
+    return (y.detach().numpy(), *(end[0].detach().numpy() for end in ends))
 
 
 # Where each gate of ONNX stands in PyTorch's order: i o f c in i f g o, and z r h in r z n.
@@ -204,6 +244,12 @@ NEEDS = {
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino", "onnx"),
 }
+TRAINED = ("reference", "torch")  # those of them that train
+
+
+def build(engine: str, case: Case, threads: int) -> Model:
+    """A case in an engine, in its own process."""
+    return BUILDERS[engine](case, numbers(case), threads)
 
 
 def version(engine: str) -> str:

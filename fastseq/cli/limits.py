@@ -98,10 +98,11 @@ def floor(case: Case, multiply_adds: float, read: float) -> float:
 
     Notes
     -----
-    The weights of the state are read again every step, those of the input once for all steps; for each of the two
-    counts what takes longer, to read them or to multiply. At batch 1 reading is what binds, at large batches
-    multiplying is.
+    The weights of the state are read again every step, those of the input once for all steps, and in training both
+    once more on the way back; for each of the two counts what takes longer, to read them or to multiply. At batch 1
+    reading is what binds, at large batches multiplying is.
     """
+    read /= case.readings
     recurrent = max(case.recurrent_flops / multiply_adds, case.time * case.recurrent_bytes / read)
     inputs = max(case.input_flops / multiply_adds, case.input_bytes / read)
     return recurrent + inputs

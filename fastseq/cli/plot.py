@@ -72,7 +72,8 @@ def roofline(report: Report, file_format: str) -> bytes:
     about = report.about
     threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
     where = ", ".join(filter(None, [about["processor"], about["instruction_set"], threads, about["dtype"]]))
-    figure.suptitle(f"Inference on {where}", color=INK, fontsize=13)
+    done = "Training" if report.rows[0].case.train else "Inference"
+    figure.suptitle(f"{done} on {where}", color=INK, fontsize=13)
     handles, labels = panels[0].get_legend_handles_labels()
     # They were drawn last first.
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(labels), frameon=False)

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastseq.cli.cases import Case
 
+TITLE = 26  # the width of the first column of the table
 QUIET = 0.15  # processors that others may use; their time is counted in hundredths of a second
 
 
@@ -103,16 +104,16 @@ def table(report: Report) -> str:
         + ", ".join(f"{rate / 1e9:.3g} GFLOP/s on {_count(n, 'thread')}" for n, rate in report.peaks.items()),
         "reading: " + ", ".join(f"{rate / 1e9:.3g} GB/s from {size(n)}" for n, rate in report.reads.items()),
         "",
-        f"{'B×T×I×H':24}  {'engine':11}  {'median':>8}  {'GFLOP/s':>7}  {'of limit':>8}  {'over fastseq':>12}"
+        f"{'B×T×I×H':{TITLE}}  {'engine':11}  {'median':>8}  {'GFLOP/s':>7}  {'of limit':>8}  {'over fastseq':>12}"
         "  quartiles",
     ]
     for row in report.rows:
         title = row.case.name
         for engine in report.engines:
-            lines.append(f"{title:24}  {engine:11}  {_cells(row, engine)}".rstrip())
+            lines.append(f"{title:{TITLE}}  {engine:11}  {_cells(row, engine)}".rstrip())
             title = ""
         if row.disturbed:
-            lines.append(f"{'':24}  disturbed: others kept {row.others:.2f} processors busy meanwhile")
+            lines.append(f"{'':{TITLE}}  disturbed: others kept {row.others:.2f} processors busy meanwhile")
     lines += ["", *_summary(report)]
     return "\n".join(lines)
 
@@ -134,14 +135,19 @@ def _summary(report: Report) -> list[str]:
     if left_out and quiet:
         lines.append(f"without the {_count(left_out, 'row')} that others disturbed:")
     for engine in report.about["vs"]:
-        ratios = {row.case.name: median(row.ratios(engine)) for row in quiet or report.rows if engine in row.seconds}
+        ratios = {row.case: median(row.ratios(engine)) for row in quiet or report.rows if engine in row.seconds}
         if not ratios:
             continue
         least = min(ratios, key=ratios.__getitem__)
         faster = sum(ratio > 1 for ratio in ratios.values())
+        by_kind: dict[str, list[float]] = {}
+        for case, ratio in ratios.items():
+            by_kind.setdefault(case.kind.upper(), []).append(ratio)
+        each = ", ".join(f"{kind} {geometric_mean(some):.2f}" for kind, some in by_kind.items())
         lines.append(
-            f"{engine} takes {geometric_mean(ratios.values()):.2f} times as long as fastseq (geometric mean),"
-            f" at least {ratios[least]:.2f} ({least}); fastseq is faster in {faster} of {len(ratios)}"
+            f"{engine} takes {geometric_mean(ratios.values()):.2f} times as long as fastseq (geometric mean"
+            f"{f': {each}' if len(by_kind) > 1 else ''}), at least {ratios[least]:.2f} ({least.name});"
+            f" fastseq is faster in {faster} of {len(ratios)}"
         )
     worst = {
         engine: max(row.errors[engine] for row in report.rows if engine in row.errors)
@@ -174,6 +180,7 @@ def as_json(report: Report) -> str:
                 "name": case.name,
                 "kind": case.kind,
                 "step": case.step,
+                "train": case.train,
                 "batch": case.batch,
                 "time": case.time,
                 "inputs": case.inputs,

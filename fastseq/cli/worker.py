@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ from time import perf_counter
 from typing import Any
 
 from fastseq.cli import engines
-from fastseq.cli.cases import Case, numbers
+from fastseq.cli.cases import Case
 
 # Every name by which an engine or its matrix products may take the number of threads.
 THREAD_VARIABLES = (
@@ -50,19 +51,21 @@ class Worker:
     Parameters
     ----------
     engine : str
-        A name in `engines.BUILDERS`.
+        A name that `module` knows.
     threads : int
         Given to the engine by environment and by its own interface.
+    module : str
+        Where the process finds ``build`` and ``version`` of the engine.
     """
 
     # The path is handed over as it is, because -c and -m put the current directory in front of it.
     _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fastseq.cli import worker; worker.main()"
 
-    def __init__(self, engine: str, threads: int) -> None:
+    def __init__(self, engine: str, threads: int, module: str = engines.__name__) -> None:
         self.engine = engine
         self._errors = tempfile.TemporaryFile()
         self._pipe, theirs = multiprocessing.Pipe()
-        arguments = [json.dumps(sys.path), str(theirs.fileno()), engine, str(threads), str(os.getpid())]
+        arguments = [json.dumps(sys.path), str(theirs.fileno()), module, engine, str(threads), str(os.getpid())]
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", self._START, *arguments],
@@ -131,10 +134,11 @@ class Worker:
 
 def main() -> None:
     """The process: answer requests until the pipe closes."""
-    handle, engine, threads, parent = int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+    handle, module, engine = int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    threads, parent = int(sys.argv[5]), int(sys.argv[6])
     _die_with(parent)
     pipe = Connection(handle)
-    build = engines.BUILDERS[engine]
+    registry = importlib.import_module(module)
     # One at a time: some engines start threads for every model.
     model: engines.Model | None = None
 
@@ -144,13 +148,13 @@ def main() -> None:
             assert model is not None
             return timed(model.call)
         model = None
-        model = build(case, numbers(case), threads)
+        model = registry.build(engine, case, threads)
         if request == "build":
             return None
         outputs, model = model.outputs(model.call()), None
         return outputs
 
-    _reply(pipe, lambda: engines.version(engine))
+    _reply(pipe, lambda: registry.version(engine))
     while True:
         try:
             request, case = pipe.recv()

@@ -96,7 +96,7 @@ class Embedding(Layer):
         Parameters
         ----------
         ids : array
-            Of any shape and integer dtype, each in 0..V-1. Not to be changed as long as the tape is used.
+            Of any shape and integer dtype, each in 0..V-1.
         seed : int, optional
             Nothing here is random.
 

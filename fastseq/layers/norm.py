@@ -123,10 +123,11 @@ class LayerNorm(Layer):
         if x.ndim < axes or x.shape[x.ndim - axes :] != self.normalized_shape:
             raise ValueError(f"x should be of shape (..., {', '.join(map(str, self.normalized_shape))}), not {x.shape}")
         rows = np.ascontiguousarray(x).reshape(-1, self._width)
+        weight = _flat(arrays, "weight")
         y, means, scales = self._operations.layer_norm_forward(
-            rows, arrays.get("weight"), arrays.get("bias"), self.eps, threads.get_num_threads()
+            rows, weight, _flat(arrays, "bias"), self.eps, threads.get_num_threads()
         )
-        return y.reshape(x.shape), (x.shape, rows, arrays.get("weight"), means, scales)
+        return y.reshape(x.shape), (x.shape, rows, weight, means, scales)
 
     def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array:
         """Gradients, given that of the outputs.
@@ -147,6 +148,12 @@ class LayerNorm(Layer):
         dy = checks.like("dy", dy, self.dtype, shape).reshape(-1, self._width)
         targets = self._targets(grads)
         dx: Array = self._operations.layer_norm_backward(
-            rows, weight, means, scales, dy, targets.get("weight"), targets.get("bias"), threads.get_num_threads()
+            rows, weight, means, scales, dy, _flat(targets, "weight"), _flat(targets, "bias"), threads.get_num_threads()
         )
         return dx.reshape(shape)
+
+
+def _flat(arrays: Mapping[str, Array], name: str) -> Array | None:
+    """A view of an array as one row, if it is there."""
+    array = arrays.get(name)
+    return None if array is None else array.reshape(-1)

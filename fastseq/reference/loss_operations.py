@@ -35,8 +35,9 @@ def softmax_cross_entropy(
         return 0.0, gradient
     x = logits[rows]
     classes = x.shape[1]
-    q = np.full_like(x, label_smoothing / classes)
-    q[np.arange(count), targets[rows]] += 1 - label_smoothing
+    smoothing = x.dtype.type(label_smoothing)
+    q = np.full_like(x, smoothing / classes)
+    q[np.arange(count), targets[rows]] += 1 - smoothing
     shifted = x - x.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     gradient[rows] = (np.exp(log_p) - q) / count
