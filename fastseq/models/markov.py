@@ -336,7 +336,7 @@ def _weigh(levels: list[_Level], vocab_size: int, smoothing: float | str) -> lis
             kept, total = counts, sums(context, counts, n) + spread
         elif smoothing == "kneser_ney":
             if k + 1 < len(levels):
-                counts = _continuations(level, levels[k + 1], k, vocab_size)
+                counts = _continuations(level, levels[k + 1], vocab_size)
             discount = _discounts(counts)[np.minimum(counts, 3).astype(np.int64) - 1]
             spread = sums(context, discount, n)
             kept, total = counts - discount, sums(context, counts, n)
@@ -350,12 +350,12 @@ def _weigh(levels: list[_Level], vocab_size: int, smoothing: float | str) -> lis
     return result
 
 
-def _continuations(level: _Level, above: _Level, k: int, vocab_size: int) -> Array:
+def _continuations(level: _Level, above: _Level, vocab_size: int) -> Array:
     """In how many contexts one symbol longer each gram was seen; its count, where nothing can stand before it."""
     longer = above.grams // vocab_size
     gram = above.contexts[longer] // (vocab_size + 1) * vocab_size + above.grams % vocab_size
     different = np.bincount(np.searchsorted(level.grams, gram), minlength=len(level.grams))
-    begins = (level.contexts % (vocab_size + 1) == vocab_size) & (k > 0)
+    begins = level.contexts % (vocab_size + 1) == vocab_size  # the empty context, 0, is not among them
     return np.where(begins[level.grams // vocab_size], level.counts, different).astype(np.float64)
 
 
