@@ -34,13 +34,14 @@ cdef class Tape:
     cdef list c_steps  # of each direction: c after every step, (B, T, H), or None
 
 
-cdef cnp.ndarray aligned_sequence(cnp.ndarray x, Py_ssize_t width, bint padded):
-    """`sequence` on cache lines of its own, for what kernels alone read."""
-    shape = (x.shape[0], x.shape[1], width)
-    n_bytes = x.shape[0] * x.shape[1] * width * x.itemsize
+cdef cnp.ndarray steps_together(cnp.ndarray x, Py_ssize_t width, bint padded):
+    """`sequence` for what kernels alone read: the rows of a step lie together, each on cache lines of its own."""
+    cdef Py_ssize_t row = padded_bytes(width * x.itemsize)
+    n_bytes = x.shape[1] * x.shape[0] * row
     raw = (np.zeros if padded else np.empty)(n_bytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    return raw[start:start + n_bytes].view(x.dtype).reshape(shape)
+    by_step = raw[start:start + n_bytes].view(x.dtype).reshape(x.shape[1], x.shape[0], row // x.itemsize)
+    return by_step[:, :, :width].swapaxes(0, 1)
 
 
 def forward(
@@ -67,12 +68,12 @@ def forward(
         set_state(&job, h, c, direction)
         gates = c_steps = None
         if TAPE_GATES[<int> cell.kind]:
-            gates = aligned_sequence(x, TAPE_GATES[<int> cell.kind] * cell.hidden_size, padded)
+            gates = steps_together(x, TAPE_GATES[<int> cell.kind] * cell.hidden_size, padded)
             job.gates = cnp.PyArray_BYTES(gates)
             job.gates_row = cnp.PyArray_STRIDE(gates, 0)
             job.gates_time = cnp.PyArray_STRIDE(gates, 1)
         if c is not None:
-            c_steps = aligned_sequence(x, cell.hidden_size, padded)
+            c_steps = steps_together(x, cell.hidden_size, padded)
             job.c_out = cnp.PyArray_BYTES(c_steps)
             job.c_out_row = cnp.PyArray_STRIDE(c_steps, 0)
             job.c_out_time = cnp.PyArray_STRIDE(c_steps, 1)
