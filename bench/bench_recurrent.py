@@ -1,4 +1,4 @@
-"""One step of a stream, and whole sequences, beside the reference."""
+"""One step of a stream, whole sequences, and training on them, beside the reference."""
 
 import numpy as np
 import pytest
@@ -35,3 +35,24 @@ def bench_sequence(benchmark, rng, kind, batch, time, inputs, hidden, engine):
     for array, expected_array in zip(state, expected_state, strict=True):
         assert_close(array, expected_array, time * (inputs + hidden))
     benchmark(layer, x)
+
+
+@pytest.mark.parametrize("engine", ["fastseq", "reference"])
+@pytest.mark.parametrize("batch, time, inputs, hidden", [(1, 100, 64, 128), (8, 50, 64, 128), (32, 20, 128, 256)])
+@pytest.mark.parametrize("kind", KINDS)
+def bench_training(benchmark, rng, kind, batch, time, inputs, hidden, engine):
+    benchmark.group = f"training {kind} {batch}×{time}×{inputs}×{hidden}"
+    layer = pair(kind, inputs, hidden)[engine == "reference"]
+    x = rng.standard_normal((batch, time, inputs), np.float32)
+    dy = rng.standard_normal((batch, time, hidden), np.float32)
+
+    def forward_backward(layer):
+        layer.zero_grad()
+        y, _, tape = layer.forward(x)
+        dx, dstate = layer.backward(dy, tape)
+        return y, dx, *dstate, *layer.grads.values()
+
+    arrays, expected = forward_backward(layer), forward_backward(exact(layer))
+    for array, expected_array in zip(arrays, expected, strict=True):
+        assert_close(array, expected_array, time * (inputs + hidden), gradient=array is not arrays[0])
+    benchmark(forward_backward, layer)
