@@ -155,7 +155,7 @@ def integers(name: str, value: Any) -> Array:
 
 
 def ids(name: str, value: Any, count: int, counted: Array | None = None) -> Array:
-    """Numbers of `count` things, of any integer dtype: contiguous, as int64.
+    """Numbers of `count` things, of any integer dtype: contiguous and aligned, as int64.
 
     Only those where `counted` is True are looked at, if it is given; the others become -1.
     """
@@ -168,6 +168,7 @@ def ids(name: str, value: Any, count: int, counted: Array | None = None) -> Arra
         where = f"{name}[{', '.join(map(str, place))}]" if place else name
         raise ValueError(f"{name} should be in 0..{count - 1}, but {where} is {array[place]}")
     numbers = np.ascontiguousarray(array, dtype=np.int64).reshape(array.shape)
+    numbers = numbers if numbers.flags.aligned else numbers.copy()
     return numbers if counted is None else np.where(counted, numbers, -1)
 
 
