@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from common import KINDS, assert_same_bits, inputs, make, random_state, run_python
+from common import KINDS, assert_same_bits, inputs, make, misplaced, random_state, run_python, strange
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastseq as fs
+from fastseq import checks
 from fastseq.training import gradient_flow
 
 MODULES = [pytest.param(fs, id="compiled"), pytest.param(fs.reference, id="reference")]
@@ -247,6 +248,24 @@ def test_any_shapes(shape: Any, dstate: Any, resets: Any, truncate: int) -> None
 
 
 # Memory
+
+
+def test_what_passes_the_door_is_aligned_and_in_native_order() -> None:
+    """Kernels rely on it, also where a processor reads anything anywhere."""
+    whole = np.arange(12).reshape(3, 4)
+    for dtype in ("float32", "float64"):
+        for way, odd in strange(inputs((3, 4, 2), dtype)).items():
+            for passed in (
+                checks.real_array("x", odd, np.dtype(dtype)),
+                checks.like("x", odd, np.dtype(dtype), odd.shape),
+            ):
+                assert passed.flags.aligned and passed.dtype.isnative and passed.strides[-1] == passed.itemsize, way
+    for odd in (misplaced(whole), misplaced(whole.astype(">i8")), misplaced(whole[:, 0]), whole[::-1, ::2]):
+        passed = [checks.ids("ids", odd, 12), checks.ids("ids", odd, 12, np.ones(odd.shape, bool))]
+        passed += [checks.lengths(odd, 3, 12)] if odd.ndim == 1 else []
+        for array in passed:
+            assert array.flags.carray and array.dtype == np.int64 and array.dtype.isnative
+            np.testing.assert_array_equal(array, odd)
 
 
 def test_memory_that_cannot_be_had() -> None:
