@@ -497,12 +497,17 @@ def test_signals_are_looked_for_all_through_a_call() -> None:
         ("wide_backward", lambda: wide.backward(of_few, tapes[3])),
     ):
         call()  # packs what has to be packed, and has memory at hand
-        looks[:] = [time.perf_counter()]
-        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
-        call()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        looks.append(time.perf_counter())
-        print(name, np.diff(looks).max() / (looks[-1] - looks[0]))
+        least = 1.0
+        for attempt in range(10):  # a busy machine may take a large part as well
+            looks[:] = [time.perf_counter()]
+            signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+            call()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            looks.append(time.perf_counter())
+            least = min(least, np.diff(looks).max() / (looks[-1] - looks[0]))
+            if least < 0.3:
+                break
+        print(name, least)
     """
     out = run_python(code, FASTSEQ_NUM_THREADS="1").stdout
     shares = {name: float(share) for name, share in (line.split() for line in out.splitlines())}
