@@ -316,9 +316,9 @@ def test_weights_changed_while_others_call() -> None:
 
 
 def test_other_python_threads_run_during_every_long_call() -> None:
-    """The interpreter lock is released: a thread counts while a long call runs.
+    """The interpreter lock is released: a thread counts while a long call runs, at least in one of several.
 
-    Between two calls the lock changes hands too, but not so often.
+    Were it kept, it would change hands about once a call.
     """
     code = """
     import sys, threading, time
@@ -369,16 +369,17 @@ def test_other_python_threads_run_during_every_long_call() -> None:
     worker = threading.Thread(target=count)
     worker.start()
     for name, call in calls():
-        before, n, end = counted, 0, time.perf_counter() + 0.02
-        while time.perf_counter() < end:
+        most, end = 0, time.perf_counter() + 2
+        while most < 20 and time.perf_counter() < end:
+            before = counted
             call()
-            n += 1
-        print(name, (counted - before) / n)
+            most = max(most, counted - before)
+        print(name, most)
     stop = True
     worker.join()
     """
     counts = dict(line.split() for line in run_python(code, FASTSEQ_NUM_THREADS="1").stdout.splitlines())
-    assert len(counts) == 15 and all(float(count) > 3 for count in counts.values()), str(counts)
+    assert len(counts) == 15 and all(int(count) >= 20 for count in counts.values()), str(counts)
 
 
 # Ctrl-C
@@ -496,12 +497,17 @@ def test_signals_are_looked_for_all_through_a_call() -> None:
         ("wide_backward", lambda: wide.backward(of_few, tapes[3])),
     ):
         call()  # packs what has to be packed, and has memory at hand
-        looks[:] = [time.perf_counter()]
-        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
-        call()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        looks.append(time.perf_counter())
-        print(name, np.diff(looks).max() / (looks[-1] - looks[0]))
+        least = 1.0
+        for attempt in range(10):  # a busy machine may take a large part as well
+            looks[:] = [time.perf_counter()]
+            signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+            call()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            looks.append(time.perf_counter())
+            least = min(least, np.diff(looks).max() / (looks[-1] - looks[0]))
+            if least < 0.3:
+                break
+        print(name, least)
     """
     out = run_python(code, FASTSEQ_NUM_THREADS="1").stdout
     shares = {name: float(share) for name, share in (line.split() for line in out.splitlines())}
