@@ -356,7 +356,8 @@ def test_other_python_threads_run_during_every_long_call() -> None:
         yield "squared_error", lambda: _losses.mean_squared_error(out[None], out[None], None, out.size, 1)
         p, g, m, v, new = (np.ones(3_000_000, "f4") for _ in range(5))
         yield "adam", lambda: _optimisers.adam(p, g, m, v, new, 1, 0.1, 0.9, 0.99, 1e-8, 0.0, False, 1)
-        yield "sum_of_squares", lambda: _optimisers.sum_of_squares(p, 1)
+        large = np.ones(20_000_000, "f4")
+        yield "sum_of_squares", lambda: _optimisers.sum_of_squares(large, 1)
 
     sys.setswitchinterval(1e-4)
     counted = 0
