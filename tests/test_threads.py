@@ -316,9 +316,9 @@ def test_weights_changed_while_others_call() -> None:
 
 
 def test_other_python_threads_run_during_every_long_call() -> None:
-    """The interpreter lock is released: a thread counts while a long call runs, at least in one of several.
+    """The interpreter lock is released: a thread counts while a long call runs.
 
-    Were it kept, it would change hands about once a call.
+    Were it kept, it would change hands about once a call. On a busy machine some tries may be needed to see more.
     """
     code = """
     import sys, threading, time
@@ -343,7 +343,7 @@ def test_other_python_threads_run_during_every_long_call() -> None:
         after = wide.forward(few)[1]
         dwide = inputs((100, 2000))
         yield "linear_of_many_outputs_backward", lambda: wide.backward(dwide, after)
-        weight, ids = np.ones((1000, 1000), "f4"), np.arange(5000) % 1000
+        weight, ids = np.ones((1000, 1000), "f4"), np.arange(15000) % 1000
         out = _dense.embedding_forward(weight, ids, 1)
         yield "embedding", lambda: _dense.embedding_forward(weight, ids, 1)
         yield "embedding_backward", lambda: _dense.embedding_backward(ids, out, weight, -1, 1)
@@ -354,7 +354,7 @@ def test_other_python_threads_run_during_every_long_call() -> None:
         yield "dropout", lambda: _dense.dropout(out, 0.5, 1, 1, 1)
         yield "cross_entropy", lambda: _losses.softmax_cross_entropy(out, ids, len(ids), 0.1, 1)
         yield "squared_error", lambda: _losses.mean_squared_error(out[None], out[None], None, out.size, 1)
-        p, g, m, v, new = (np.ones(3_000_000, "f4") for _ in range(5))
+        p, g, m, v, new = (np.ones(10_000_000, "f4") for _ in range(5))
         yield "adam", lambda: _optimisers.adam(p, g, m, v, new, 1, 0.1, 0.9, 0.99, 1e-8, 0.0, False, 1)
         large = np.ones(20_000_000, "f4")
         yield "sum_of_squares", lambda: _optimisers.sum_of_squares(large, 1)
@@ -370,17 +370,21 @@ def test_other_python_threads_run_during_every_long_call() -> None:
     worker = threading.Thread(target=count)
     worker.start()
     for name, call in calls():
-        most, end = 0, time.perf_counter() + 2
-        while most < 20 and time.perf_counter() < end:
-            before = counted
-            call()
-            most = max(most, counted - before)
-        print(name, most)
+        mean = 0
+        for attempt in range(20):
+            before, n, end = counted, 0, time.perf_counter() + 0.05
+            while time.perf_counter() < end:
+                call()
+                n += 1
+            mean = max(mean, (counted - before) / n)
+            if mean > 12:
+                break
+        print(name, mean)
     stop = True
     worker.join()
     """
     counts = dict(line.split() for line in run_python(code, FASTSEQ_NUM_THREADS="1").stdout.splitlines())
-    assert len(counts) == 15 and all(int(count) >= 20 for count in counts.values()), str(counts)
+    assert len(counts) == 15 and all(float(count) > 12 for count in counts.values()), str(counts)
 
 
 # Ctrl-C
