@@ -1,4 +1,4 @@
-"""Linear, embedding, layer normalisation and dropout, compiled; `fastseq.reference.dense` has the same in NumPy.
+"""Linear, embedding, norms, activations, softmax and dropout, compiled; `fastseq.reference.dense` has the same in NumPy.
 
 Arguments were checked at the door; arrays are contiguous, but for the rows of what a linear layer multiplies, which
 may lie apart. Threads split rows, columns or elements, never a sum.
@@ -13,7 +13,7 @@ from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from leaves cimport FS_IDENTITY, fs_leaves, fs_step, fs_weights
+from leaves cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_finish, fs_leaves, fs_step, fs_weights
 from outer cimport (
     OUTER_ROWS, Outer, add_outer, add_row, fs_barrier, fs_barrier_wait, lay_out_factors, lay_out_sums, multiply_share,
     pack_share, set_factor, set_product, take_sums, taken,
@@ -43,6 +43,7 @@ cdef enum:
 cdef double NORM_WORK = 24
 cdef double DROPOUT_WORK = 12
 cdef double COPY_WORK = 8
+cdef double ACTIVATION_WORK = 40
 
 
 cdef const fs_leaves *table(cnp.ndarray x) except NULL:
@@ -318,6 +319,7 @@ cdef struct Rows:
     char *out
     char *dweight
     char *dbias
+    fs_finish activation
     uint64_t seed
     uint64_t stream
     uint32_t threshold
@@ -452,6 +454,134 @@ def layer_norm_backward(
     if dweight is not None:
         share_out(norm_sums_part, &job, items, NORM_WORK * job.rows * job.width / items, n_threads)
     return dx
+
+
+cdef void rms_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    cdef const Rows *s = <const Rows *> job
+    cdef Py_ssize_t item = s.leaves.item_size, at = first * s.width * item
+    s.leaves.rms_norm(last - first, s.width, s.eps, s.x + at, s.weight, s.out + at, s.scales + first * item)
+
+
+def rms_norm_forward(cnp.ndarray x not None, cnp.ndarray weight, double eps, int n_threads):
+    """y, and 1 / sqrt(mean of squares + eps) of each row of x (rows, width)."""
+    cdef Rows job
+    cdef cnp.ndarray y = np.empty_like(x), scales = np.empty(x.shape[0], x.dtype)
+    job.leaves = table(x)
+    job.width = cnp.PyArray_DIM(x, 1)
+    job.eps = eps
+    job.x = cnp.PyArray_BYTES(x)
+    job.weight = <const char *> data_or_null(weight)
+    job.out = cnp.PyArray_BYTES(y)
+    job.scales = cnp.PyArray_BYTES(scales)
+    share_out(rms_part, &job, cnp.PyArray_DIM(x, 0), NORM_WORK * job.width, n_threads)
+    return y, scales
+
+
+cdef void rms_dx_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    cdef const Rows *s = <const Rows *> job
+    cdef Py_ssize_t item = s.leaves.item_size, at = first * s.width * item
+    s.leaves.rms_norm_dx(
+        last - first, s.width, s.x + at, s.weight, s.scales + first * item, s.dy + at, s.out + at,
+    )
+
+
+cdef void rms_sums_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    cdef const Rows *s = <const Rows *> job
+    s.leaves.rms_norm_sums(s.rows, s.width, column(s, first), column(s, last), s.x, s.scales, s.dy, s.dweight)
+
+
+def rms_norm_backward(
+    cnp.ndarray x not None, cnp.ndarray weight, cnp.ndarray scales not None, cnp.ndarray dy not None,
+    cnp.ndarray dweight, int n_threads,
+):
+    """Gradient of x; that of the weight is added."""
+    cdef Rows job
+    cdef cnp.ndarray dx = np.empty_like(x)
+    job.leaves = table(x)
+    job.rows = cnp.PyArray_DIM(x, 0)
+    job.width = cnp.PyArray_DIM(x, 1)
+    job.x = cnp.PyArray_BYTES(x)
+    job.weight = <const char *> data_or_null(weight)
+    job.scales = cnp.PyArray_BYTES(scales)
+    job.dy = cnp.PyArray_BYTES(dy)
+    job.out = cnp.PyArray_BYTES(dx)
+    job.dweight = <char *> data_or_null(dweight)
+    job.strip = LINE
+    share_out(rms_dx_part, &job, job.rows, NORM_WORK * job.width, n_threads)
+    cdef Py_ssize_t items = strips(&job)
+    if dweight is not None:
+        share_out(rms_sums_part, &job, items, NORM_WORK * job.rows * job.width / items, n_threads)
+    return dx
+
+
+cdef fs_finish activation_of(str kind):
+    return FS_RELU if kind == "relu" else FS_GELU if kind == "gelu" else FS_GELU_TANH
+
+
+cdef void activation_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """Of some elements y, or with a dy the gradient of x."""
+    cdef const Rows *s = <const Rows *> job
+    cdef Py_ssize_t start = column(s, first), n = column(s, last) - start, at = start * s.leaves.item_size
+    if s.dy == NULL:
+        s.leaves.activate(s.activation, n, s.x + at, s.out + at)
+    else:
+        s.leaves.activate_dx(s.activation, n, s.x + at, s.dy + at, s.out + at)
+
+
+cdef cnp.ndarray activated(cnp.ndarray x, cnp.ndarray dy, str kind, int n_threads):
+    cdef Rows job
+    cdef cnp.ndarray y = np.empty_like(x)
+    job.leaves = table(x)
+    job.width = cnp.PyArray_SIZE(x)
+    job.strip = LINE
+    job.activation = activation_of(kind)
+    job.x = cnp.PyArray_BYTES(x)
+    job.dy = <const char *> data_or_null(dy)
+    job.out = cnp.PyArray_BYTES(y)
+    share_out(activation_part, &job, strips(&job), ACTIVATION_WORK * LINE / job.leaves.item_size, n_threads)
+    return y
+
+
+def activation_forward(cnp.ndarray x not None, str kind not None, int n_threads):
+    """f(x), elementwise; see `fastseq.reference.dense.activation_forward`."""
+    return activated(x, None, kind, n_threads)
+
+
+def activation_backward(cnp.ndarray x not None, cnp.ndarray dy not None, str kind not None, int n_threads):
+    """f'(x) dy, elementwise."""
+    return activated(x, dy, kind, n_threads)
+
+
+cdef void softmax_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """Of some rows y, or with a dy the gradient of x, where x is the y of the forward."""
+    cdef const Rows *s = <const Rows *> job
+    cdef Py_ssize_t at = first * s.width * s.leaves.item_size
+    if s.dy == NULL:
+        s.leaves.softmax(last - first, s.width, s.x + at, s.out + at)
+    else:
+        s.leaves.softmax_dx(last - first, s.width, s.x + at, s.dy + at, s.out + at)
+
+
+cdef cnp.ndarray softmaxed(cnp.ndarray x, cnp.ndarray dy, int n_threads):
+    cdef Rows job
+    cdef cnp.ndarray y = np.empty_like(x)
+    job.leaves = table(x)
+    job.width = cnp.PyArray_DIM(x, 1)
+    job.x = cnp.PyArray_BYTES(x)
+    job.dy = <const char *> data_or_null(dy)
+    job.out = cnp.PyArray_BYTES(y)
+    share_out(softmax_part, &job, cnp.PyArray_DIM(x, 0), ACTIVATION_WORK * job.width, n_threads)
+    return y
+
+
+def softmax_forward(cnp.ndarray x not None, int n_threads):
+    """The softmax of each row of x (rows, width)."""
+    return softmaxed(x, None, n_threads)
+
+
+def softmax_backward(cnp.ndarray y not None, cnp.ndarray dy not None, int n_threads):
+    """Gradient of x, given y and its gradient."""
+    return softmaxed(y, dy, n_threads)
 
 
 cdef void dropout_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:

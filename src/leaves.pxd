@@ -10,6 +10,9 @@ cdef extern from "simd/leaves.h" nogil:
         FS_SIGMOID
         FS_BLEND
         FS_ADD
+        FS_JOIN
+        FS_GELU
+        FS_GELU_TANH
         FS_BACK_IDENTITY
         FS_BACK_TANH
         FS_BACK_RELU
@@ -94,6 +97,46 @@ cdef extern from "simd/leaves.h" nogil:
         double eps
         int nesterov
 
+    ctypedef struct fs_heads:
+        void *data
+        ptrdiff_t batch
+        ptrdiff_t row
+        ptrdiff_t head
+
+    ctypedef struct fs_attention:
+        ptrdiff_t batch
+        ptrdiff_t heads
+        ptrdiff_t kv_heads
+        ptrdiff_t width
+        ptrdiff_t value_width
+        ptrdiff_t most_queries
+        ptrdiff_t most_keys
+        fs_heads q
+        fs_heads k
+        fs_heads v
+        fs_heads out
+        fs_heads dout
+        fs_heads dq
+        fs_heads dk
+        fs_heads dv
+        void *stats
+        void *weights
+        const int64_t *q_starts
+        const int64_t *k_starts
+        const int64_t *lengths
+        const void *mask
+        int mask_is_bool
+        ptrdiff_t mask_strides[3]
+        int causal
+        ptrdiff_t window
+        double scale
+        uint64_t seed
+        uint32_t threshold
+        double factor
+        ptrdiff_t parts
+        ptrdiff_t part
+        int phase
+
     ctypedef struct fs_leaves:
         const char *set
         int lanes
@@ -133,6 +176,28 @@ cdef extern from "simd/leaves.h" nogil:
             ptrdiff_t rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, const void *x, const void *means,
             const void *scales, const void *dy, void *dweight, void *dbias,
         ) noexcept nogil
+        void (*rms_norm)(
+            ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, const void *weight, void *y, void *scales,
+        ) noexcept nogil
+        void (*rms_norm_dx)(
+            ptrdiff_t rows, ptrdiff_t n, const void *x, const void *weight, const void *scales, const void *dy, void *dx,
+        ) noexcept nogil
+        void (*rms_norm_sums)(
+            ptrdiff_t rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, const void *x, const void *scales,
+            const void *dy, void *dweight,
+        ) noexcept nogil
+        void (*softmax)(ptrdiff_t rows, ptrdiff_t n, const void *x, void *y) noexcept nogil
+        void (*softmax_dx)(ptrdiff_t rows, ptrdiff_t n, const void *y, const void *dy, void *dx) noexcept nogil
+        void (*rotary)(
+            ptrdiff_t heads, ptrdiff_t head, ptrdiff_t width, ptrdiff_t turned, int interleaved, int inverse,
+            const void *x, const void *cos, const void *sin, void *y,
+        ) noexcept nogil
+        void (*activate)(fs_finish f, ptrdiff_t n, const void *x, void *y) noexcept nogil
+        void (*activate_dx)(fs_finish f, ptrdiff_t n, const void *x, const void *dy, void *dx) noexcept nogil
+        ptrdiff_t (*attend_scratch)(const fs_attention *job) noexcept nogil
+        void (*attend)(const fs_attention *job, ptrdiff_t item, void *scratch) noexcept nogil
+        ptrdiff_t (*attend_back_scratch)(const fs_attention *job) noexcept nogil
+        void (*attend_back)(const fs_attention *job, ptrdiff_t item, void *scratch) noexcept nogil
         void (*scatter_add)(
             ptrdiff_t rows, const int64_t *ids, int64_t skip, ptrdiff_t width, ptrdiff_t first, ptrdiff_t last,
             const void *dy, void *gradient,

@@ -144,6 +144,21 @@ static inline void fs_barrier_wait(fs_barrier *barrier, int team)
     }
 }
 
+/* Items that the threads of a team take one by one, because some take longer than others. */
+typedef struct fs_counter {
+    _Alignas(64) atomic_llong next;
+} fs_counter;
+
+static inline void fs_counter_set(fs_counter *counter, long long first)
+{
+    atomic_store_explicit(&counter->next, first, memory_order_relaxed);
+}
+
+static inline long long fs_take(fs_counter *counter)
+{
+    return atomic_fetch_add_explicit(&counter->next, 1, memory_order_relaxed);
+}
+
 /*
  * Denormal numbers are taken and given as 0 while a kernel runs, because some processors take a hundred times
  * longer over them. The control register comes back as it was, sticky flags included, on every thread.

@@ -29,6 +29,9 @@ enum fs_finish {
     FS_SIGMOID,  /* h = sigmoid(a)                        */
     FS_BLEND,    /* h = (1 - z) * tanh(a) + z * carry     */
     FS_ADD,      /* h += a                                */
+    FS_JOIN,     /* h = carry + a                         */
+    FS_GELU,     /* h = gelu(a), the erf form             */
+    FS_GELU_TANH, /* h = gelu(a), the tanh form           */
     /* And where the step is one of a backward pass: see backward.h. */
     FS_BACK_IDENTITY,
     FS_BACK_TANH,
@@ -134,6 +137,44 @@ typedef struct fs_update {
     int nesterov; /* of `sgd`                                                               */
 } fs_update;
 
+/* Heads: [batch][row][head][reals] in any order of the first three, distances in reals. Whole vectors: see fs_attention. */
+typedef struct fs_heads {
+    void *data; /* NULL: there are none               */
+    ptrdiff_t batch; /* from one sequence to the next; not used where sequences are ragged */
+    ptrdiff_t row;
+    ptrdiff_t head;
+} fs_heads;
+
+/*
+ * Attention over a batch. Its items are independent; each is computed by one thread, in scratch memory of its own.
+ * `width` and `value_width` are whole vectors: the door pads with zeros, which change no sum.
+ */
+typedef struct fs_attention {
+    ptrdiff_t batch, heads, kv_heads, width, value_width;
+    ptrdiff_t most_queries, most_keys; /* of every sequence, or of the longest where they are ragged      */
+    fs_heads q, k, v; /* IN  width, width, value_width                                   */
+    fs_heads out; /* OUT of forward, IN of backward: value_width                     */
+    fs_heads dout; /* IN  of backward; no data: this is a forward                     */
+    fs_heads dq, dk, dv; /* OUT of backward, added to; zeros                                */
+    void *
+        stats; /* OUT of forward, IN of backward: [batch][heads][most_queries][2]: maximum, 1 over the sum of the softmax */
+    void *weights; /* OUT [batch][heads][most_queries][most_keys], zeros before; or NULL */
+    const int64_t *q_starts, *k_starts; /* [batch + 1] first row of each sequence; NULL: not ragged */
+    const int64_t *lengths; /* [batch] keys of each sequence; NULL: all of them                */
+    const void *mask; /* of booleans, or of reals that are added; or NULL                */
+    int mask_is_bool;
+    ptrdiff_t mask_strides[3]; /* bytes from one sequence, head and query to the next              */
+    int causal;
+    ptrdiff_t window; /* 0: none                                                         */
+    double scale;
+    uint64_t seed; /* of dropout                                                      */
+    uint32_t threshold; /* 0: no dropout                                                   */
+    double factor; /* of the weights that are kept                                    */
+    ptrdiff_t parts; /* items of each key-value head; of backward in phase 0, one after another */
+    ptrdiff_t part; /* which of them, in that phase                                    */
+    int phase; /* of backward: 0 all at once, 1 dq, 2 dk and dv                     */
+} fs_attention;
+
 typedef struct fs_leaves {
     const char *set; /* "baseline", "avx2" or "avx512"                                  */
     int lanes; /* reals in a vector                                               */
@@ -192,6 +233,27 @@ typedef struct fs_leaves {
                         ptrdiff_t last, const void *dy, void *gradient);
     void (*dropout)(ptrdiff_t n, const void *x, void *y, uint64_t first, uint64_t seed, uint64_t stream,
                     uint32_t threshold, double scale);
+
+    void (*rms_norm)(ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, const void *weight, void *y,
+                     void *scales);
+    void (*rms_norm_dx)(ptrdiff_t rows, ptrdiff_t n, const void *x, const void *weight, const void *scales,
+                        const void *dy, void *dx);
+    void (*rms_norm_sums)(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, const void *x,
+                          const void *scales, const void *dy, void *dweight);
+    void (*softmax)(ptrdiff_t rows, ptrdiff_t n, const void *x, void *y);
+    void (*softmax_dx)(ptrdiff_t rows, ptrdiff_t n, const void *y, const void *dy, void *dx);
+    /* Heads of `turned` reals and what stands behind them, `width` in all, turned by the angles of one position. */
+    void (*rotary)(ptrdiff_t heads, ptrdiff_t head, ptrdiff_t width, ptrdiff_t turned, int interleaved,
+                   int inverse, const void *x, const void *cos, const void *sin, void *y);
+    /* y = f(x), and dx = f'(x) dy, of n reals; f is FS_RELU, FS_GELU or FS_GELU_TANH. */
+    void (*activate)(enum fs_finish f, ptrdiff_t n, const void *x, void *y);
+    void (*activate_dx)(enum fs_finish f, ptrdiff_t n, const void *x, const void *dy, void *dx);
+
+    /* simd/attention.h: one item of a forward and of a backward, and how many reals of scratch they take. */
+    ptrdiff_t (*attend_scratch)(const fs_attention *job);
+    void (*attend)(const fs_attention *job, ptrdiff_t item, void *scratch);
+    ptrdiff_t (*attend_back_scratch)(const fs_attention *job);
+    void (*attend_back)(const fs_attention *job, ptrdiff_t item, void *scratch);
 
     /* simd/losses.h */
     void (*softmax_cross_entropy)(ptrdiff_t rows, ptrdiff_t n, const void *x, const int64_t *targets,

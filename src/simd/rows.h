@@ -8,8 +8,8 @@
 #ifndef FASTSEQ_ROWS_H
 #define FASTSEQ_ROWS_H
 
+#include "functions.h"
 #include "leaves.h"
-#include "lanes.h"
 
 enum { ROW_CHAINS = 4 };
 
@@ -204,6 +204,137 @@ static void layer_norm_sums(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t first, ptrdif
             layer_norm_columns(rows, n, STRIP, at, means, scales, d, dw, db);
         else
             layer_norm_columns(rows, n, last - i, at, means, scales, d, dw, db);
+    }
+}
+
+/* scale = 1 / sqrt(sum x^2 / n + eps);  y = x scale weight */
+static void rms_norm(ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, const void *weight, void *y,
+                     void *scales)
+{
+    const real *w = weight;
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const real *row = (const real *)x + r * n;
+        real *out = (real *)y + r * n;
+        vec squares[ROW_CHAINS] = {{0}};
+        FOR_ROW(n, {
+            const vec v = load_row(row + i, left, 0);
+            squares[chain] = fma_(v, v, squares[chain]);
+        });
+        const real scale = 1 / square_root(sum_of_chains(squares) / (real)n + (real)eps);
+        FOR_ROW(n, {
+            vec v = load_row(row + i, left, 0) * broadcast(scale);
+            if (w)
+                v *= load_row(w + i, left, 0);
+            store_row(out + i, left, v);
+        });
+        ((real *)scales)[r] = scale;
+    }
+}
+
+/* With g = dy weight and x^ = x scale:  dx = scale (g - x^ mean of g x^) */
+static void rms_norm_dx(ptrdiff_t rows, ptrdiff_t n, const void *x, const void *weight, const void *scales,
+                        const void *dy, void *dx)
+{
+    const real *w = weight;
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const real *row = (const real *)x + r * n, *d = (const real *)dy + r * n;
+        real *out = (real *)dx + r * n;
+        const vec scale = broadcast(((const real *)scales)[r]);
+        vec products[ROW_CHAINS] = {{0}};
+        FOR_ROW(n, {
+            vec g = load_row(d + i, left, 0);
+            if (w)
+                g *= load_row(w + i, left, 0);
+            products[chain] = fma_(g, load_row(row + i, left, 0) * scale, products[chain]);
+        });
+        const vec of_products = broadcast(sum_of_chains(products) / (real)n);
+        FOR_ROW(n, {
+            vec g = load_row(d + i, left, 0);
+            if (w)
+                g *= load_row(w + i, left, 0);
+            store_row(out + i, left, (g - load_row(row + i, left, 0) * scale * of_products) * scale);
+        });
+    }
+}
+
+/* dweight += sum over rows of dy x^, of the columns [first, last) */
+static void rms_norm_sums(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, const void *x,
+                          const void *scales, const void *dy, void *dweight)
+{
+    enum { STRIP = ROW_CHAINS * LANES };
+    for (ptrdiff_t start = first; start < last; start += STRIP) {
+        const ptrdiff_t columns = last - start < STRIP ? last - start : STRIP;
+        real *dw = (real *)dweight + start;
+        vec products[ROW_CHAINS] = {{0}};
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            const real *row = (const real *)x + r * n + start, *d = (const real *)dy + r * n + start;
+            const vec scale = broadcast(((const real *)scales)[r]);
+            FOR_ROW(columns, products[chain] = fma_(load_row(d + i, left, 0),
+                                                    load_row(row + i, left, 0) * scale, products[chain]););
+        }
+        FOR_ROW(columns, store_row(dw + i, left, load_row(dw + i, left, 0) + products[chain]););
+    }
+}
+
+/* y = exp(x - max x) / sum exp(x - max x); 0 where all of x is -inf */
+static void softmax(ptrdiff_t rows, ptrdiff_t n, const void *x, void *y)
+{
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const real *row = (const real *)x + r * n;
+        real *out = (real *)y + r * n;
+        vec most[ROW_CHAINS], sums[ROW_CHAINS] = {{0}};
+        for (int i = 0; i < ROW_CHAINS; i++)
+            most[i] = broadcast((real)-INFINITY);
+        FOR_ROW(n, most[chain] = at_least(load_row(row + i, left, (real)-INFINITY), most[chain]););
+        const real all = most_of(at_least(at_least(most[0], most[1]), at_least(most[2], most[3])));
+        const vec base = broadcast(all == (real)-INFINITY ? 0 : all);
+        FOR_ROW(n, {
+            const vec p = exp_of_negative(load_row(row + i, left, (real)-INFINITY) - base);
+            sums[chain] += p;
+            store_row(out + i, left, p);
+        });
+        const real sum = sum_of_chains(sums), inverse = sum == 0 ? 0 : 1 / sum;
+        FOR_ROW(n, store_row(out + i, left, load_row(out + i, left, 0) * broadcast(inverse)););
+    }
+}
+
+/* dx = y (dy - sum of dy y) */
+static void softmax_dx(ptrdiff_t rows, ptrdiff_t n, const void *y, const void *dy, void *dx)
+{
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const real *row = (const real *)y + r * n, *d = (const real *)dy + r * n;
+        real *out = (real *)dx + r * n;
+        vec sums[ROW_CHAINS] = {{0}};
+        FOR_ROW(n, sums[chain] = fma_(load_row(row + i, left, 0), load_row(d + i, left, 0), sums[chain]););
+        const vec sum = broadcast(sum_of_chains(sums));
+        FOR_ROW(n, store_row(out + i, left, load_row(row + i, left, 0) * (load_row(d + i, left, 0) - sum)););
+    }
+}
+
+/* Pairs (a, b) become (a cos - b sin, b cos + a sin), or turn the other way; what stands behind them stays. */
+static void rotary(ptrdiff_t heads, ptrdiff_t head, ptrdiff_t width, ptrdiff_t turned, int interleaved,
+                   int inverse, const void *x, const void *cos, const void *sin, void *y)
+{
+    const ptrdiff_t pairs = turned / 2, step = interleaved ? 2 : 1, other = interleaved ? 1 : pairs;
+    const real *c = cos, *s = sin, direction = inverse ? -1 : 1;
+    for (ptrdiff_t h = 0; h < heads; h++) {
+        const real *in = (const real *)x + h * head;
+        real *out = (real *)y + h * width;
+        if (interleaved)
+            for (ptrdiff_t i = 0; i < pairs; i++) {
+                const real a = in[i * step], b = in[i * step + other], t = direction * s[i];
+                out[i * step] = a * c[i] - b * t;
+                out[i * step + other] = b * c[i] + a * t;
+            }
+        else
+            for (ptrdiff_t i = 0; i < pairs; i += LANES) {
+                const ptrdiff_t left = pairs - i;
+                const vec a = load_row(in + i, left, 0), b = load_row(in + i + other, left, 0);
+                const vec u = load_row(c + i, left, 0), t = broadcast(direction) * load_row(s + i, left, 0);
+                store_row(out + i, left, a * u - b * t);
+                store_row(out + i + other, left, b * u + a * t);
+            }
+        memmove(out + turned, in + turned, (size_t)(width - turned) * sizeof(real));
     }
 }
 

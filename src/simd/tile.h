@@ -12,6 +12,43 @@ enum {
     MAX_TILE = 24 /* the most sums a tile holds: 6 rows of 4 vectors, or 8 of 3 */
 };
 
+/* One k of a chain; the panels move on to the next. */
+INLINE void chain_step(const int ROWS, const int PANELS, const int VECTORS, const ptrdiff_t stride,
+                       const ptrdiff_t x_stride, vec *sums, const real *const *row, const real **panel,
+                       ptrdiff_t k)
+{
+    /* Of weights and inputs, the fewer stand in registers and the others pass through one: 4 rows of 3 vectors
+     * fill 16 registers that way, and the other way would spill a sum at every k. */
+    if (ROWS > PANELS * VECTORS) {
+        vec weight[MAX_PANELS * 4];
+#pragma GCC unroll 16
+        for (int i = 0; i < PANELS * VECTORS; i++)
+            weight[i] = load(panel[i / VECTORS] + i % VECTORS * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            vec input = broadcast(row[r][k * x_stride]);
+#pragma GCC unroll 16
+            for (int i = 0; i < PANELS * VECTORS; i++)
+                sums[r * PANELS * VECTORS + i] = fma_(input, weight[i], sums[r * PANELS * VECTORS + i]);
+        }
+    } else {
+        vec input[MAX_ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+            input[r] = broadcast(row[r][k * x_stride]);
+#pragma GCC unroll 16
+        for (int i = 0; i < PANELS * VECTORS; i++) {
+            vec weight = load(panel[i / VECTORS] + i % VECTORS * LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++)
+                sums[r * PANELS * VECTORS + i] = fma_(input[r], weight, sums[r * PANELS * VECTORS + i]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++)
+        panel[p] += stride;
+}
+
 /*
  * sums[row][panel][v] += sum over k, in order, of x[row][k] * weights[panel][k][v]
  *
@@ -19,8 +56,9 @@ enum {
  * compiler keeps the sums in memory, at a fifth of the speed. Panels lie panel_size reals apart and their
  * rows STRIDE vectors, of which the first VECTORS are used. From one k to the next, x moves on by X_STRIDE reals.
  */
-INLINE void chain(const int ROWS, const int PANELS, const int VECTORS, const int STRIDE, const int X_STRIDE,
-                  vec *sums, const void *const *x, const real *weights, ptrdiff_t panel_size, ptrdiff_t k_size)
+INLINE void chain_rows(const int ROWS, const int PANELS, const int VECTORS, const ptrdiff_t stride,
+                       const ptrdiff_t x_stride, vec *sums, const void *const *x, const real *weights,
+                       ptrdiff_t panel_size, ptrdiff_t k_size)
 {
     const real *row[MAX_ROWS], *panel[MAX_PANELS];
 #pragma GCC unroll 8
@@ -29,38 +67,22 @@ INLINE void chain(const int ROWS, const int PANELS, const int VECTORS, const int
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; p++)
         panel[p] = weights + p * panel_size;
-    for (ptrdiff_t k = 0; k < k_size; k++) {
-        /* Of weights and inputs, the fewer stand in registers and the others pass through one: 4 rows of 3 vectors
-         * fill 16 registers that way, and the other way would spill a sum at every k. */
-        if (ROWS > PANELS * VECTORS) {
-            vec weight[MAX_PANELS * 4];
-#pragma GCC unroll 16
-            for (int i = 0; i < PANELS * VECTORS; i++)
-                weight[i] = load(panel[i / VECTORS] + i % VECTORS * LANES);
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) {
-                vec input = broadcast(row[r][k * X_STRIDE]);
-#pragma GCC unroll 16
-                for (int i = 0; i < PANELS * VECTORS; i++)
-                    sums[r * PANELS * VECTORS + i] = fma_(input, weight[i], sums[r * PANELS * VECTORS + i]);
-            }
-        } else {
-            vec input[MAX_ROWS];
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++)
-                input[r] = broadcast(row[r][k * X_STRIDE]);
-#pragma GCC unroll 16
-            for (int i = 0; i < PANELS * VECTORS; i++) {
-                vec weight = load(panel[i / VECTORS] + i % VECTORS * LANES);
-#pragma GCC unroll 8
-                for (int r = 0; r < ROWS; r++)
-                    sums[r * PANELS * VECTORS + i] = fma_(input[r], weight, sums[r * PANELS * VECTORS + i]);
-            }
-        }
+    ptrdiff_t k = 0;
+#if FS_VECTOR_BYTES == 64
+    /* Several k at once: what moves the pointers takes slots that multiply-adds could have, 6 % of them. */
+    for (; k + 4 <= k_size; k += 4)
 #pragma GCC unroll 4
-        for (int p = 0; p < PANELS; p++)
-            panel[p] += STRIDE * LANES;
-    }
+        for (int i = 0; i < 4; i++)
+            chain_step(ROWS, PANELS, VECTORS, stride, x_stride, sums, row, panel, k + i);
+#endif
+    for (; k < k_size; k++)
+        chain_step(ROWS, PANELS, VECTORS, stride, x_stride, sums, row, panel, k);
+}
+
+INLINE void chain(const int ROWS, const int PANELS, const int VECTORS, const int STRIDE, const int X_STRIDE,
+                  vec *sums, const void *const *x, const real *weights, ptrdiff_t panel_size, ptrdiff_t k_size)
+{
+    chain_rows(ROWS, PANELS, VECTORS, STRIDE * LANES, X_STRIDE, sums, x, weights, panel_size, k_size);
 }
 
 /* How many of the rows left the next tile takes: as few tiles as possible, of even height. */
