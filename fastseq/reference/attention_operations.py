@@ -9,6 +9,7 @@ Query head h reads key-value head h // (H // K).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,7 +134,7 @@ def sequences(q: Array, k: Array, v: Array, spans: Spans | None) -> list[Sequenc
     """The sequences of a batch in either form."""
     if spans is None:
         return [Sequence(*heads) for heads in zip(q, k, v, strict=True)]
-    of_q, of_k = ([slice(*ends) for ends in zip(starts[:-1], starts[1:], strict=True)] for starts in spans)
+    of_q, of_k = ([slice(*ends) for ends in pairwise(starts)] for starts in spans)
     return [
         Sequence(q[i].swapaxes(0, 1), k[j].swapaxes(0, 1), v[j].swapaxes(0, 1)) for i, j in zip(of_q, of_k, strict=True)
     ]

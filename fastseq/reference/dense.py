@@ -152,7 +152,8 @@ ROOT_2_OVER_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 def normal_cdf(x: Array) -> Array:
     """The share of a normal distribution that lies below x; erfc, so that nothing cancels where it is small."""
-    return (0.5 * ERFC(x.astype(np.float64) * -math.sqrt(0.5)).astype(np.float64)).astype(x.dtype)
+    tail: Any = ERFC(x.astype(np.float64) * -math.sqrt(0.5))
+    return np.asarray(0.5 * tail, x.dtype)
 
 
 def activation_forward(x: Array, kind: str, n_threads: int) -> Array:

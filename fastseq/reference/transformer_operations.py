@@ -1,7 +1,7 @@
 """Whole stacks of Transformer blocks [1]_ for inference, as the textbooks write them.
 
-Nothing here is shared with the compiled operations of `fastseq._transformer`, which has the same functions. Rows are the
-tokens of all sequences one after another: x (N, d_model), and `starts` (B + 1,) of where each sequence begins.
+Nothing here is shared with the compiled operations of `fastseq._transformer`, which has the same functions. Rows are
+the tokens of all sequences one after another: x (N, d_model), and `starts` (B + 1,) of where each sequence begins.
 
 References
 ----------
@@ -104,7 +104,8 @@ def self_attention(block: Block, x: Array, run: Run) -> tuple[Array, Array | Non
     q, k, v = np.split(projected, [heads, heads + kv_heads], axis=1)
     if block.settings["rotary"] is not None:
         cos, sin, interleaved = block.settings["rotary"]
-        q, k = (rotary(rows, cos, sin, run.positions, interleaved, False, 1) for rows in (q, k))
+        positions: Any = run.positions
+        q, k = (rotary(rows, cos, sin, positions, interleaved, False, 1) for rows in (q, k))
     spans = run.starts, run.starts
     scale, window = 1 / np.sqrt(size), block.settings["window"]
     out, weights = attention(q, k, v, spans, None, run.mask, run.causal, window, scale, run.want_weights, 1)
