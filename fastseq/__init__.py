@@ -1,4 +1,4 @@
-"""Sequence models on a CPU: recurrent layers, compiled, beside a NumPy reference.
+"""Sequence models on a CPU: recurrent layers, attention and Transformers, compiled, beside a NumPy reference.
 
 >>> import numpy as np
 >>> import fastseq as fs
@@ -10,13 +10,37 @@
 
 from fastseq import init, losses, models, reference, training
 from fastseq.io import load
-from fastseq.layers import GRU, LSTM, RNN, Dropout, Embedding, LayerNorm, Linear, Sequential
+from fastseq.layers import (
+    GELU,
+    GRU,
+    LSTM,
+    RNN,
+    Dropout,
+    Embedding,
+    LayerNorm,
+    LearnedPositions,
+    Linear,
+    MultiheadAttention,
+    ReLU,
+    RMSNorm,
+    RotaryPositions,
+    Sequential,
+    SinusoidalPositions,
+    Softmax,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
+from fastseq.layers.attention import attention, attention_backward, attention_forward
 from fastseq.reference import models as _reference_models  # noqa: F401  so that it is there
 from fastseq.state import LSTMState, State
 from fastseq.threads import get_num_threads, set_num_threads
 from fastseq.version import __version__
 
 __all__ = [
+    "GELU",
     "GRU",
     "LSTM",
     "RNN",
@@ -24,10 +48,25 @@ __all__ = [
     "Embedding",
     "LSTMState",
     "LayerNorm",
+    "LearnedPositions",
     "Linear",
+    "MultiheadAttention",
+    "RMSNorm",
+    "ReLU",
+    "RotaryPositions",
     "Sequential",
+    "SinusoidalPositions",
+    "Softmax",
     "State",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "__version__",
+    "attention",
+    "attention_backward",
+    "attention_forward",
     "get_num_threads",
     "init",
     "load",

@@ -171,17 +171,17 @@ def ids(name: str, value: Any, count: int, counted: Array | None = None) -> Arra
     return numbers if counted is None else np.where(counted, numbers, -1)
 
 
-def lengths(value: Any, batch: int, time: int) -> Array:
+def lengths(value: Any, batch: int, time: int, name: str = "lengths") -> Array:
     """Lengths of the rows of a batch: (batch,) of any integer dtype, each in 0..time."""
-    array = integers("lengths", value)
+    array = integers(name, value)
     if array.shape != (batch,):
         hint = ""
         if array.shape == (time,):
             hint = "; x looks like (T, B, I): the batch comes first here, pass x.swapaxes(0, 1)"
-        raise ValueError(f"lengths should be of shape ({batch},), one a row of the batch, not {array.shape}{hint}")
+        raise ValueError(f"{name} should be of shape ({batch},), one a row of the batch, not {array.shape}{hint}")
     if batch and (array.min() < 0 or array.max() > time):
         row = int(np.flatnonzero((array < 0) | (array > time))[0])
-        raise ValueError(f"lengths should be in 0..{time}, but lengths[{row}] is {array[row]}")
+        raise ValueError(f"{name} should be in 0..{time}, but {name}[{row}] is {array[row]}")
     return array.astype(np.int64)
 
 
@@ -197,6 +197,27 @@ def resets(value: Any, batch: int, time: int, batched: bool) -> Array:
             hint = "; it looks like (T, B): the batch comes first here, pass swapaxes(0, 1)"
         raise ValueError(f"resets should be of shape {wanted}, one a step, not {array.shape}{hint}")
     return np.array(array, dtype=bool, order="C").reshape(batch, time)
+
+
+def mask(name: str, value: Any, dtype: np.dtype[Any], shape: tuple[int, int, int, int]) -> Array:
+    """A mask of scores (B, heads, Tq, Tk), with its own sizes on four axes, the last one contiguous.
+
+    Booleans, True = may attend; or real numbers, which come as `dtype`, to add to the scores.
+    """
+    array = as_array(name, value)
+    if array.dtype.kind not in "bf":
+        raise TypeError(
+            f"{name} should hold booleans, True where a query may attend to a key, or real floating numbers to add to"
+            f" the scores, not {array.dtype}"
+        )
+    own = (1,) * (4 - array.ndim) + array.shape
+    if len(own) != 4 or any(n not in (1, whole) for n, whole in zip(own, shape, strict=True)):
+        raise ValueError(f"{name} should be of a shape that broadcasts to {shape}, not {array.shape}")
+    if array.dtype.kind == "f":
+        array = real_array(name, array, dtype)
+    elif array.ndim and array.strides[-1] != 1:
+        array = np.ascontiguousarray(array)
+    return array.reshape(own)
 
 
 def mapping(name: str, value: Any) -> Mapping[str, Any]:

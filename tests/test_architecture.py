@@ -26,6 +26,8 @@ FLOORS = [
         "fastseq._losses",
         "fastseq._optimisers",
         "fastseq._models",
+        "fastseq._attention",
+        "fastseq._transformer",
     ],
     [
         "fastseq.threads",
@@ -34,6 +36,8 @@ FLOORS = [
         "fastseq.reference.optimisers",
         "fastseq.reference.autoregression",
         "fastseq.reference.dense",
+        "fastseq.reference.attention_operations",
+        "fastseq.reference.transformer_operations",
     ],
     ["fastseq.state", "fastseq.losses", "fastseq.reference.loss_operations"],
     ["fastseq.layers"],
@@ -139,7 +143,10 @@ def test_no_flag_lets_the_compiler_change_the_arithmetic():
     assert not re.search("fast-math|Ofast|unsafe-math|associative-math|reciprocal-math|finite-math", text)
 
 
-@pytest.mark.parametrize("module", ["_simd", "_recurrent", "_dense", "_losses", "_optimisers", "_models"])
+COMPILED = ["_simd", "_recurrent", "_dense", "_losses", "_optimisers", "_models", "_attention", "_transformer"]
+
+
+@pytest.mark.parametrize("module", COMPILED)
 def test_stubs_name_what_the_compiled_modules_have(module):
     compiled = importlib.import_module(f"fastseq.{module}")
     has = {n for n, value in vars(compiled).items() if not n.startswith("_") and not isinstance(value, ModuleType)}

@@ -17,7 +17,29 @@ from fastseq import checks
 from fastseq.checks import Array
 
 _FORMAT = "1"
-_LAYERS = ("RNN", "LSTM", "GRU", "Linear", "Embedding", "LayerNorm", "Dropout", "Sequential")
+_LAYERS = (
+    "RNN",
+    "LSTM",
+    "GRU",
+    "Linear",
+    "Embedding",
+    "LayerNorm",
+    "RMSNorm",
+    "ReLU",
+    "GELU",
+    "Softmax",
+    "Dropout",
+    "SinusoidalPositions",
+    "LearnedPositions",
+    "RotaryPositions",
+    "MultiheadAttention",
+    "TransformerEncoderLayer",
+    "TransformerEncoder",
+    "TransformerDecoderLayer",
+    "TransformerDecoder",
+    "Transformer",
+    "Sequential",
+)
 _STATES = ("State", "LSTMState")
 _MODELS = ("MarkovChain", "AutoRegressive", "RecurrentLM", "RecurrentForecaster")
 _CLASSES = _LAYERS + _STATES + _MODELS

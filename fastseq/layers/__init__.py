@@ -1,10 +1,45 @@
-"""The layers, over the compiled operations."""
+"""The layers, over the compiled operations.
 
+The function `attention` is in `fastseq.layers.attention`; here it would hide that module.
+"""
+
+from fastseq.layers.activation import GELU, ReLU, Softmax
+from fastseq.layers.attention import MultiheadAttention
 from fastseq.layers.dropout import Dropout
 from fastseq.layers.embedding import Embedding
 from fastseq.layers.linear import Linear
-from fastseq.layers.norm import LayerNorm
+from fastseq.layers.norm import LayerNorm, RMSNorm
+from fastseq.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 from fastseq.layers.recurrent import GRU, LSTM, RNN
 from fastseq.layers.sequential import Sequential
+from fastseq.layers.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
-__all__ = ["GRU", "LSTM", "RNN", "Dropout", "Embedding", "LayerNorm", "Linear", "Sequential"]
+__all__ = [
+    "GELU",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Dropout",
+    "Embedding",
+    "LayerNorm",
+    "LearnedPositions",
+    "Linear",
+    "MultiheadAttention",
+    "RMSNorm",
+    "ReLU",
+    "RotaryPositions",
+    "Sequential",
+    "SinusoidalPositions",
+    "Softmax",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

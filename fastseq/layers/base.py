@@ -251,6 +251,11 @@ def mask_seed(seed: Any) -> int:
     return int.from_bytes(os.urandom(8), "little") >> 1 if given is None else given
 
 
+def seeds_of(seed: int | None, count: int) -> list[int | None]:
+    """A seed for each of some layers."""
+    return [None if seed is None else child_seed(seed, i) for i in range(count)]
+
+
 def child_seed(seed: int, child: int) -> int:
     """The seed that a layer made of layers gives one of them: splitmix64, 63 bits of it."""
     whole = (1 << 64) - 1

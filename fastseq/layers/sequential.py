@@ -6,19 +6,20 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from fastseq import checks
 from fastseq.checks import Array
+from fastseq.layers.attention import MultiheadAttention
 from fastseq.layers.base import Composite, Layer, Tape, child_seed, mask_seed
 from fastseq.layers.recurrent import Recurrent
+from fastseq.layers.rows import cleared
+from fastseq.layers.transformer import Encodes
 
 
 class Sequential(Composite):
     """Layers one after another: each takes what the one before it gives.
 
-    Recurrent layers start from zeros, and pass on their outputs at every step; `lengths` go to all of them. Parameters
-    are named ``0.weight``, ``1.weight_ih_l0`` and so on.
+    Recurrent layers start from zeros, and pass on their outputs at every step; `lengths` go to all of them, to encoders
+    of Transformers and to self-attention. Parameters are named ``0.weight``, ``1.weight_ih_l0`` and so on.
 
     Parameters
     ----------
@@ -83,11 +84,11 @@ class Sequential(Composite):
         for layer in self:
             if isinstance(layer, Recurrent):
                 x, _ = layer(x, lengths=lengths)
-            elif isinstance(layer, Sequential):
+            elif isinstance(layer, Sequential | MultiheadAttention | Encodes):
                 x = layer(x, lengths=lengths)
             else:
                 x = layer(x)  # type: ignore[operator]  # every layer can be called, each in its own way
-        return x if _takes_lengths(self[-1]) else _cleared(x, lengths)
+        return x if _takes_lengths(self[-1]) else cleared(x, lengths)
 
     def forward(self, x: Any, *, lengths: Any = None, seed: int | None = None) -> tuple[Array, Tape]:
         """Run all layers for training: what a call gives, but for dropout, and what `backward` needs.
@@ -113,12 +114,12 @@ class Sequential(Composite):
             own = child_seed(seed, place)
             if isinstance(layer, Recurrent):
                 x, _, tape = layer.forward(x, lengths=lengths, seed=own)
-            elif isinstance(layer, Sequential):
+            elif isinstance(layer, Sequential | MultiheadAttention | Encodes):
                 x, tape = layer.forward(x, lengths=lengths, seed=own)
             else:
                 x, tape = layer.forward(x, seed=own)  # type: ignore[attr-defined]
             tapes.append(tape)
-        y = x if _takes_lengths(self[-1]) else _cleared(x, lengths)
+        y = x if _takes_lengths(self[-1]) else cleared(x, lengths)
         return y, Tape(self, (tuple(tapes), lengths, y.shape))
 
     def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array | None:
@@ -142,12 +143,12 @@ class Sequential(Composite):
         dy = checks.like("dy", dy, self.dtype, shape)
         targets = self._child_targets(grads)
         if not _takes_lengths(self[-1]):
-            dy = _cleared(dy, lengths)
+            dy = cleared(dy, lengths)
         for (name, layer), kept in zip(reversed(self._children.items()), reversed(tapes), strict=True):
             dy = layer.backward(dy, kept, grads=targets[name])  # type: ignore[attr-defined]
             if isinstance(layer, Recurrent):
                 dy, _ = dy
-        return dy if dy is None or _takes_lengths(self[0]) else _cleared(dy, lengths)
+        return dy if dy is None or _takes_lengths(self[0]) else cleared(dy, lengths)
 
     def _opened(self, x: Any, lengths: Any) -> tuple[Any, Array | None]:
         """x and lengths as the layers want them: what stands past a length can do no harm."""
@@ -157,7 +158,7 @@ class Sequential(Composite):
         if x.ndim < 2:
             raise ValueError(f"x should be of shape (B, T, ...) where lengths are given, not {x.shape}")
         lengths = checks.lengths(lengths, *x.shape[:2])
-        return (x if _takes_lengths(self[0]) else _cleared(x, lengths)), lengths
+        return (x if _takes_lengths(self[0]) else cleared(x, lengths)), lengths
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers}
@@ -181,15 +182,4 @@ def _parts(layer: Layer) -> Iterator[Layer]:
 
 
 def _takes_lengths(layer: Layer) -> bool:
-    return isinstance(layer, Recurrent | Sequential)
-
-
-def _cleared(array: Array, lengths: Array | None) -> Array:
-    """An array (B, T, ...) with zeros past the lengths; a copy, where there is anything to clear."""
-    if lengths is None:
-        return array
-    past = np.arange(array.shape[1]) >= lengths[:, None]
-    if past.any():
-        array = array.copy()
-        array[past] = 0
-    return array
+    return isinstance(layer, Recurrent | Sequential | MultiheadAttention | Encodes)

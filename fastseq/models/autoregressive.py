@@ -9,13 +9,13 @@ import numpy as np
 
 from fastseq import _models, checks, layers, losses, threads, training
 from fastseq.checks import Array
+from fastseq.layers.base import seeds_of
 from fastseq.models.base import (
     Model,
     Series,
     bounded,
     gaussian,
     row_sums,
-    seeds_of,
     series_of,
     spread_of,
 )

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastseq import checks, io
 from fastseq.checks import Array
-from fastseq.layers.base import Composite, child_seed
+from fastseq.layers.base import Composite
 
 
 class Model(Composite):
@@ -77,11 +77,6 @@ class Model(Composite):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["config"])  # type: ignore[misc]
         self.load_state_dict(state["arrays"])
-
-
-def seeds_of(seed: int | None, count: int) -> list[int | None]:
-    """A seed for each of some layers."""
-    return [None if seed is None else child_seed(seed, i) for i in range(count)]
 
 
 class Symbols(NamedTuple):

@@ -9,8 +9,8 @@ import numpy as np
 
 from fastseq import checks, layers, losses, threads, training
 from fastseq.checks import Array
-from fastseq.layers.base import Tape, child_seed, mask_seed
-from fastseq.models.base import Model, Series, SymbolModel, Symbols, gaussian, seeds_of, series_of, spread_of, symbols
+from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
+from fastseq.models.base import Model, Series, SymbolModel, Symbols, gaussian, series_of, spread_of, symbols
 from fastseq.training import Batch, History
 
 CELLS = ("rnn", "lstm", "gru")

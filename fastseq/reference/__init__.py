@@ -1,7 +1,8 @@
 """The same layers over NumPy: what the compiled ones are compared with, and what there is to read.
 
 Every class here is the class of the same name in `fastseq`, with the same signature and parameters, over the
-operations in `fastseq.reference.operations` and `fastseq.reference.dense`. It takes any floating dtype.
+operations in `fastseq.reference.operations`, `dense`, `attention_operations` and `transformer_operations` beside it. It
+takes any floating dtype. The six steps of attention are in `attention_operations.attend`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import sys
 from typing import Any, ClassVar
 
 from fastseq import layers
+from fastseq.checks import Array
 from fastseq.io import load_into
-from fastseq.reference import dense, losses, operations
+from fastseq.layers import attention as _layers_attention
+from fastseq.layers.attention import AttentionTape, Engine
+from fastseq.reference import attention_operations, dense, losses, operations, transformer_operations
 from fastseq.state import LSTMState, State
 
 __all__ = [
+    "GELU",
     "GRU",
     "LSTM",
     "RNN",
@@ -23,9 +28,24 @@ __all__ = [
     "Embedding",
     "LSTMState",
     "LayerNorm",
+    "LearnedPositions",
     "Linear",
+    "MultiheadAttention",
+    "RMSNorm",
+    "ReLU",
+    "RotaryPositions",
     "Sequential",
+    "SinusoidalPositions",
+    "Softmax",
     "State",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "attention",
+    "attention_backward",
+    "attention_forward",
     "load",
     "losses",
 ]
@@ -76,8 +96,134 @@ class Dropout(layers.Dropout):  # noqa: D101
     _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 
+class RMSNorm(layers.RMSNorm):  # noqa: D101
+    __doc__ = layers.RMSNorm.__doc__
+    _operations: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class ReLU(layers.ReLU):  # noqa: D101
+    __doc__ = layers.ReLU.__doc__
+    _operations: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class GELU(layers.GELU):  # noqa: D101
+    __doc__ = layers.GELU.__doc__
+    _operations: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class Softmax(layers.Softmax):  # noqa: D101
+    __doc__ = layers.Softmax.__doc__
+    _operations: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class SinusoidalPositions(layers.SinusoidalPositions):  # noqa: D101
+    __doc__ = layers.SinusoidalPositions.__doc__
+    _operations: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class LearnedPositions(layers.LearnedPositions):  # noqa: D101
+    __doc__ = layers.LearnedPositions.__doc__
+    _operations: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class RotaryPositions(layers.RotaryPositions):  # noqa: D101
+    __doc__ = layers.RotaryPositions.__doc__
+    _operations: ClassVar[Any] = attention_operations
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class MultiheadAttention(layers.MultiheadAttention):  # noqa: D101
+    __doc__ = layers.MultiheadAttention.__doc__
+    _operations: ClassVar[Any] = attention_operations
+    _dense: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class TransformerEncoderLayer(layers.TransformerEncoderLayer):  # noqa: D101
+    __doc__ = layers.TransformerEncoderLayer.__doc__
+    _operations: ClassVar[Any] = transformer_operations
+    _layers: ClassVar[Any] = sys.modules[__name__]
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class TransformerDecoderLayer(layers.TransformerDecoderLayer):  # noqa: D101
+    __doc__ = layers.TransformerDecoderLayer.__doc__
+    _operations: ClassVar[Any] = transformer_operations
+    _layers: ClassVar[Any] = sys.modules[__name__]
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class TransformerEncoder(layers.TransformerEncoder):  # noqa: D101
+    __doc__ = layers.TransformerEncoder.__doc__
+    _operations: ClassVar[Any] = transformer_operations
+    _layers: ClassVar[Any] = sys.modules[__name__]
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class TransformerDecoder(layers.TransformerDecoder):  # noqa: D101
+    __doc__ = layers.TransformerDecoder.__doc__
+    _operations: ClassVar[Any] = transformer_operations
+    _layers: ClassVar[Any] = sys.modules[__name__]
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class Transformer(layers.Transformer):  # noqa: D101
+    __doc__ = layers.Transformer.__doc__
+    _operations: ClassVar[Any] = transformer_operations
+    _layers: ClassVar[Any] = sys.modules[__name__]
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
 class Sequential(layers.Sequential):  # noqa: D101
     __doc__ = layers.Sequential.__doc__
+
+
+_ENGINE: Engine = (attention_operations, None)
+
+
+def attention(  # noqa: D103
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    causal: bool = False,
+    lengths: Any = None,
+    scale: float | None = None,
+    window: int | None = None,
+    return_weights: bool = False,
+) -> Any:
+    return _layers_attention.over_attention(_ENGINE, q, k, v, mask, causal, lengths, scale, window, return_weights)
+
+
+def attention_forward(  # noqa: D103
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    causal: bool = False,
+    lengths: Any = None,
+    scale: float | None = None,
+    window: int | None = None,
+) -> tuple[Array, AttentionTape]:
+    return _layers_attention.over_attention_forward(_ENGINE, q, k, v, mask, causal, lengths, scale, window)
+
+
+def attention_backward(  # noqa: D103
+    dout: Any, tape: AttentionTape
+) -> tuple[Array, Array, Array]:
+    return _layers_attention.over_attention_backward(_ENGINE, dout, tape)
+
+
+for _name in ("attention", "attention_forward", "attention_backward"):
+    globals()[_name].__doc__ = getattr(_layers_attention, _name).__doc__
 
 
 def load(path: str | os.PathLike[str]) -> Any:

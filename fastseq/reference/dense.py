@@ -1,4 +1,4 @@
-"""Linear, embedding, layer normalisation and dropout as the textbooks write them.
+"""Linear, embedding, norms, activations, softmax and dropout as the textbooks write them.
 
 Nothing here is shared with the compiled operations of `fastseq._dense`, which has the same functions. Arrays are
 (rows, width). Each `_backward` returns the gradient of x, and adds to the arrays given for those of the parameters.
@@ -6,6 +6,7 @@ Nothing here is shared with the compiled operations of `fastseq._dense`, which h
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -123,3 +124,69 @@ def dropout(x: Array, p: float, seed: int, stream: int, n_threads: int) -> Array
     kept = random_words(np.arange(x.size, dtype=np.uint64), seed, stream) >= threshold
     factor: Any = x.dtype.type(1 / (1 - p))
     return np.where(kept.reshape(x.shape), x * factor, x.dtype.type(0))
+
+
+def rms_norm_forward(x: Array, weight: Array | None, eps: float, n_threads: int) -> tuple[Array, Array]:
+    """y = x scale weight with scale = 1 / sqrt(mean of x^2 + eps), which is kept"""
+    scale = 1 / np.sqrt((x * x).mean(axis=1) + x.dtype.type(eps))
+    y = x * scale[:, None]
+    return (y if weight is None else y * weight), scale
+
+
+def rms_norm_backward(
+    x: Array, weight: Array | None, scales: Array, dy: Array, dweight: Array | None, n_threads: int
+) -> Array:
+    """With g = dy weight and x^ = x scale: dx = scale (g - x^ mean of g x^)"""
+    scale = scales[:, None]
+    normal = x * scale
+    if dweight is not None:
+        dweight += (dy * normal).sum(axis=0)
+    g = dy if weight is None else dy * weight
+    dx: Array = scale * (g - normal * (g * normal).mean(axis=1, keepdims=True))
+    return dx
+
+
+ERFC = np.frompyfunc(math.erfc, 1, 1)
+ROOT_2_OVER_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+def normal_cdf(x: Array) -> Array:
+    """The share of a normal distribution that lies below x; erfc, so that nothing cancels where it is small."""
+    tail: Any = ERFC(x.astype(np.float64) * -math.sqrt(0.5))
+    return np.asarray(0.5 * tail, x.dtype)
+
+
+def activation_forward(x: Array, kind: str, n_threads: int) -> Array:
+    """relu: max(x, 0);  gelu: x Phi(x);  gelu_tanh: x / 2 (1 + tanh u) with u = sqrt(2 / pi) (x + 0.044715 x^3)"""
+    if kind == "relu":
+        return np.maximum(x, x.dtype.type(0))
+    with np.errstate(all="ignore"):
+        if kind == "gelu":
+            return x * normal_cdf(x)
+        # 1 / (1 + exp(-2 u)) is (1 + tanh u) / 2, and does not cancel where that is small.
+        return x / (1 + np.exp(-2 * ROOT_2_OVER_PI * (x + CUBIC * x * x * x)))
+
+
+def activation_backward(x: Array, dy: Array, kind: str, n_threads: int) -> Array:
+    """relu: dy where x > 0;  gelu: Phi(x) + x phi(x);  gelu_tanh: s + x s (1 - s) 2 du/dx with s = (1 + tanh u) / 2"""
+    if kind == "relu":
+        return np.where(x > 0, dy, x.dtype.type(0))
+    with np.errstate(all="ignore"):
+        if kind == "gelu":
+            return dy * (normal_cdf(x) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi))
+        s = 1 / (1 + np.exp(-2 * ROOT_2_OVER_PI * (x + CUBIC * x * x * x)))
+        slope = x * s * (1 - s) * (2 * ROOT_2_OVER_PI * (1 + 3 * CUBIC * x * x))
+        return dy * (s + np.where(s * (1 - s) == 0, 0, slope))  # far from 0, where x^2 may be inf
+
+
+def softmax_forward(x: Array, n_threads: int) -> Array:
+    """y = exp(x - max) / sum of exp(x - max); 0 where the whole row is -inf"""
+    with np.errstate(all="ignore"):
+        top = x.max(axis=1, keepdims=True, initial=-np.inf)
+        e = np.exp(x - top)
+        return np.where(top == -np.inf, x.dtype.type(0), e / e.sum(axis=1, keepdims=True))
+
+
+def softmax_backward(y: Array, dy: Array, n_threads: int) -> Array:
+    """dx = y (dy - sum of dy y)"""
+    return y * (dy - (dy * y).sum(axis=1, keepdims=True))

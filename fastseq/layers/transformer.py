@@ -1,0 +1,1233 @@
+"""Encoder and decoder of the Transformer: layers made of layers.
+
+A call hands the packed weights of a whole stack to one operation. `forward` goes through the children one by one, and
+`backward` through the same in reverse order. All of them see the real tokens of a batch alone, as rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from fastseq import _transformer, checks, threads
+from fastseq.checks import Array
+from fastseq.layers.activation import GELU, ReLU
+from fastseq.layers.attention import Frame, MultiheadAttention, batched, head_dim, kv_heads, rotary_base
+from fastseq.layers.base import Composite, Layer, Tape, child_seed, mask_seed, seeds_of
+from fastseq.layers.dropout import Dropout
+from fastseq.layers.linear import Linear
+from fastseq.layers.norm import LayerNorm, RMSNorm
+from fastseq.layers.rows import Rows, cut, padded, rows_of
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh")
+NORMS = ("layer", "rms")
+MOST_LAYERS = 1024  # nobody stacks more, and each is some Python objects
+
+
+class Tokens(NamedTuple):
+    """The real tokens of a batch."""
+
+    x: Array  # (N, d_model)
+    rows: Rows
+    alone: bool  # there was no batch
+
+
+class Context(NamedTuple):
+    """What all layers of a stack are told besides the tokens."""
+
+    frame: Frame  # of self-attention
+    mask: Array | None  # of self-attention, over the padded batch as all masks here
+    causal: bool
+    memory: Array | None = None  # what a decoder attends to, as rows
+    memory_frame: Frame | None = None
+    memory_mask: Array | None = None
+
+
+class Stack(Composite):
+    """What encoders, decoders and the layers of both share: settings, and how arguments are looked at."""
+
+    # The set of operations, compiled or in NumPy, and the layers over it.
+    _operations: ClassVar[Any] = _transformer
+    _layers: ClassVar[Any] = SimpleNamespace(
+        Dropout=Dropout,
+        GELU=GELU,
+        LayerNorm=LayerNorm,
+        Linear=Linear,
+        MultiheadAttention=MultiheadAttention,
+        RMSNorm=RMSNorm,
+        ReLU=ReLU,
+    )
+    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+
+    d_model: int
+    nhead: int
+    dim_feedforward: int
+    dropout: float
+    activation: str
+    norm_first: bool
+    layer_norm_eps: float
+    bias: bool
+    norm: str
+    num_kv_heads: int
+    rotary: float | None
+    window: int | None
+    seed: int | None
+
+    def _configure(
+        self,
+        d_model: Any,
+        nhead: Any,
+        dim_feedforward: Any,
+        *,
+        dropout: Any,
+        activation: Any,
+        norm_first: Any,
+        layer_norm_eps: Any,
+        bias: Any,
+        norm: Any,
+        num_kv_heads: Any,
+        rotary: Any,
+        window: Any,
+        dtype: Any,
+        seed: Any,
+    ) -> dict[str, Any]:
+        """Check and keep the settings of a layer, and give back what makes such a layer, but for its seed."""
+        self.d_model = checks.size("d_model", d_model, 1)
+        self.nhead = checks.size("nhead", nhead, 1)
+        size = head_dim("d_model", self.d_model, "nhead", self.nhead)
+        self.dim_feedforward = checks.size("dim_feedforward", dim_feedforward, 1)
+        self.dropout = checks.fraction("dropout", dropout)
+        self.activation = checks.choice("activation", activation, ACTIVATIONS)
+        self.norm_first = checks.flag("norm_first", norm_first)
+        self.layer_norm_eps = checks.number("layer_norm_eps", layer_norm_eps, least=0)
+        self.bias = checks.flag("bias", bias)
+        self.norm = checks.choice("norm", norm, NORMS)
+        self.num_kv_heads = kv_heads(num_kv_heads, "nhead", self.nhead)
+        self.rotary = rotary_base(rotary, size)
+        self.window = None if window is None else checks.size("window", window, 1)
+        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.seed = checks.seed("seed", seed)
+        return {
+            "d_model": self.d_model,
+            "nhead": self.nhead,
+            "dim_feedforward": self.dim_feedforward,
+            "dropout": self.dropout,
+            "activation": self.activation,
+            "norm_first": self.norm_first,
+            "layer_norm_eps": self.layer_norm_eps,
+            "bias": self.bias,
+            "norm": self.norm,
+            "num_kv_heads": self.num_kv_heads,
+            "rotary": self.rotary,
+            "window": self.window,
+            "dtype": self.dtype.name,
+        }
+
+    def _norm_layer(self) -> Layer:
+        """A norm of the kind that was asked for."""
+        eps, dtype = self.layer_norm_eps, self.dtype
+        layer: Layer = (
+            self._layers.RMSNorm(self.d_model, eps=eps, dtype=dtype)
+            if self.norm == "rms"
+            else self._layers.LayerNorm(self.d_model, eps=eps, bias=self.bias, dtype=dtype)
+        )
+        return layer
+
+    def _tokens(self, name: str, value: Any, lengths_name: str, lengths: Any, time: str = "T") -> Tokens:
+        """The real tokens of an argument."""
+        array, alone = batched(name, value, self.dtype, self.d_model, time)
+        if lengths is not None:
+            lengths = checks.lengths(lengths, len(array), array.shape[1], lengths_name)
+        rows = rows_of(len(array), array.shape[1], lengths)
+        return Tokens(rows.gather(array), rows, alone)
+
+    def _mask(self, name: str, mask: Any, queries: Rows, keys: Rows) -> Array | None:
+        """A mask of queries and keys."""
+        shape = (queries.batch, self.nhead, queries.time, keys.time)
+        return None if mask is None else checks.mask(name, mask, self.dtype, shape)
+
+
+class Runs(Stack):
+    """What encoders and decoders, and the layers of both, share: how they run over tokens."""
+
+    def _blocks(self) -> tuple[Block, ...]:
+        """The layers one after another."""
+        raise NotImplementedError
+
+    def _last_norm(self) -> Any:
+        """The norm after the last of them, if there is one."""
+        return None
+
+    def _forward_rows(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
+        """The outputs of training as rows, and what backward needs."""
+        raise NotImplementedError
+
+    def _backward_rows(self, dy: Array, kept: Any, grads: Mapping[str, Array] | None) -> tuple[Array, Array | None]:
+        """The gradients of tokens and, in a decoder, memory; as rows."""
+        raise NotImplementedError
+
+    def _run(self, x: Array, context: Context, want_weights: bool) -> tuple[Array, list[Any] | None]:
+        """A call over rows: the outputs as rows, and of every layer the weights (B, heads, Tq, Tk), or a pair."""
+        rows, norm = context.frame.queries, self._last_norm()
+        keys = None if context.memory_frame is None else context.memory_frame.keys
+        arrays = {} if norm is None else norm._arrays
+        y, maps = self._operations.run_blocks(
+            [block._packed_for(rows.longest) for block in self._blocks()],
+            x,
+            rows.starts,
+            None if self.rotary is None else rows.steps(),
+            context.causal,
+            cut(context.mask, rows, rows),
+            context.memory,
+            None if keys is None else keys.starts,
+            None if keys is None else cut(context.memory_mask, rows, keys),
+            None if norm is None else (self.norm, self.layer_norm_eps, arrays["weight"], arrays.get("bias")),
+            want_weights,
+            threads.get_num_threads(),
+        )
+        if not want_weights or keys is None:
+            return y, [padded(own, rows, rows) for own in maps] if want_weights else None
+        return y, [(padded(own, rows, rows), padded(cross, rows, keys)) for own, cross in maps]
+
+    def _returned(self, y: Array, weights: list[Any] | None, rows: Rows, alone: bool) -> Any:
+        """What a call returns."""
+        out = _single(rows.scatter(y), alone)
+        if weights is None:
+            return out
+        maps = [_single(own, alone) for own in weights]
+        return out, maps
+
+    def _trained(self, tokens: Tokens, context: Context, seed: Any) -> tuple[Array, Tape]:
+        """What `forward` returns."""
+        y, kept = self._forward_rows(tokens.x, context, mask_seed(seed))
+        return _single(tokens.rows.scatter(y), tokens.alone), Tape(self, (kept, context, tokens.alone))
+
+    def _undone(self, dy: Any, tape: Tape, grads: Any) -> tuple[Array, Array | None]:
+        """What `backward` returns: the gradients of tokens and memory."""
+        kept, context, alone = self._kept(tape)
+        rows = context.frame.queries
+        gradient = rows.gather(_gradient(dy, self.dtype, rows, self.d_model, alone))
+        dx, dmemory = self._backward_rows(gradient, kept, grads)
+        dx = _single(rows.scatter(dx), alone)
+        if dmemory is None:
+            return dx, None
+        return dx, _single(context.memory_frame.keys.scatter(dmemory), alone)
+
+
+class Encodes(Runs):
+    """The verbs of an encoder and of its layers."""
+
+    def _opened(self, x: Any, mask: Any, causal: Any, lengths: Any) -> tuple[Tokens, Context]:
+        tokens = self._tokens("x", x, "lengths", lengths)
+        rows = tokens.rows
+        allowed = self._mask("mask", mask, rows, rows)
+        return tokens, Context(Frame(rows, rows, False), allowed, checks.flag("causal", causal))
+
+    def __call__(
+        self, x: Any, *, mask: Any = None, causal: bool = False, lengths: Any = None, return_weights: bool = False
+    ) -> Any:
+        """Encode a batch of sequences; inference.
+
+        Parameters
+        ----------
+        x : array of shape (B, T, d_model), or (T, d_model)
+            Real floating numbers.
+        mask : array that broadcasts to (B, heads, T, T), optional
+            Booleans: True = may attend. Or real numbers, which are added to the scaled scores; -inf forbids.
+        causal : bool
+            Whether each token may attend only to those before it and itself.
+        lengths : array of shape (B,), optional
+            The real tokens of each row, integers in 0..T in any order. Nothing is computed for those past them, and
+            nothing in them matters: outputs are 0 there.
+        return_weights : bool
+            Whether to return what each token attends to, too.
+
+        Returns
+        -------
+        y : ndarray of shape (B, T, d_model)
+        weights : ndarray of shape (B, heads, T, T); of an encoder a list of them, one a layer
+            With `return_weights`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be.
+        """
+        tokens, context = self._opened(x, mask, causal, lengths)
+        y, weights = self._run(tokens.x, context, checks.flag("return_weights", return_weights))
+        return self._returned(y, weights, tokens.rows, tokens.alone)
+
+    def forward(
+        self, x: Any, *, mask: Any = None, causal: bool = False, lengths: Any = None, seed: int | None = None
+    ) -> tuple[Array, Tape]:
+        """Encode for training: what a call gives, but for dropout, and what `backward` needs.
+
+        Parameters
+        ----------
+        x, mask, causal, lengths
+            As for a call. Arrays are not to be changed as long as the tape is used.
+        seed : int, optional
+            Fixes what dropout drops; drawn where it is not given.
+
+        Returns
+        -------
+        y : ndarray of shape (B, T, d_model)
+        tape : Tape
+        """
+        return self._trained(*self._opened(x, mask, causal, lengths), seed)
+
+    def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array:
+        """Gradients, given that of the outputs.
+
+        Parameters
+        ----------
+        dy : array of the shape of y
+            Past a row's length nothing in it matters.
+        tape : Tape
+            What `forward` returned.
+        grads : mapping from str to ndarray, optional
+            Where the gradients of the parameters are added; `grads` of the layer by default.
+
+        Returns
+        -------
+        dx : ndarray of the shape of x
+            0 past a row's length.
+        """
+        return self._undone(dy, tape, grads)[0]
+
+
+class Decodes(Runs):
+    """The verbs of a decoder and of its layers."""
+
+    def _opened(
+        self, x: Any, memory: Any, mask: Any, causal: Any, lengths: Any, memory_mask: Any, memory_lengths: Any
+    ) -> tuple[Tokens, Context]:
+        tokens = self._tokens("x", x, "lengths", lengths)
+        other = self._tokens("memory", memory, "memory_lengths", memory_lengths, "Tm")
+        rows, keys = tokens.rows, other.rows
+        same_batch("memory", memory, "x", tokens, other)
+        allowed = self._mask("mask", mask, rows, rows)
+        frame, memory_frame = Frame(rows, rows, False), Frame(rows, keys, False)
+        of_memory = self._mask("memory_mask", memory_mask, rows, keys)
+        return tokens, Context(frame, allowed, checks.flag("causal", causal), other.x, memory_frame, of_memory)
+
+    def __call__(
+        self,
+        x: Any,
+        memory: Any,
+        *,
+        mask: Any = None,
+        causal: bool = True,
+        lengths: Any = None,
+        memory_mask: Any = None,
+        memory_lengths: Any = None,
+        return_weights: bool = False,
+    ) -> Any:
+        """Decode a batch of sequences, each with what an encoder made of another; inference.
+
+        Parameters
+        ----------
+        x : array of shape (B, T, d_model), or (T, d_model)
+            Real floating numbers.
+        memory : array of shape (B, Tm, d_model), or (Tm, d_model)
+            What the tokens of x attend to besides each other.
+        mask : array that broadcasts to (B, heads, T, T), optional
+            Booleans: True = may attend. Or real numbers, which are added to the scaled scores; -inf forbids.
+        causal : bool
+            Whether each token may attend only to those before it and itself.
+        lengths : array of shape (B,), optional
+            The real tokens of each row of x, integers in 0..T in any order. Past them outputs are 0 and nothing
+            matters.
+        memory_mask : array that broadcasts to (B, heads, T, Tm), optional
+            As `mask`, of the attention to memory.
+        memory_lengths : array of shape (B,), optional
+            The real tokens of each row of memory.
+        return_weights : bool
+            Whether to return what each token attends to, too.
+
+        Returns
+        -------
+        y : ndarray of shape (B, T, d_model)
+        weights : pair of ndarrays of shapes (B, heads, T, T) and (B, heads, T, Tm); of a decoder a list of pairs
+            With `return_weights`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be.
+        """
+        tokens, context = self._opened(x, memory, mask, causal, lengths, memory_mask, memory_lengths)
+        y, weights = self._run(tokens.x, context, checks.flag("return_weights", return_weights))
+        return self._returned(y, weights, tokens.rows, tokens.alone)
+
+    def forward(
+        self,
+        x: Any,
+        memory: Any,
+        *,
+        mask: Any = None,
+        causal: bool = True,
+        lengths: Any = None,
+        memory_mask: Any = None,
+        memory_lengths: Any = None,
+        seed: int | None = None,
+    ) -> tuple[Array, Tape]:
+        """Decode for training: what a call gives, but for dropout, and what `backward` needs.
+
+        Parameters
+        ----------
+        x, memory, mask, causal, lengths, memory_mask, memory_lengths
+            As for a call. Arrays are not to be changed as long as the tape is used.
+        seed : int, optional
+            Fixes what dropout drops; drawn where it is not given.
+
+        Returns
+        -------
+        y : ndarray of shape (B, T, d_model)
+        tape : Tape
+        """
+        return self._trained(*self._opened(x, memory, mask, causal, lengths, memory_mask, memory_lengths), seed)
+
+    def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> tuple[Array, Array]:
+        """Gradients, given that of the outputs.
+
+        Parameters
+        ----------
+        dy : array of the shape of y
+            Past a row's length nothing in it matters.
+        tape : Tape
+            What `forward` returned.
+        grads : mapping from str to ndarray, optional
+            Where the gradients of the parameters are added; `grads` of the layer by default.
+
+        Returns
+        -------
+        dx, dmemory : ndarrays of the shapes of x and memory
+            0 past a row's length.
+        """
+        dx, dmemory = self._undone(dy, tape, grads)
+        assert dmemory is not None
+        return dx, dmemory
+
+
+class Block(Runs):
+    """What the layers of encoder and decoder share: attention and feed-forward, each with a sum and a norm."""
+
+    _cross: ClassVar[bool]  # whether it attends to a memory, too
+
+    self_attn: Any
+    linear1: Any
+    linear2: Any
+
+    def _start(self, config: dict[str, Any], **more: Any) -> None:
+        """Make the children."""
+        self._config = {**config, "seed": self.seed}
+        kinds, dtype = self._layers, self.dtype
+        of_attention = {
+            "num_kv_heads": self.num_kv_heads,
+            "bias": self.bias,
+            "dropout": self.dropout,
+            "dtype": dtype,
+        }
+        # Each has the seed of its place among the children.
+        seeds = iter(seeds_of(self.seed, 8))
+        children = {
+            "self_attn": kinds.MultiheadAttention(
+                self.d_model, self.nhead, rotary=self.rotary, window=self.window, seed=next(seeds), **of_attention
+            )
+        }
+        if self._cross:
+            children["multihead_attn"] = kinds.MultiheadAttention(
+                self.d_model, self.nhead, seed=next(seeds), **of_attention
+            )
+        sizes = self.d_model, self.dim_feedforward
+        children["linear1"] = kinds.Linear(*sizes, self.bias, seed=next(seeds), dtype=dtype)
+        children["linear2"] = kinds.Linear(*reversed(sizes), self.bias, seed=next(seeds), dtype=dtype)
+        self._norms = [self._norm_layer() for _ in range(3 if self._cross else 2)]
+        children |= {f"norm{i + 1}": norm for i, norm in enumerate(self._norms)}
+        self._children = children
+        self.self_attn, self.linear1, self.linear2 = (children[n] for n in ("self_attn", "linear1", "linear2"))
+        self._cross_attn: Any = children.get("multihead_attn")
+        self._drop = kinds.Dropout(self.dropout, dtype=dtype)
+        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+        self._activate = kinds.ReLU(dtype=dtype) if self.activation == "relu" else kinds.GELU(approximate, dtype=dtype)
+        self._packed: tuple[list[Any], Any] | None = None
+
+    def _blocks(self) -> tuple[Block, ...]:
+        return (self,)
+
+    def _returned(self, y: Array, weights: list[Any] | None, rows: Rows, alone: bool) -> Any:
+        returned = super()._returned(y, weights, rows, alone)
+        return returned if weights is None else (returned[0], returned[1][0])
+
+    def _packed_for(self, longest: int) -> Any:
+        """All weights as `run_blocks` wants them, for sequences up to a length."""
+        turns = None if self.self_attn._turns is None else self.self_attn._turns.up_to(longest)
+        made_of = [child._arrays for child in self._children.values()]
+        made_of += [] if turns is None else [turns]
+        packed = self._packed
+        if packed is not None and all(old is new for old, new in zip(packed[0], made_of, strict=True)):
+            return packed[1]
+        settings = {
+            "heads": self.nhead,
+            "kv_heads": self.num_kv_heads,
+            "head_dim": self.d_model // self.nhead,
+            "activation": self.activation,
+            "norm_first": self.norm_first,
+            "norm": self.norm,
+            "eps": self.layer_norm_eps,
+            "cross": self._cross,
+            "window": self.window,
+            "rotary": None if turns is None else (*turns, False),
+        }
+        parts = {
+            "in_proj": self.self_attn._weights("in"),
+            "out_proj": self.self_attn._weights("out"),
+            "linear1": self.linear1._weights(),
+            "linear2": self.linear2._weights(),
+        }
+        if self._cross:
+            parts["cross_q"] = self._cross_attn._weights("q")
+            parts["cross_kv"] = self._cross_attn._weights("kv")
+            parts["cross_out"] = self._cross_attn._weights("out")
+        for i, norm in enumerate(self._norms):
+            parts[f"norm{i + 1}"] = norm._arrays.get("weight"), norm._arrays.get("bias")
+        block = self._operations.block_pack(settings, parts)
+        self._packed = (made_of, block)
+        return block
+
+    def _sublayers(self) -> list[tuple[Any, Any]]:
+        """The forward and the backward of what there is a norm for."""
+        cross = [(self._cross_forward, self._cross_backward)] if self._cross else []
+        return [
+            (self._self_forward, self._self_backward),
+            *cross,
+            (self._feed_forward, self._feed_backward),
+        ]
+
+    def _forward_rows(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
+        kept = []
+        for i, ((forward, _), norm) in enumerate(zip(self._sublayers(), self._norms, strict=True)):
+            own = child_seed(seed, i)
+            if self.norm_first:
+                normed, of_norm = norm.forward(x)  # type: ignore[attr-defined]
+                more, of_sublayer = forward(normed, context, own)
+                x = x + more
+            else:
+                more, of_sublayer = forward(x, context, own)
+                x, of_norm = norm.forward(x + more)  # type: ignore[attr-defined]
+            kept.append((of_norm, of_sublayer))
+        return x, kept
+
+    def _backward_rows(self, dy: Array, kept: Any, grads: Mapping[str, Array] | None) -> tuple[Array, Array | None]:
+        targets, dx = self._child_targets(grads), dy
+        dmemory = None
+        steps = list(enumerate(zip(self._sublayers(), self._norms, kept, strict=True)))
+        for i, ((_, backward), norm, (of_norm, of_sublayer)) in reversed(steps):
+            own: Any = norm
+            of_own = targets[f"norm{i + 1}"]
+            if self.norm_first:
+                dnormed, of_memory = backward(dx, of_sublayer, targets)
+                dx = dx + own.backward(dnormed, of_norm, grads=of_own)
+            else:
+                dsum = own.backward(dx, of_norm, grads=of_own)
+                dmore, of_memory = backward(dsum, of_sublayer, targets)
+                dx = dsum + dmore
+            dmemory = of_memory if dmemory is None else dmemory
+        return dx, dmemory
+
+    def _self_forward(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
+        out, kept = self.self_attn._run_forward((x,), context.frame, context.mask, context.causal, child_seed(seed, 0))
+        out, dropped = self._drop.forward(out, child_seed(seed, 1))
+        return out, (kept, dropped)
+
+    def _self_backward(self, dout: Array, kept: Any, targets: Mapping[str, Any]) -> tuple[Array, None]:
+        of_attention, dropped = kept
+        dout = self._drop.backward(dout, dropped)
+        (dx,) = self.self_attn._run_backward(dout, of_attention, self.self_attn._targets(targets["self_attn"]))
+        return dx, None
+
+    def _cross_forward(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
+        sources = (x, context.memory)
+        out, kept = self._cross_attn._run_forward(
+            sources, context.memory_frame, context.memory_mask, False, child_seed(seed, 0)
+        )
+        out, dropped = self._drop.forward(out, child_seed(seed, 1))
+        return out, (kept, dropped)
+
+    def _cross_backward(self, dout: Array, kept: Any, targets: Mapping[str, Any]) -> tuple[Array, Array]:
+        of_attention, dropped = kept
+        dout = self._drop.backward(dout, dropped)
+        own = self._cross_attn._targets(targets["multihead_attn"])
+        dx, dmemory = self._cross_attn._run_backward(dout, of_attention, own)
+        return dx, dmemory
+
+    def _feed_forward(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
+        hidden, of_first = self.linear1.forward(x)
+        active, of_active = self._activate.forward(hidden)
+        active, dropped_inside = self._drop.forward(active, child_seed(seed, 0))
+        out, of_second = self.linear2.forward(active)
+        out, dropped = self._drop.forward(out, child_seed(seed, 1))
+        return out, (of_first, of_active, dropped_inside, of_second, dropped)
+
+    def _feed_backward(self, dout: Array, kept: Any, targets: Mapping[str, Any]) -> tuple[Array, None]:
+        of_first, of_active, dropped_inside, of_second, dropped = kept
+        dout = self._drop.backward(dout, dropped)
+        dactive = self.linear2.backward(dout, of_second, grads=targets["linear2"])
+        dactive = self._drop.backward(dactive, dropped_inside)
+        dhidden = self._activate.backward(dactive, of_active)
+        dx: Array = self.linear1.backward(dhidden, of_first, grads=targets["linear1"])
+        return dx, None
+
+
+class Tower(Runs):
+    """What encoder and decoder share: some layers, and a norm after the last."""
+
+    _block: ClassVar[str]  # the class of a layer
+
+    num_layers: int
+    final_norm: bool
+
+    def _start(self, config: dict[str, Any], num_layers: Any, final_norm: Any) -> None:
+        """Make the children."""
+        self.num_layers = checks.size("num_layers", num_layers, 1)
+        if self.num_layers > MOST_LAYERS:
+            raise ValueError(f"num_layers should be at most {MOST_LAYERS}, not {self.num_layers}")
+        self.final_norm = checks.flag("final_norm", final_norm)
+        self._config = {
+            "num_layers": self.num_layers,
+            **config,
+            "final_norm": self.final_norm,
+            "seed": self.seed,
+        }
+        kind = getattr(self._layers, self._block)
+        seeds = seeds_of(self.seed, self.num_layers)
+        self._children = {f"layers.{i}": kind(**config, seed=seed) for i, seed in enumerate(seeds)}
+        self._each: Any = tuple(self._children.values())
+        if self.final_norm:
+            self._children["norm"] = self._norm_layer()
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers, first to last."""
+        layers: tuple[Layer, ...] = self._each
+        return layers
+
+    def _blocks(self) -> tuple[Block, ...]:
+        blocks: tuple[Block, ...] = self._each
+        return blocks
+
+    def _last_norm(self) -> Any:
+        return self._children.get("norm")
+
+    def _forward_rows(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
+        kept = []
+        for i, block in enumerate(self._blocks()):
+            x, of_block = block._forward_rows(x, context, child_seed(seed, i))
+            kept.append(of_block)
+        norm = self._last_norm()
+        if norm is None:
+            return x, (kept, None)
+        x, of_norm = norm.forward(x)
+        return x, (kept, of_norm)
+
+    def _backward_rows(self, dy: Array, kept: Any, grads: Mapping[str, Array] | None) -> tuple[Array, Array | None]:
+        targets, (of_blocks, of_norm) = self._child_targets(grads), kept
+        norm = self._last_norm()
+        dx = dy if norm is None else norm.backward(dy, of_norm, grads=targets["norm"])
+        dmemory = None
+        for i in reversed(range(self.num_layers)):
+            dx, more = self._blocks()[i]._backward_rows(dx, of_blocks[i], targets[f"layers.{i}"])
+            dmemory = more if dmemory is None or more is None else dmemory + more
+        return dx, dmemory
+
+
+class TransformerEncoderLayer(Encodes, Block):
+    """A layer of an encoder [1]_: self-attention and feed-forward, each added to its input.
+
+    Parameters
+    ----------
+    d_model, nhead : int
+        The size of a token's vector, and the number of heads, each of size d_model / nhead.
+    dim_feedforward : int
+        The size between the two linear maps of the feed-forward.
+    dropout : float in [0, 1)
+        Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
+        the tokens.
+    activation : {"relu", "gelu", "gelu_tanh"}
+        Between the two linear maps; "gelu" is the form with erf.
+    norm_first : bool
+        Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
+    layer_norm_eps : float
+        Keeps the roots in the norms away from 0.
+    bias : bool
+        Whether linear maps and layer norms have biases.
+    norm : {"layer", "rms"}
+        `LayerNorm` or `RMSNorm`.
+    num_kv_heads : int, optional
+        Heads of keys and values, a divisor of `nhead`; as many as there are heads by default.
+    rotary : float, optional
+        The base of rotary positions in self-attention, 10000.0 commonly; none by default.
+    window : int, optional
+        In self-attention a token may attend only to those less than this many from it.
+    dtype : {"float32", "float64"}
+        Of parameters and outputs. Inputs of another real dtype are converted.
+    seed : int, optional
+        Fixes the initial parameters.
+
+    References
+    ----------
+    .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
+    .. [2] R. Xiong et al., "On layer normalization in the Transformer architecture", ICML 2020.
+    """
+
+    _cross: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        *,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        norm_first: bool = False,
+        layer_norm_eps: float = 1e-5,
+        bias: bool = True,
+        norm: str = "layer",
+        num_kv_heads: int | None = None,
+        rotary: float | None = None,
+        window: int | None = None,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        config = self._configure(
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout=dropout,
+            activation=activation,
+            norm_first=norm_first,
+            layer_norm_eps=layer_norm_eps,
+            bias=bias,
+            norm=norm,
+            num_kv_heads=num_kv_heads,
+            rotary=rotary,
+            window=window,
+            dtype=dtype,
+            seed=seed,
+        )
+        self._start(config)
+
+
+class TransformerDecoderLayer(Decodes, Block):
+    """A layer of a decoder [1]_: self-attention, attention to a memory and feed-forward, each added to its input.
+
+    Parameters
+    ----------
+    d_model, nhead : int
+        The size of a token's vector, and the number of heads, each of size d_model / nhead.
+    dim_feedforward : int
+        The size between the two linear maps of the feed-forward.
+    dropout : float in [0, 1)
+        Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
+        the tokens.
+    activation : {"relu", "gelu", "gelu_tanh"}
+        Between the two linear maps; "gelu" is the form with erf.
+    norm_first : bool
+        Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
+    layer_norm_eps : float
+        Keeps the roots in the norms away from 0.
+    bias : bool
+        Whether linear maps and layer norms have biases.
+    norm : {"layer", "rms"}
+        `LayerNorm` or `RMSNorm`.
+    num_kv_heads : int, optional
+        Heads of keys and values, a divisor of `nhead`; as many as there are heads by default.
+    rotary : float, optional
+        The base of rotary positions in self-attention, 10000.0 commonly; none by default.
+    window : int, optional
+        In self-attention a token may attend only to those less than this many from it.
+    dtype : {"float32", "float64"}
+        Of parameters and outputs. Inputs of another real dtype are converted.
+    seed : int, optional
+        Fixes the initial parameters.
+
+    References
+    ----------
+    .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
+    .. [2] R. Xiong et al., "On layer normalization in the Transformer architecture", ICML 2020.
+    """
+
+    _cross: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        *,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        norm_first: bool = False,
+        layer_norm_eps: float = 1e-5,
+        bias: bool = True,
+        norm: str = "layer",
+        num_kv_heads: int | None = None,
+        rotary: float | None = None,
+        window: int | None = None,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        config = self._configure(
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout=dropout,
+            activation=activation,
+            norm_first=norm_first,
+            layer_norm_eps=layer_norm_eps,
+            bias=bias,
+            norm=norm,
+            num_kv_heads=num_kv_heads,
+            rotary=rotary,
+            window=window,
+            dtype=dtype,
+            seed=seed,
+        )
+        self._start(config)
+
+
+Stack._layers.TransformerEncoderLayer = TransformerEncoderLayer
+Stack._layers.TransformerDecoderLayer = TransformerDecoderLayer
+
+
+class TransformerEncoder(Encodes, Tower):
+    """The encoder of the Transformer [1]_: layers of self-attention and feed-forward.
+
+    Parameters
+    ----------
+    num_layers : int
+        How many layers.
+    d_model, nhead : int
+        The size of a token's vector, and the number of heads, each of size d_model / nhead.
+    dim_feedforward : int
+        The size between the two linear maps of the feed-forward.
+    dropout : float in [0, 1)
+        Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
+        the tokens.
+    activation : {"relu", "gelu", "gelu_tanh"}
+        Between the two linear maps; "gelu" is the form with erf.
+    norm_first : bool
+        Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
+    layer_norm_eps : float
+        Keeps the roots in the norms away from 0.
+    final_norm : bool
+        Whether there is a norm after the last layer.
+    bias : bool
+        Whether linear maps and layer norms have biases.
+    norm : {"layer", "rms"}
+        `LayerNorm` or `RMSNorm`.
+    num_kv_heads : int, optional
+        Heads of keys and values, a divisor of `nhead`; as many as there are heads by default.
+    rotary : float, optional
+        The base of rotary positions in self-attention, 10000.0 commonly; none by default.
+    window : int, optional
+        In self-attention a token may attend only to those less than this many from it.
+    dtype : {"float32", "float64"}
+        Of parameters and outputs. Inputs of another real dtype are converted.
+    seed : int, optional
+        Fixes the initial parameters.
+
+    References
+    ----------
+    .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
+    .. [2] R. Xiong et al., "On layer normalization in the Transformer architecture", ICML 2020.
+    """
+
+    _block: ClassVar[str] = "TransformerEncoderLayer"
+
+    def __init__(
+        self,
+        num_layers: int,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        *,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        norm_first: bool = False,
+        layer_norm_eps: float = 1e-5,
+        final_norm: bool = False,
+        bias: bool = True,
+        norm: str = "layer",
+        num_kv_heads: int | None = None,
+        rotary: float | None = None,
+        window: int | None = None,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        config = self._configure(
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout=dropout,
+            activation=activation,
+            norm_first=norm_first,
+            layer_norm_eps=layer_norm_eps,
+            bias=bias,
+            norm=norm,
+            num_kv_heads=num_kv_heads,
+            rotary=rotary,
+            window=window,
+            dtype=dtype,
+            seed=seed,
+        )
+        self._start(config, num_layers, final_norm)
+
+
+class TransformerDecoder(Decodes, Tower):
+    """The decoder of the Transformer [1]_: layers of self-attention, attention to a memory and feed-forward.
+
+    Parameters
+    ----------
+    num_layers : int
+        How many layers.
+    d_model, nhead : int
+        The size of a token's vector, and the number of heads, each of size d_model / nhead.
+    dim_feedforward : int
+        The size between the two linear maps of the feed-forward.
+    dropout : float in [0, 1)
+        Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
+        the tokens.
+    activation : {"relu", "gelu", "gelu_tanh"}
+        Between the two linear maps; "gelu" is the form with erf.
+    norm_first : bool
+        Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
+    layer_norm_eps : float
+        Keeps the roots in the norms away from 0.
+    final_norm : bool
+        Whether there is a norm after the last layer.
+    bias : bool
+        Whether linear maps and layer norms have biases.
+    norm : {"layer", "rms"}
+        `LayerNorm` or `RMSNorm`.
+    num_kv_heads : int, optional
+        Heads of keys and values, a divisor of `nhead`; as many as there are heads by default.
+    rotary : float, optional
+        The base of rotary positions in self-attention, 10000.0 commonly; none by default.
+    window : int, optional
+        In self-attention a token may attend only to those less than this many from it.
+    dtype : {"float32", "float64"}
+        Of parameters and outputs. Inputs of another real dtype are converted.
+    seed : int, optional
+        Fixes the initial parameters.
+
+    References
+    ----------
+    .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
+    .. [2] R. Xiong et al., "On layer normalization in the Transformer architecture", ICML 2020.
+    """
+
+    _block: ClassVar[str] = "TransformerDecoderLayer"
+
+    def __init__(
+        self,
+        num_layers: int,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        *,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        norm_first: bool = False,
+        layer_norm_eps: float = 1e-5,
+        final_norm: bool = False,
+        bias: bool = True,
+        norm: str = "layer",
+        num_kv_heads: int | None = None,
+        rotary: float | None = None,
+        window: int | None = None,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        config = self._configure(
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout=dropout,
+            activation=activation,
+            norm_first=norm_first,
+            layer_norm_eps=layer_norm_eps,
+            bias=bias,
+            norm=norm,
+            num_kv_heads=num_kv_heads,
+            rotary=rotary,
+            window=window,
+            dtype=dtype,
+            seed=seed,
+        )
+        self._start(config, num_layers, final_norm)
+
+
+Stack._layers.TransformerEncoder = TransformerEncoder
+Stack._layers.TransformerDecoder = TransformerDecoder
+
+
+class Transformer(Stack):
+    """The Transformer [1]_: an encoder, and a decoder that attends to what the encoder made; both end with a norm.
+
+    Parameters
+    ----------
+    d_model, nhead : int
+        The size of a token's vector, and the number of heads, each of size d_model / nhead.
+    num_encoder_layers, num_decoder_layers : int
+        How many layers.
+    dim_feedforward : int
+        The size between the two linear maps of the feed-forward.
+    dropout : float in [0, 1)
+        Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
+        the tokens.
+    activation : {"relu", "gelu", "gelu_tanh"}
+        Between the two linear maps; "gelu" is the form with erf.
+    norm_first : bool
+        Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
+    layer_norm_eps : float
+        Keeps the roots in the norms away from 0.
+    bias : bool
+        Whether linear maps and layer norms have biases.
+    norm : {"layer", "rms"}
+        `LayerNorm` or `RMSNorm`.
+    num_kv_heads : int, optional
+        Heads of keys and values, a divisor of `nhead`; as many as there are heads by default.
+    rotary : float, optional
+        The base of rotary positions in self-attention, 10000.0 commonly; none by default.
+    window : int, optional
+        In self-attention a token may attend only to those less than this many from it.
+    dtype : {"float32", "float64"}
+        Of parameters and outputs. Inputs of another real dtype are converted.
+    seed : int, optional
+        Fixes the initial parameters.
+
+    References
+    ----------
+    .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
+    .. [2] R. Xiong et al., "On layer normalization in the Transformer architecture", ICML 2020.
+    """
+
+    num_encoder_layers: int
+    num_decoder_layers: int
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        *,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        norm_first: bool = False,
+        layer_norm_eps: float = 1e-5,
+        bias: bool = True,
+        norm: str = "layer",
+        num_kv_heads: int | None = None,
+        rotary: float | None = None,
+        window: int | None = None,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        config = self._configure(
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout=dropout,
+            activation=activation,
+            norm_first=norm_first,
+            layer_norm_eps=layer_norm_eps,
+            bias=bias,
+            norm=norm,
+            num_kv_heads=num_kv_heads,
+            rotary=rotary,
+            window=window,
+            dtype=dtype,
+            seed=seed,
+        )
+        self.num_encoder_layers = checks.size("num_encoder_layers", num_encoder_layers, 1)
+        self.num_decoder_layers = checks.size("num_decoder_layers", num_decoder_layers, 1)
+        counts = {"num_encoder_layers": self.num_encoder_layers, "num_decoder_layers": self.num_decoder_layers}
+        for name, count in counts.items():
+            if count > MOST_LAYERS:
+                raise ValueError(f"{name} should be at most {MOST_LAYERS}, not {count}")
+        self._config = {**counts, **config, "seed": self.seed}
+        first, second = seeds_of(self.seed, 2)
+        kinds = self._layers
+        self.encoder = kinds.TransformerEncoder(self.num_encoder_layers, **config, final_norm=True, seed=first)
+        self.decoder = kinds.TransformerDecoder(self.num_decoder_layers, **config, final_norm=True, seed=second)
+        self._children = {"encoder": self.encoder, "decoder": self.decoder}
+
+    def _opened(
+        self,
+        src: Any,
+        tgt: Any,
+        src_mask: Any,
+        tgt_mask: Any,
+        memory_mask: Any,
+        src_lengths: Any,
+        tgt_lengths: Any,
+        causal: Any,
+    ) -> tuple[Tokens, Context, Tokens, Context]:
+        """The tokens of source and target, and what the layers of encoder and decoder are told but for the memory."""
+        source = self._tokens("src", src, "src_lengths", src_lengths, "S")
+        target = self._tokens("tgt", tgt, "tgt_lengths", tgt_lengths)
+        same_batch("tgt", tgt, "src", source, target)
+        keys, rows = source.rows, target.rows
+        of_encoder = Context(Frame(keys, keys, False), self._mask("src_mask", src_mask, keys, keys), False)
+        of_decoder = Context(
+            Frame(rows, rows, False),
+            self._mask("tgt_mask", tgt_mask, rows, rows),
+            checks.flag("causal", causal),
+            None,
+            Frame(rows, keys, False),
+            self._mask("memory_mask", memory_mask, rows, keys),
+        )
+        return source, of_encoder, target, of_decoder
+
+    def __call__(
+        self,
+        src: Any,
+        tgt: Any,
+        *,
+        src_mask: Any = None,
+        tgt_mask: Any = None,
+        memory_mask: Any = None,
+        src_lengths: Any = None,
+        tgt_lengths: Any = None,
+        causal: bool = True,
+        return_weights: bool = False,
+    ) -> Any:
+        """Encode the sources and decode the targets; inference.
+
+        Parameters
+        ----------
+        src : array of shape (B, S, d_model), or (S, d_model)
+            Real floating numbers.
+        tgt : array of shape (B, T, d_model), or (T, d_model)
+        src_mask, tgt_mask, memory_mask : arrays that broadcast to (B, heads, S, S), (B, heads, T, T), (B, heads, T, S)
+            Optional. Booleans: True = may attend. Or real numbers, which are added to the scaled scores; -inf forbids.
+        src_lengths, tgt_lengths : arrays of shape (B,), optional
+            The real tokens of each row; nothing is computed for those past them, and nothing in them matters.
+        causal : bool
+            Whether each token of the target may attend only to those of the target before it and itself.
+        return_weights : bool
+            Whether to return what each token attends to, too.
+
+        Returns
+        -------
+        y : ndarray of shape (B, T, d_model)
+            0 past a row's length.
+        weights : pair of lists
+            With `return_weights`: of the encoder's layers (B, heads, S, S), and of the decoder's the pairs
+            (B, heads, T, T) and (B, heads, T, S).
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be.
+        """
+        source, of_encoder, target, of_decoder = self._opened(
+            src, tgt, src_mask, tgt_mask, memory_mask, src_lengths, tgt_lengths, causal
+        )
+        wanted = checks.flag("return_weights", return_weights)
+        memory, encoder_weights = self.encoder._run(source.x, of_encoder, wanted)
+        y, decoder_weights = self.decoder._run(target.x, of_decoder._replace(memory=memory), wanted)
+        out = _single(target.rows.scatter(y), target.alone)
+        if not wanted:
+            return out
+        return out, tuple([_single(own, target.alone) for own in maps] for maps in (encoder_weights, decoder_weights))
+
+    def forward(
+        self,
+        src: Any,
+        tgt: Any,
+        *,
+        src_mask: Any = None,
+        tgt_mask: Any = None,
+        memory_mask: Any = None,
+        src_lengths: Any = None,
+        tgt_lengths: Any = None,
+        causal: bool = True,
+        seed: int | None = None,
+    ) -> tuple[Array, Tape]:
+        """Encode and decode for training: what a call gives, but for dropout, and what `backward` needs.
+
+        Parameters
+        ----------
+        src, tgt, src_mask, tgt_mask, memory_mask, src_lengths, tgt_lengths, causal
+            As for a call. Arrays are not to be changed as long as the tape is used.
+        seed : int, optional
+            Fixes what dropout drops; drawn where it is not given.
+
+        Returns
+        -------
+        y : ndarray of shape (B, T, d_model)
+        tape : Tape
+        """
+        source, of_encoder, target, of_decoder = self._opened(
+            src, tgt, src_mask, tgt_mask, memory_mask, src_lengths, tgt_lengths, causal
+        )
+        seed = mask_seed(seed)
+        memory, encoded = self.encoder._forward_rows(source.x, of_encoder, child_seed(seed, 0))
+        y, decoded = self.decoder._forward_rows(target.x, of_decoder._replace(memory=memory), child_seed(seed, 1))
+        kept = encoded, decoded, source.rows, target.rows, target.alone
+        return _single(target.rows.scatter(y), target.alone), Tape(self, kept)
+
+    def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> tuple[Array, Array]:
+        """Gradients, given that of the outputs.
+
+        Parameters
+        ----------
+        dy : array of the shape of y
+            Past a row's length nothing in it matters.
+        tape : Tape
+            What `forward` returned.
+        grads : mapping from str to ndarray, optional
+            Where the gradients of the parameters are added; `grads` of the layers by default.
+
+        Returns
+        -------
+        dsrc, dtgt : ndarrays of the shapes of src and tgt
+            0 past a row's length.
+        """
+        encoded, decoded, source, target, alone = self._kept(tape)
+        targets = self._child_targets(grads)
+        gradient = target.gather(_gradient(dy, self.dtype, target, self.d_model, alone))
+        dtgt, dmemory = self.decoder._backward_rows(gradient, decoded, targets["decoder"])
+        dsrc, _ = self.encoder._backward_rows(dmemory, encoded, targets["encoder"])
+        return _single(source.scatter(dsrc), alone), _single(target.scatter(dtgt), alone)
+
+
+def same_batch(name: str, value: Any, as_name: str, one: Tokens, other: Tokens) -> None:
+    """Refuse an argument of another batch than an earlier one."""
+    if one.alone != other.alone or one.rows.batch != other.rows.batch:
+        raise ValueError(
+            f"{name} should have the batch of {as_name}, {'none' if one.alone else one.rows.batch},"
+            f" not be of shape {np.shape(value)}"
+        )
+
+
+def _single(array: Any, alone: bool) -> Any:
+    """An array without its batch, where none was given; or each of a pair."""
+    if not alone:
+        return array
+    return tuple(part[0] for part in array) if isinstance(array, tuple) else array[0]
+
+
+def _gradient(dy: Any, dtype: np.dtype[Any], rows: Rows, width: int, alone: bool) -> Array:
+    """The gradient of outputs, (B, T, width)."""
+    shape = rows.batch, rows.time, width
+    return checks.like("dy", dy, dtype, shape[1:] if alone else shape).reshape(shape)
