@@ -237,26 +237,55 @@ INLINE ivec lanes_between(ptrdiff_t first, ptrdiff_t last)
     return (lane >= ibroadcast(low)) & (lane < ibroadcast(high));
 }
 
-/* The scores of one query in place: scale, mask, and -inf where forbidden. `s` stands for the keys from `key` on. */
+/*
+ * What is left to multiply scores by once they are final. With nothing to add to them that is the scale, which a maximum
+ * can be taken before; else they are scaled at once.
+ */
+INLINE real scale_left(const fs_attention *job)
+{
+    return job->mask || !(job->scale > 0) ? 1 : (real)job->scale;
+}
+
+/*
+ * The scores of one query in place: with the mask, -inf where forbidden, and but for `scale_left` scaled. `s` stands for
+ * the keys from `key` on. Returns the largest of each lane.
+ */
 INLINE vec final_scores(const head_view *h, ptrdiff_t query, ptrdiff_t key, ptrdiff_t vectors, real *s)
 {
     const vec forbidden = broadcast((real)-INFINITY), scale = broadcast((real)h->job->scale);
-    ptrdiff_t first, last;
-    vec most = forbidden;
+    const int scaled = scale_left(h->job) == 1;
+    ptrdiff_t first, last, v = 0;
+    vec most[4] = {forbidden, forbidden, forbidden, forbidden}; /* a maximum waits for itself as a sum does */
     allowed_keys(h, query, &first, &last);
-    for (ptrdiff_t v = 0; v < vectors; v++, key += LANES) {
-        vec x = load(s + v * LANES) * scale;
+    while (v < vectors) {
+        const ptrdiff_t at = key + v * LANES;
+        if (!scaled && at >= first && at + 4 * LANES <= last && v + 4 <= vectors) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                most[i] = at_least(load(s + (v + i) * LANES), most[i]);
+            v += 4;
+            continue;
+        }
+        vec x = load(s + v * LANES);
+        x = scaled ? x * scale : x;
         if (h->mask) {
             ivec allowed;
-            x = masked(h, query, key, x, &allowed);
+            x = masked(h, query, at, x, &allowed);
             x = choose(allowed, x, forbidden);
         }
-        if (key < first || key + LANES > last)
-            x = choose(lanes_between(first - key, last - key), x, forbidden);
+        if (at < first || at + LANES > last)
+            x = choose(lanes_between(first - at, last - at), x, forbidden);
         store(s + v * LANES, x);
-        most = at_least(x, most);
+        most[v % 4] = at_least(x, most[v % 4]);
+        v++;
     }
-    return most;
+    return at_least(at_least(most[0], most[1]), at_least(most[2], most[3]));
+}
+
+/* exp(s - base) of final scores. */
+INLINE vec weight_of(vec s, vec left, vec base)
+{
+    return exp_of_negative(s * left - base);
 }
 
 /* Weights, or gradients of scores, of one query: a negative zero where forbidden, and nowhere else. */
@@ -318,21 +347,23 @@ static void attend_tile(const head_view *h, ptrdiff_t query, int n, ptrdiff_t ke
     raw_scores(h->q + query * job->q.row, job->q.row, n, h->k_panels, width, key, vectors, scores, KEY_BLOCK);
     for (int r = 0; r < n; r++) {
         real *s = scores + r * KEY_BLOCK;
-        const real before = most[r], now = most_of(final_scores(h, query + r, key, vectors, s));
+        const real before = most[r],
+                   now = most_of(final_scores(h, query + r, key, vectors, s)) * scale_left(job);
         most[r] = now > before || now != now ? now : before;
         /* Where nothing may be attended to yet, all weights are 0, and exp(-inf) is that. */
         const real base = most[r] == (real)-INFINITY ? 0 : most[r];
+        const vec left = broadcast(scale_left(job));
         vec sum[2] = {{0}};
         ptrdiff_t v = 0;
         for (; v + 2 <= vectors; v += 2)
 #pragma GCC unroll 2
             for (int i = 0; i < 2; i++) {
-                const vec p = exp_of_negative(load(s + (v + i) * LANES) - broadcast(base));
+                const vec p = weight_of(load(s + (v + i) * LANES), left, broadcast(base));
                 store(s + (v + i) * LANES, p);
                 sum[i] += p;
             }
         if (v < vectors) {
-            const vec p = exp_of_negative(load(s + v * LANES) - broadcast(base));
+            const vec p = weight_of(load(s + v * LANES), left, broadcast(base));
             store(s + v * LANES, p);
             sum[0] += p;
         }
@@ -350,11 +381,11 @@ static void attend_tile(const head_view *h, ptrdiff_t query, int n, ptrdiff_t ke
 }
 
 /* The softmax weights of one query, from what the forward found: exp(s - maximum) / sum; in place. */
-INLINE void softmax_weights(const real *stats, ptrdiff_t vectors, real *s)
+INLINE void softmax_weights(const fs_attention *job, const real *stats, ptrdiff_t vectors, real *s)
 {
-    const vec base = broadcast(stats[0]), inverse = broadcast(stats[1]);
+    const vec left = broadcast(scale_left(job)), base = broadcast(stats[0]), inverse = broadcast(stats[1]);
     for (ptrdiff_t v = 0; v < vectors; v++)
-        store(s + v * LANES, exp_of_negative(load(s + v * LANES) - base) * inverse);
+        store(s + v * LANES, weight_of(load(s + v * LANES), left, base) * inverse);
 }
 
 static void write_weights(const head_view *h, ptrdiff_t query, int n, real *scores)
@@ -368,7 +399,7 @@ static void write_weights(const head_view *h, ptrdiff_t query, int n, real *scor
         for (int r = 0; r < n; r++) {
             real *s = scores + r * KEY_BLOCK;
             final_scores(h, query + r, key, vectors, s);
-            softmax_weights(h->stats + 2 * (query + r), vectors, s);
+            softmax_weights(job, h->stats + 2 * (query + r), vectors, s);
             memcpy(h->weights + (query + r) * job->most_keys + key, s, (size_t)count * sizeof(real));
         }
     }
@@ -470,6 +501,12 @@ static ptrdiff_t whole_panels(ptrdiff_t keys)
     return (keys + PANEL - 1) / PANEL * PANEL;
 }
 
+/* Whether there can be a key that some query may not attend to, and others may. */
+INLINE int forbids(const fs_attention *job)
+{
+    return job->causal || job->window || job->mask;
+}
+
 /* Reals of scratch. */
 static ptrdiff_t attend_scratch(const fs_attention *job)
 {
@@ -496,7 +533,7 @@ static void attend(const fs_attention *job, ptrdiff_t item, void *scratch)
     if (header[0] != pair) {
         header[0] = pair;
         pack_turned(shared.k, job->k.row, shared.keys, job->width, panels);
-        header[1] = !all_finite(shared.v, job->v.row, shared.keys, job->value_width);
+        header[1] = forbids(job) && !all_finite(shared.v, job->v.row, shared.keys, job->value_width);
     }
     shared.k_panels = panels;
     shared.unsure = (int)header[1];
@@ -520,13 +557,13 @@ static void back_row(const head_view *h, ptrdiff_t query, ptrdiff_t key, ptrdiff
     const fs_attention *job = h->job;
     const real *stats = h->stats + 2 * query;
     const vec base = broadcast(stats[0]), inverse = broadcast(stats[1]), scale = broadcast((real)job->scale);
-    const vec forbidden = broadcast((real)-INFINITY);
+    const vec forbidden = broadcast((real)-INFINITY), left = broadcast(scale_left(job));
     const ptrdiff_t n = vectors * LANES;
     final_scores(h, query, key, vectors, s);
     if (job->threshold)
         drop_weights(h, query, key, n, dp, dp);
     for (ptrdiff_t i = 0; i < n; i += LANES) {
-        const vec score = load(s + i), p = exp_of_negative(score - base) * inverse;
+        const vec score = load(s + i), p = weight_of(score, left, base) * inverse;
         const vec ds = p * (load(dp + i) - broadcast(delta)) * scale;
         store(s + i, choose(score == forbidden, broadcast(0), ds));
         store(dp + i, choose(score == forbidden, broadcast(0), p));
@@ -651,7 +688,7 @@ static void attend_back(const fs_attention *job, ptrdiff_t item, void *memory)
         header[0] = pair;
         pack_turned(shared.k, job->k.row, shared.keys, job->width, panels);
         pack_turned(shared.v, job->v.row, shared.keys, job->value_width, v_panels);
-        header[1] = !all_finite(shared.k, job->k.row, shared.keys, job->width);
+        header[1] = forbids(job) && !all_finite(shared.k, job->k.row, shared.keys, job->width);
     }
     ptrdiff_t query_from = 0, query_to = shared.queries, key_from = 0, key_to = shared.keys;
     if (job->phase == 1) {
@@ -664,8 +701,9 @@ static void attend_back(const fs_attention *job, ptrdiff_t item, void *memory)
     }
     for (ptrdiff_t head = kv * group; head < (kv + 1) * group; head++) {
         head_view h = view_of_head(shared, b, head);
-        h.unsure = header[1] || !all_finite(h.q, job->q.row, h.queries, job->width) ||
-                   !all_finite(h.dout, job->dout.row, h.queries, job->value_width);
+        h.unsure =
+            header[1] || (forbids(job) && (!all_finite(h.q, job->q.row, h.queries, job->width) ||
+                                           !all_finite(h.dout, job->dout.row, h.queries, job->value_width)));
         for (ptrdiff_t query = query_from; query < query_to; query++) {
             vec sum = {0};
             for (ptrdiff_t e = 0; e < job->value_width; e += LANES)

@@ -67,15 +67,11 @@ INLINE void chain_rows(const int ROWS, const int PANELS, const int VECTORS, cons
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; p++)
         panel[p] = weights + p * panel_size;
-    ptrdiff_t k = 0;
+    /* Several k at once where there are registers: what moves the pointers takes slots that multiply-adds could have. */
 #if FS_VECTOR_BYTES == 64
-    /* Several k at once: what moves the pointers takes slots that multiply-adds could have, 6 % of them. */
-    for (; k + 4 <= k_size; k += 4)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            chain_step(ROWS, PANELS, VECTORS, stride, x_stride, sums, row, panel, k + i);
 #endif
-    for (; k < k_size; k++)
+    for (ptrdiff_t k = 0; k < k_size; k++)
         chain_step(ROWS, PANELS, VECTORS, stride, x_stride, sums, row, panel, k);
 }
 
