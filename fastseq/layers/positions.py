@@ -59,7 +59,7 @@ def waves(width: int, base: float, dtype: np.dtype[Any]) -> Table:
 
     def made(positions: Array) -> tuple[Array, ...]:
         turned = angles(positions, (width + 1) // 2, width, base, dtype)
-        both = np.stack([np.sin(turned), np.cos(turned)], axis=2).reshape(len(positions), -1)
+        both = np.stack([np.sin(turned), np.cos(turned)], axis=2).reshape(len(positions), 2 * turned.shape[1])
         return (np.ascontiguousarray(both[:, :width], dtype),)
 
     return Table(made)

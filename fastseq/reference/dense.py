@@ -150,6 +150,11 @@ ERFC = np.frompyfunc(math.erfc, 1, 1)
 ROOT_2_OVER_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
+def widened(x: Array) -> Array:
+    """x in a dtype in which what a GELU makes of it is exact to its own."""
+    return x.astype(np.promote_types(x.dtype, np.float64), copy=False)
+
+
 def normal_cdf(x: Array) -> Array:
     """The share of a normal distribution that lies below x; erfc, so that nothing cancels where it is small."""
     tail: Any = ERFC(x.astype(np.float64) * -math.sqrt(0.5))
@@ -160,23 +165,30 @@ def activation_forward(x: Array, kind: str, n_threads: int) -> Array:
     """relu: max(x, 0);  gelu: x Phi(x);  gelu_tanh: x / 2 (1 + tanh u) with u = sqrt(2 / pi) (x + 0.044715 x^3)"""
     if kind == "relu":
         return np.maximum(x, x.dtype.type(0))
+    wide = widened(x)
     with np.errstate(all="ignore"):
-        if kind == "gelu":
-            return x * normal_cdf(x)
-        # 1 / (1 + exp(-2 u)) is (1 + tanh u) / 2, and does not cancel where that is small.
-        return x / (1 + np.exp(-2 * ROOT_2_OVER_PI * (x + CUBIC * x * x * x)))
+        share = normal_cdf(wide) if kind == "gelu" else half_of_one_plus_tanh(wide)
+        return np.asarray(wide * share, x.dtype)
+
+
+def half_of_one_plus_tanh(x: Array) -> Array:
+    """(1 + tanh u) / 2 of the u above, as 1 / (1 + exp(-2 u)): where it is small, nothing cancels"""
+    return 1 / (1 + np.exp(-2 * ROOT_2_OVER_PI * (x + CUBIC * x * x * x)))
 
 
 def activation_backward(x: Array, dy: Array, kind: str, n_threads: int) -> Array:
     """relu: dy where x > 0;  gelu: Phi(x) + x phi(x);  gelu_tanh: s + x s (1 - s) 2 du/dx with s = (1 + tanh u) / 2"""
     if kind == "relu":
         return np.where(x > 0, dy, x.dtype.type(0))
+    wide = widened(x)
     with np.errstate(all="ignore"):
         if kind == "gelu":
-            return dy * (normal_cdf(x) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi))
-        s = 1 / (1 + np.exp(-2 * ROOT_2_OVER_PI * (x + CUBIC * x * x * x)))
-        slope = x * s * (1 - s) * (2 * ROOT_2_OVER_PI * (1 + 3 * CUBIC * x * x))
-        return dy * (s + np.where(s * (1 - s) == 0, 0, slope))  # far from 0, where x^2 may be inf
+            slope = normal_cdf(wide) + wide * np.exp(-wide * wide / 2) / math.sqrt(2 * math.pi)
+        else:
+            s = half_of_one_plus_tanh(wide)
+            steep = wide * s * (1 - s) * (2 * ROOT_2_OVER_PI * (1 + 3 * CUBIC * wide * wide))
+            slope = s + np.where(s * (1 - s) == 0, 0, steep)  # far from 0, where x^2 may be inf
+        return np.asarray(dy * slope, x.dtype)
 
 
 def softmax_forward(x: Array, n_threads: int) -> Array:
