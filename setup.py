@@ -123,7 +123,7 @@ def extension(name: str) -> Extension:
 setup(
     cmdclass={"build_ext": Build},
     ext_modules=cythonize(
-        [extension(name) for name in ("_simd", "_recurrent", "_dense", "_attention", "_losses", "_optimisers", "_models")],
+        [extension(name) for name in ("_simd", "_recurrent", "_dense", "_attention", "_transformer", "_losses", "_optimisers", "_models")],
         include_path=["src"],
         compiler_directives={"language_level": 3, "cdivision": True},
         # Where coverage is counted, lines of C say which line of Cython they stand for.

@@ -7,7 +7,7 @@ may lie apart. Threads split rows, columns or elements, never a sum.
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cython.parallel cimport parallel, threadid
 from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -100,6 +100,11 @@ def linear_pack(cnp.ndarray weight not None, cnp.ndarray bias):
     if bias is not None:
         packed.leaves.pack(cnp.PyArray_DATA(bias), &no_gate, 1, PANEL_BLOCKS, units, 1, <void *> packed.part.bias)
     return packed
+
+
+def packed_weights(Packed packed not None):
+    """The panels of a linear layer, for the other compiled modules: a capsule that is good as long as `packed` is."""
+    return PyCapsule_New(<void *> &packed.part, "fastseq.weights", NULL)
 
 
 cdef int transpose(Packed packed) except -1:

@@ -10,7 +10,6 @@ cdef extern from "simd/leaves.h" nogil:
         FS_SIGMOID
         FS_BLEND
         FS_ADD
-        FS_JOIN
         FS_GELU
         FS_GELU_TANH
         FS_BACK_IDENTITY

@@ -32,7 +32,6 @@ static inline void finish_plain(const fs_step *s, ptrdiff_t row, ptrdiff_t panel
         case FS_RELU: h = relu_(h); break;
         case FS_SIGMOID: h = sigmoid_(h); break;
         case FS_ADD: h += load_units(s->out[row], unit, units); break;
-        case FS_JOIN: h = load_units(s->carry[row], unit, units) + h; break;
         case FS_GELU: h = gelu_(h); break;
         case FS_GELU_TANH: h = gelu_tanh_(h); break;
         case FS_BLEND: {

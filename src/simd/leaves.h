@@ -29,7 +29,6 @@ enum fs_finish {
     FS_SIGMOID,  /* h = sigmoid(a)                        */
     FS_BLEND,    /* h = (1 - z) * tanh(a) + z * carry     */
     FS_ADD,      /* h += a                                */
-    FS_JOIN,     /* h = carry + a                         */
     FS_GELU,     /* h = gelu(a), the erf form             */
     FS_GELU_TANH, /* h = gelu(a), the tanh form           */
     /* And where the step is one of a backward pass: see backward.h. */
