@@ -18,7 +18,7 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
-from fastseq.layers import LSTM, Linear
+from fastseq.layers import LSTM, Linear, MultiheadAttention
 from fastseq.layers.base import Composite, Layer, child_seed
 from fastseq.layers.recurrent import Recurrent
 
@@ -142,8 +142,9 @@ def initialise(
     ----------
     layer : layer or model
     weights : {"default", "xavier_uniform", "xavier_normal", "he_uniform", "he_normal", "orthogonal"}
-        How the matrices of linear and recurrent layers are drawn, each gate's on its own; their biases are 0 then.
-        Other layers, and all with "default", start as they do when they are made, which is as in PyTorch.
+        How the matrices of linear and recurrent layers and of attention are drawn, those of each gate, and of queries,
+        keys and values, on their own; their biases are 0 then. Other layers, and all with "default", start as they do
+        when they are made, which is as in PyTorch.
     forget_bias : float, optional
         The bias of the forget gates of LSTMs [1]_: `bias_ih` has it, `bias_hh` 0.
     seed : int, optional
@@ -183,7 +184,7 @@ def _renew(layer: Layer, weights: str, forget_bias: float | None, seed: int | No
             _renew(child, weights, forget_bias, None if seed is None else child_seed(seed, place))
         return
     rng = np.random.default_rng(seed)
-    if weights == "default" or not isinstance(layer, Linear | Recurrent):
+    if weights == "default" or not isinstance(layer, Linear | Recurrent | MultiheadAttention):
         arrays = layer._initial(rng)
     else:
         arrays = {name: _matrices(layer, name, old.shape, weights, rng) for name, old in layer._arrays.items()}
@@ -197,11 +198,15 @@ def _renew(layer: Layer, weights: str, forget_bias: float | None, seed: int | No
 
 def _matrices(layer: Layer, name: str, shape: tuple[int, ...], scheme: str, rng: np.random.Generator) -> Array:
     """One parameter: a bias of zeros, or a matrix drawn, where it has gates one gate after another."""
-    if name.startswith("bias"):
+    if len(shape) == 1:
         return np.zeros(shape)
-    gates = layer._gates if isinstance(layer, Recurrent) and not name.startswith("weight_hr") else 1
+    rows = [shape[0]]
+    if isinstance(layer, Recurrent) and not name.startswith("weight_hr"):
+        rows = [shape[0] // layer._gates] * layer._gates
+    elif isinstance(layer, MultiheadAttention) and name == "in_proj_weight":
+        rows = layer._row_counts()
     gain = math.sqrt(2) if scheme.startswith("he_") else 1.0
-    return np.concatenate([_draw(scheme, (shape[0] // gates, shape[1]), gain, rng) for _ in range(gates)])
+    return np.concatenate([_draw(scheme, (count, shape[1]), gain, rng) for count in rows])
 
 
 def _drawn(scheme: str, shape: Any, gain: Any, seed: Any, dtype: Any) -> Array:

@@ -279,7 +279,9 @@ def test_scores_of_any_size(size: float, dtype: str, module: Any) -> None:
             result = both(module, q, k, v, dout, {"scale": 1.0})
             assert_close(result["out"], np.broadcast_to(v[:, :, winner : winner + 1], (1, 1, 4, 3)), 1e-6)
             assert all(np.isfinite(array).all() for array in result.values())
-        # The same from a mask, forbidden places among it.
+        # The same from a mask: a number that is finite forbids nothing.
+        even = both(module, q, np.zeros_like(k), v, dout, {"mask": np.full((4, 70), -size)})
+        assert_close(even["out"], np.broadcast_to(v.mean(axis=2, keepdims=True), (1, 1, 4, 3)), 1e-5)
         mask = np.full((4, 70), -size)
         mask[:, 33], mask[:, 5] = sign * size if sign > 0 else -size / 2, -np.inf
         result = both(module, q, np.zeros_like(k), v, dout, {"mask": mask})

@@ -186,10 +186,10 @@ def assert_as_pytorch(ours: dict[str, Array], theirs: Any, out: Any, tensors: li
 @BOTH
 @DTYPES
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("form", ["self", "key", "value", "sizes"])
+@pytest.mark.parametrize("form", ["self", "key", "value", "sizes", "one_size"])
 def test_multihead_attention_of_pytorch(form: str, bias: bool, dtype: str, module: Any) -> None:
     torch = pytorch()
-    options = {"kdim": 5, "vdim": 7} if form == "sizes" else {}
+    options = {"sizes": {"kdim": 5, "vdim": 7}, "one_size": {"kdim": 5, "vdim": 5}}.get(form, {})
     theirs = torch.nn.MultiheadAttention(E, HEADS, bias=bias, batch_first=True, dtype=getattr(torch, dtype), **options)
     ours = module.MultiheadAttention(E, HEADS, bias=bias, dtype=dtype, **options)
     ours.load_state_dict({name: array.numpy() for name, array in theirs.state_dict().items()})
@@ -198,7 +198,9 @@ def test_multihead_attention_of_pytorch(form: str, bias: bool, dtype: str, modul
     x, key, value = inputs((3, 4, E), dtype), inputs((3, 6, E), dtype, 1), inputs((3, 6, E), dtype, 2)
     if form == "sizes":
         key, value = inputs((3, 6, 5), dtype, 1), inputs((3, 6, 7), dtype, 2)
-    given = {"self": (x,), "key": (x, key), "value": (x, key, value), "sizes": (x, key, value)}[form]
+    if form == "one_size":
+        key = inputs((3, 6, 5), dtype, 1)
+    given = {"self": (x,), "key": (x, key), "one_size": (x, key)}.get(form, (x, key, value))
     keys = given[-1].shape[1]
     lengths = np.array([keys, 1, keys - 1])
     mask = np.tril(np.ones((4, keys), bool), 1)
@@ -679,6 +681,34 @@ def test_rotary_positions_in_attention(module: Any) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("mha", "encoder", "decoder"))])
+def test_masks_with_lengths(case: str, module: Any) -> None:
+    """Rows of a mask are those of the padded batch, and so are its columns, however short the longest sequence is."""
+    layer = build(case, module=module)
+    given = sources(layer, 3, 7)
+    options = {**asked(layer, "additive", given), **lengths_of(layer, np.array([4, 0, 2]), np.array([3, 1, 5]))}
+    y, weights = layer(*given, **options, return_weights=True)
+    result = train(layer, given, **options)
+    assert_same_bits(result["y"], y)
+    dy, total = gradient(y), {name: np.zeros_like(array) for name, array in layer.parameters.items()}
+    for b, (n, m) in enumerate(((4, 3), (0, 1), (2, 5))):
+        alone = tuple(array[b : b + 1, :k] for array, k in zip(given, (n, m), strict=False))
+        own = {name: mask[b : b + 1, :, :n] for name, mask in options.items() if "mask" in name}
+        own = {name: mask[..., : m if name.startswith("memory") else n] for name, mask in own.items()}
+        assert_close(layer(*alone, **own), y[b : b + 1, :n], 1e-13)
+        single = train(layer, alone, dy=dy[b : b + 1, :n], **own)
+        for i in range(len(given)):
+            assert_close(single[f"d{i}"], result[f"d{i}"][b : b + 1, : (n, m)[i]], 1e-12)
+        for name, array in total.items():
+            array += single[name]
+    for name, array in total.items():
+        assert_close(result[name], array, 1e-12, name)
+    first = weights[0] if isinstance(weights, list) else weights
+    first = first[0] if isinstance(first, tuple) else first
+    assert first.shape == options["mask"].shape and not first[options["mask"] == -np.inf].any()
+
+
+@BOTH
 def test_a_window_in_an_encoder(module: Any) -> None:
     layer = build("encoder_modern", module=module)
     x = sources(layer, 2, 9)[0]
@@ -745,6 +775,21 @@ def test_seeds(case: str, module: Any) -> None:
     init.initialise(made[2], seed=1)
     for n, array in made[0].parameters.items():
         assert_same_bits(made[2].parameters[n], array, n)
+
+
+@BOTH
+def test_initialise(module: Any) -> None:
+    """Queries, keys and values have a matrix each."""
+    encoder = module.TransformerEncoder(2, 60, 6, 80, num_kv_heads=2, seed=0)
+    init.initialise(encoder, "orthogonal", seed=1)
+    for name, array in encoder.parameters.items():
+        if array.ndim == 1:
+            assert not array.any() or "norm" in name
+            continue
+        parts = np.split(array, [60, 80]) if "in_proj" in name else [array]
+        for part in parts:
+            small = part @ part.T if len(part) <= part.shape[1] else part.T @ part
+            np.testing.assert_allclose(small, np.eye(len(small)), atol=1e-5)
 
 
 @BOTH

@@ -414,6 +414,10 @@ class MultiheadAttention(Layer):
             arrays["out_proj.bias"] = np.zeros(self.embed_dim)
         return arrays
 
+    def _row_counts(self) -> list[int]:
+        """How many rows of `in_proj_weight` are of queries, of keys and of values."""
+        return [self._rows[part].stop - self._rows[part].start for part in "qkv"]
+
     def _part(self, arrays: Mapping[str, Array], part: str) -> tuple[Array, Array | None]:
         """Weight and bias of a projection: views of parameters, or of their gradients."""
         if part == "out":
