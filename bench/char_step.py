@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import character
 
 from fastseq import threads
-from fastseq.cli import UsageError, bench, engines, info
-from fastseq.cli.cases import ITEM, Case
+from fastseq.cli import UsageError, bench, info
+from fastseq.cli.cases import ITEM
+from fastseq.cli.recurrent import Recurrent
 from fastseq.cli.report import as_json, size, table
 from fastseq.cli.worker import THREAD_VARIABLES
 from fastseq.io import write_whole
@@ -24,7 +25,7 @@ ENGINES = ("fastseq", "torch")
 
 
 @dataclass(frozen=True)
-class Step(Case):
+class Step(Recurrent):
     """The step as a row of the table. Its limit counts the products and nothing else."""
 
     @property
@@ -52,15 +53,11 @@ class Step(Case):
     def recurrent_bytes(self):
         return character.LAYERS * super().recurrent_bytes
 
+    def build(self, engine, threads):
+        return character.build(engine, threads)
+
 
 STEP = Step("lstm", character.BATCH, character.TIME, character.HIDDEN, character.HIDDEN, train=True)
-
-# What `fastseq.cli.worker` asks of the module that knows the engines.
-version = engines.version
-
-
-def build(engine, case, n_threads):
-    return character.build(engine, n_threads)
 
 
 def memory(engine, n_threads):
@@ -85,12 +82,12 @@ def main():
         if options.threads is not None:
             n_threads = bench.whole_number("--threads", options.threads, threads.MOST)
         rounds = bench.whole_number("--rounds", options.rounds, 10_000)
-        bench.chosen_engines("torch", train=True)
+        bench.chosen_engines("torch", [STEP])
         json_file = bench.writable("--json", options.json)
     except UsageError as error:
         parser.error(str(error))
 
-    report = bench.measure([STEP], ["torch"], n_threads, rounds, asked=True, module="char_step")
+    report = bench.measure([STEP], ["torch"], n_threads, rounds, asked=True)
     if report is None:
         return 1
     print(table(report))

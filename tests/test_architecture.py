@@ -50,7 +50,7 @@ FLOORS = [
 OUTSIDE = {
     "fastseq.io": {"safetensors"},
     "fastseq.training": {"matplotlib", "safetensors", "tqdm"},
-    "fastseq.cli": {"matplotlib", "onnx", "onnxruntime", "openvino", "torch"},
+    "fastseq.cli": {"ctranslate2", "matplotlib", "onnx", "onnxruntime", "openvino", "safetensors", "torch"},
 }
 # `load` gives back layers, which stand above it: it finds them by name, when it is called.
 LATE = {("fastseq.io", "fastseq"), ("fastseq.state", "fastseq.io")}

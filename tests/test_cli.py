@@ -15,7 +15,7 @@ import pytest
 
 import fastseq as fs
 from fastseq import _simd, io
-from fastseq.cli import bench, cases, engines, limits, main, others, plot, progress, report, worker
+from fastseq.cli import bench, engines, limits, main, others, plot, progress, recurrent, report, worker
 
 TINY = ("--vs", "reference", "--shape", "1,1,8,8", "--kind", "lstm", "--rounds", "1", "--threads", "1")
 
@@ -121,7 +121,10 @@ def test_bench_on_a_terminal_shows_progress_and_removes_it():
         (["--shape", "1,0,3,4"], "from 1 on, not '1,0,3,4'"),
         (["--shape", "1,1,999999999,999999999"], "of memory"),
         (["--vs", "reference,keras"], "not 'keras'"),
-        (["--train", "--vs", "torch,openvino"], "openvino does not train"),
+        (
+            ["--train", "--vs", "torch,openvino"],
+            "some of reference, torch, which can do what is asked for, not 'openvino'",
+        ),
         (["--kind", "transformer"], "transformer"),
         (["--threads", "0"], "--threads should be a whole number from 1 to 1024, not '0'"),
         (["--rounds", "many"], "--rounds should be a whole number"),
@@ -147,9 +150,10 @@ def test_bench_refuses_an_engine_that_is_not_installed(capsys, monkeypatch):
     monkeypatch.setitem(engines.NEEDS, "torch", ("no_such_module",))
     assert main(["bench", "--vs", "torch"]) == 2
     assert "--vs torch needs no_such_module, which is not installed" in capsys.readouterr().err
-    assert "torch" not in bench.chosen_engines(None)
-    assert bench.chosen_engines(None, train=True) == []
-    assert bench.chosen_engines("reference", train=True) == ["reference"]
+    inference, training = (bench.chosen_cases("all", [], None, train) for train in (False, True))
+    assert "torch" not in bench.chosen_engines(None, inference)
+    assert bench.chosen_engines(None, training) == []
+    assert bench.chosen_engines("reference", training) == ["reference"]
 
 
 def test_bench_refuses_a_bad_thread_count_in_the_environment():
@@ -204,7 +208,7 @@ class Answers:
 )
 def test_gradients_may_be_four_times_as_far_off(y, dx, fault):
     one = np.ones((1, 1))
-    row = report.Row(cases.Case("gru", 1, 1, 1, 1, train=True))
+    row = report.Row(recurrent.Recurrent("gru", 1, 1, 1, 1, train=True))
     workers = {"fastseq": Answers(one, one, one), "torch": Answers(one, one * y, one * dx)}
     bench.check_parity([row], workers, Answers(one, one, one), progress.Progress(1))
     assert row.errors["torch"] == pytest.approx(np.inf if np.isnan(dx) else max(abs(y - 1), abs(dx - 1)))
@@ -225,8 +229,8 @@ def test_engines_compute_the_same(engine, exact):
         pytest.skip(f"{engine} is not installed")
     peer = worker.Worker(engine, 1)
     try:
-        for kind in cases.KINDS:
-            case = cases.Case(kind, 2, 3, 5, 7)
+        for kind in recurrent.KINDS:
+            case = recurrent.Recurrent(kind, 2, 3, 5, 7)
             assert bench.largest_error(peer.check(case), exact.check(case)) < 1e-5
     finally:
         peer.close()
@@ -239,8 +243,8 @@ def test_engines_train_the_same(engine, exact):
     peer = worker.Worker(engine, 1)
     try:
         for kind, parts in (("lstm", 2), ("gru", 1), ("rnn", 1)):
-            case = cases.Case(kind, 2, 3, 5, 7, train=True)
-            given = cases.numbers(case)
+            case = recurrent.Recurrent(kind, 2, 3, 5, 7, train=True)
+            given = recurrent.numbers(case)
             outputs, expected = peer.check(case), exact.check(case)
             shapes = [(2, 3, 7), *[(2, 7)] * parts, (2, 3, 5), *[(2, 7)] * parts]
             assert [array.shape for array in outputs] == shapes + [array.shape for array in given.weights.values()]
@@ -254,7 +258,7 @@ def test_engines_train_the_same(engine, exact):
 def test_every_call_starts_from_no_gradients(engine):
     if engines.missing(engine):
         pytest.skip(f"{engine} is not installed")
-    model = engines.build(engine, cases.Case("lstm", 2, 3, 5, 7, train=True), 1)
+    model = recurrent.Recurrent("lstm", 2, 3, 5, 7, train=True).build(engine, 1)
     first = [np.array(array) for array in model.outputs(model.call())]
     for once, again in zip(first, model.outputs(model.call()), strict=True):
         np.testing.assert_array_equal(again, once)
@@ -265,7 +269,7 @@ def test_worker_that_dies_is_told():
     try:
         dying._process.send_signal(signal.SIGKILL)
         with pytest.raises(worker.EngineError, match="fastseq: its process ended with status -9"):
-            dying.check(cases.Case("rnn", 1, 1, 2, 3))
+            dying.check(recurrent.Recurrent("rnn", 1, 1, 2, 3))
     finally:
         dying.close()
 
@@ -325,24 +329,26 @@ def test_the_limits_are_measured_on_all_threads():
 
 def test_floor():
     # At batch 1 the weights of the state are read every step; at a large batch the multiply-adds take longer.
-    one = cases.Case("lstm", 1, 10, 64, 128)
-    assert limits.floor(one, 1e9, 1e6) == pytest.approx((10 * 4 * 4 * 128 * 128 + 4 * 4 * 128 * 64) / 1e6)
-    many = cases.Case("gru", 64, 10, 64, 128)
-    assert limits.floor(many, 1e9, 1e9) == pytest.approx(many.flops / 1e9)
+    one = recurrent.Recurrent("lstm", 1, 10, 64, 128)
+    assert one.floor(1e9, 1e6) == pytest.approx((10 * 4 * 4 * 128 * 128 + 4 * 4 * 128 * 64) / 1e6)
+    many = recurrent.Recurrent("gru", 64, 10, 64, 128)
+    assert many.floor(1e9, 1e9) == pytest.approx(many.flops / 1e9)
 
 
 def test_floor_of_training():
     # Three products with each weight, two of which read it.
     for shape, multiply_adds, read, times in (((1, 10, 64, 128), 1e12, 1e6, 2), ((64, 10, 64, 128), 1e9, 1e9, 3)):
-        forward, both = (cases.Case("gru", *shape, train=train) for train in (False, True))
-        expected = times * limits.floor(forward, multiply_adds, read)
-        assert limits.floor(both, multiply_adds, read) == pytest.approx(expected)
+        forward, both = (recurrent.Recurrent("gru", *shape, train=train) for train in (False, True))
+        expected = times * forward.floor(multiply_adds, read)
+        assert both.floor(multiply_adds, read) == pytest.approx(expected)
         assert both.flops == 3 * forward.flops and both.bytes_read == 2 * forward.bytes_read
         assert both.memory(2) > forward.memory(2)
 
 
 def test_ratios_are_paired_by_round():
-    row = report.Row(cases.Case("rnn", 1, 1, 2, 3), seconds={"fastseq": [1.0, 10.0, 1.0], "torch": [2.0, 20.0, 4.0]})
+    row = report.Row(
+        recurrent.Recurrent("rnn", 1, 1, 2, 3), seconds={"fastseq": [1.0, 10.0, 1.0], "torch": [2.0, 20.0, 4.0]}
+    )
     assert row.ratios("torch") == [2, 2, 4]
     assert row.quartiles("torch") == (2, 3)
 
@@ -350,10 +356,12 @@ def test_ratios_are_paired_by_round():
 def test_disturbed_rows_are_named_and_left_out_of_the_summary():
     def row(kind, peer, others):
         seconds = {"fastseq": [1.0], "torch": [peer]}
-        return report.Row(cases.Case(kind, 1, 1, 2, 3), {"fastseq": 0.0}, {}, seconds, [1.0], [1.0], [1.0], others)
+        return report.Row(
+            recurrent.Recurrent(kind, 1, 1, 2, 3), {"fastseq": 0.0}, {}, seconds, [1.0], [1.0], [1.0], others
+        )
 
     about = {"fastseq": "0", "instruction_set": "avx2", "threads": 2, "rounds": 1, "processor": None, "vs": ["torch"]}
-    about["versions"] = {"fastseq": "0", "torch": "2"}
+    about |= {"versions": {"fastseq": "0", "torch": "2"}, "notes": []}
     rows = [row("lstm", 500.0, 0.9), row("gru", 2.0, 0.0), row("rnn", 2.0, None)]
     said = report.table(report.Report(about, {2: 1e9}, {1024: 1e9}, rows))
     assert said.count("disturbed: others kept 0.90 processors busy") == 1
@@ -389,4 +397,6 @@ def test_nine_shapes_train():
     chosen = bench.chosen_cases("all", [], None, train=True)
     assert len(chosen) == len(set(chosen)) == 9
     assert all(case.train and not case.step for case in chosen)
-    assert bench.chosen_cases("rnn", ["1,1,2,3"], None, train=True) == [cases.Case("rnn", 1, 1, 2, 3, train=True)]
+    assert bench.chosen_cases("rnn", ["1,1,2,3"], None, train=True) == [
+        recurrent.Recurrent("rnn", 1, 1, 2, 3, train=True)
+    ]

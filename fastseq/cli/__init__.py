@@ -36,20 +36,33 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--vs",
         metavar="ENGINES",
-        help="of reference, torch, onnxruntime, openvino; with commas (default: the reference and those installed; "
-        "with --train only torch, because the reference takes long)",
+        help="of reference, torch, onnxruntime, openvino, ctranslate2, as far as they can do what is asked for; with "
+        "commas (default: those installed, and the reference where it does not take long)",
     )
     bench.add_argument(
         "--train",
         action="store_true",
-        help="time forward and backward: all gradients, of three shapes for each kind unless told otherwise",
-    )
-    bench.add_argument("--kind", choices=("lstm", "gru", "rnn", "all"), default="all", help="default: all")
-    bench.add_argument(
-        "--shape", action="append", default=[], metavar="B,T,I,H", help="batch, time, inputs, hidden; may be repeated"
+        help="time forward and backward of recurrent layers: all gradients, of three shapes for each kind unless told "
+        "otherwise",
     )
     bench.add_argument(
-        "--shapes", choices=("few", "table"), help="a few telling shapes (the default), or eight for each kind"
+        "--kind",
+        choices=("lstm", "gru", "rnn", "all", "attention", "encoder", "train"),
+        default="all",
+        help="all (the default) are the recurrent layers; train is a step of training a character Transformer",
+    )
+    bench.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        metavar="B,T,I,H",
+        help="batch, time, inputs, hidden; of attention B,heads,T,D; of an encoder B,T; of training "
+        "layers,width,heads,B,T; may be repeated",
+    )
+    bench.add_argument(
+        "--shapes",
+        choices=("few", "table"),
+        help="of recurrent layers: a few telling shapes (the default), or eight for each kind",
     )
     bench.add_argument("--threads", metavar="N", help="threads of every engine (default: what fastseq would use)")
     bench.add_argument("--rounds", metavar="N", default="5", help="turns of every engine at every shape (default: 5)")

@@ -8,15 +8,15 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fastseq import _simd, threads
-from fastseq.cli import UsageError, engines, info, plot
-from fastseq.cli.cases import KINDS, SHAPES, Case
-from fastseq.cli.limits import ROOFS, Limits, floor
+from fastseq.cli import UsageError, attention, encoder, engines, info, language, plot, recurrent
+from fastseq.cli.cases import Case
+from fastseq.cli.limits import ROOFS, Limits
 from fastseq.cli.others import Others
 from fastseq.cli.progress import Progress
 from fastseq.cli.report import Report, Row, as_json, size, table
@@ -29,12 +29,19 @@ PEER_TOLERANCE = 1e-3
 # How many times as far off gradients may be: they are sums over what was rounded on the way there.
 OF_GRADIENTS = 4
 
+# The kinds that are not recurrent, and what makes cases of the values of --shape, or the usual ones of none.
+TRANSFORMERS: dict[str, Callable[[Sequence[str]], list[Case]]] = {
+    "attention": attention.chosen,
+    "encoder": encoder.chosen,
+    "train": language.chosen,
+}
+
 
 def run(options: argparse.Namespace) -> int:
     """The command; returns the exit status."""
     # All that can be refused is refused before anything is measured.
     cases = chosen_cases(options.kind, options.shape, options.shapes, options.train)
-    peers, asked = chosen_engines(options.vs, options.train), options.vs is not None
+    peers, asked = chosen_engines(options.vs, cases), options.vs is not None
     if options.threads is None:
         n_threads = info.thread_count()[0]
     else:
@@ -58,39 +65,26 @@ def run(options: argparse.Namespace) -> int:
 
 
 def chosen_cases(kind: str, shapes: Sequence[str], named: str | None, train: bool = False) -> list[Case]:
-    """The cases that some options ask for; inference of a single step of a single row also through ``layer.step``."""
-    wanted: list[tuple[int, ...]] = []
-    if named is not None or not shapes:
-        wanted += SHAPES[named or ("train" if train else "few")]
-    for text in shapes:
-        parts = [part.strip() for part in text.split(",")]
-        if len(parts) != 4 or not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
-            raise UsageError(f"--shape should be four whole numbers B,T,I,H, not {text!r}")
-        shape = tuple(map(int, parts))
-        if min(shape) < 1:
-            raise UsageError(f"--shape should be of numbers from 1 on, not {text!r}")
-        wanted.append(shape)
-    cases = []
-    for each in KINDS if kind == "all" else (kind,):
-        for batch, time, inputs, hidden in dict.fromkeys(wanted):
-            cases.append(Case(each, batch, time, inputs, hidden, train=train))
-            if batch == time == 1 and not train:
-                cases.append(Case(each, batch, time, inputs, hidden, step=True))
-    return cases
+    """The cases that some options ask for."""
+    if kind not in TRANSFORMERS:
+        return recurrent.chosen(recurrent.KINDS if kind == "all" else (kind,), shapes, named, train)
+    for option, given in (("--train", train), ("--shapes", named is not None)):
+        if given:
+            raise UsageError(f"{option} is for recurrent layers, not for --kind {kind}")
+    return TRANSFORMERS[kind](shapes)
 
 
-def chosen_engines(text: str | None, train: bool = False) -> list[str]:
-    """The engines that --vs names; without it the reference, which takes too long to train, and those installed."""
+def chosen_engines(text: str | None, cases: Sequence[Case]) -> list[str]:
+    """The engines that --vs names; without it those that are usual for the cases and installed."""
     if text is None:
-        suitable = [name for name in engines.TRAINED if name != "reference"] if train else list(engines.NEEDS)
-        return [name for name in suitable if not engines.missing(name)]
+        usual = [name for name in engines.NEEDS if any(name in case.usual for case in cases)]
+        return [name for name in usual if not engines.missing(name)]
+    able = [name for name in engines.NEEDS if any(name in case.engines for case in cases)]
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        if name not in engines.NEEDS:
-            raise UsageError(f"--vs should name some of {', '.join(engines.NEEDS)}, not {name!r}")
-        if train and name not in engines.TRAINED:
+        if name not in able:
             raise UsageError(
-                f"--vs should name some of {', '.join(engines.TRAINED)} with --train: {name} does not train"
+                f"--vs should name some of {', '.join(able)}, which can do what is asked for, not {name!r}"
             )
         missing = engines.missing(name)
         if missing:
@@ -141,7 +135,6 @@ def measure(
     n_threads: int,
     rounds: int,
     asked: bool,
-    module: str = engines.__name__,
 ) -> Report | None:
     """Check, then time. None where fastseq or an engine that was asked for failed; that is told on standard error.
 
@@ -153,8 +146,6 @@ def measure(
     n_threads, rounds : int
     asked : bool
         Whether somebody named the peers: one that cannot start is left out otherwise.
-    module : str
-        Where the engines build the cases; see `Worker`.
     """
     rows = [Row(case) for case in cases]
     with contextlib.ExitStack() as stack:
@@ -166,18 +157,18 @@ def measure(
             for name in ["fastseq", *peers]:
                 progress.advance(f"starting {name}")
                 try:
-                    workers[name] = stack.enter_context(contextlib.closing(Worker(name, n_threads, module)))
+                    workers[name] = stack.enter_context(contextlib.closing(Worker(name, n_threads)))
                 except EngineError as error:
                     if asked or name == "fastseq":
                         raise
                     complain(f"left out {error}")
-            with contextlib.closing(Worker("exact", n_threads, module)) as exact:  # it ends before anything is timed
+            with contextlib.closing(Worker("exact", n_threads)) as exact:  # it ends before anything is timed
                 check_parity(rows, workers, exact, progress)
             progress.advance("measuring the limits")
             limits = stack.enter_context(contextlib.closing(Limits(n_threads)))
             peaks, reads = roofs(limits)
             for row in rows:
-                measured = {name: worker for name, worker in workers.items() if name not in row.faults}
+                measured = {name: worker for name, worker in workers.items() if row.has(name)}
                 for worker in measured.values():
                     worker.build(row.case)
                 others = Others(worker.pid for worker in workers.values())
@@ -196,6 +187,7 @@ def measure(
         "threads": n_threads,
         "rounds": rounds,
         "dtype": "float32",
+        "notes": list(dict.fromkeys(note for case in cases for note in case.notes)),
         "vs": [name for name in peers if name in workers],
         "versions": {name: worker.version for name, worker in workers.items()},
         "processor": info.processor(),
@@ -211,6 +203,8 @@ def check_parity(rows: Sequence[Row], workers: dict[str, Worker], exact: Worker,
         progress.advance(f"checking {row.case.name}")
         expected = exact.check(row.case)
         for name, worker in workers.items():
+            if name != "fastseq" and name not in row.case.engines:
+                continue
             try:
                 outputs = worker.check(row.case)
             except EngineError as failure:
@@ -236,8 +230,7 @@ def check_parity(rows: Sequence[Row], workers: dict[str, Worker], exact: Worker,
 
 def tolerance(case: Case) -> float:
     """How far float32 results may be from exact ones, over the largest magnitude: what fastseq promises."""
-    terms = (case.inputs + case.hidden) * case.time
-    return 16 * float(np.finfo(np.float32).eps) * math.ceil(math.log2(2 + terms))
+    return 16 * float(np.finfo(np.float32).eps) * math.ceil(math.log2(2 + case.terms))
 
 
 def largest_error(outputs: engines.Outputs, expected: engines.Outputs) -> float:
@@ -265,7 +258,7 @@ def time_once(row: Row, workers: dict[str, Worker], limits: Limits, turn: int) -
     multiply_adds, read = limits.multiply_adds(), limits.read(row.case.working_set)
     row.multiply_adds.append(multiply_adds)
     row.read.append(read)
-    row.floors.append(floor(row.case, multiply_adds, read))
+    row.floors.append(row.case.floor(multiply_adds, read))
     names = list(workers)
     first = turn % len(names)
     for name in names[first:] + names[:first]:

@@ -11,7 +11,6 @@ import numpy as np
 
 from fastseq import _simd
 from fastseq.checks import Array
-from fastseq.cli.cases import Case
 from fastseq.cli.worker import EngineError
 
 BURST = 0.004  # seconds: long beside waking a thread, short beside the seconds in which a shared machine changes
@@ -83,26 +82,3 @@ class Limits:
             raise EngineError(f"the limits of {self.threads} threads cannot be measured: {error}") from None
         starts, ends, amounts = zip(*(future.result() for future in pending), strict=True)
         return max(ends) - min(starts), sum(amounts)
-
-
-def floor(case: Case, multiply_adds: float, read: float) -> float:
-    """The least seconds a case can take.
-
-    Parameters
-    ----------
-    case : Case
-    multiply_adds : float
-        Floating-point operations a second.
-    read : float
-        Bytes a second out of a buffer of ``case.working_set``.
-
-    Notes
-    -----
-    The weights of the state are read again every step, those of the input once for all steps, and in training both
-    once more on the way back; for each of the two counts what takes longer, to read them or to multiply. At batch 1
-    reading is what binds, at large batches multiplying is.
-    """
-    read /= case.readings
-    recurrent = max(case.recurrent_flops / multiply_adds, case.time * case.recurrent_bytes / read)
-    inputs = max(case.input_flops / multiply_adds, case.input_bytes / read)
-    return recurrent + inputs

@@ -1,4 +1,4 @@
-"""The roofline: operations a second over operations for each byte of weights read, under the measured limits."""
+"""The roofline: operations a second over operations for each byte read, under the measured limits."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ STYLES = {
     "torch": ("#0072b2", "s"),
     "onnxruntime": ("#009e73", "^"),
     "openvino": ("#b5579a", "D"),
+    "ctranslate2": ("#e3b505", "v"),
 }
 LABELS = 0.3  # of the height of a panel, at its foot
 
@@ -51,7 +52,7 @@ def roofline(report: Report, file_format: str) -> bytes:
     """
     from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys(row.case.kind for row in report.rows))
+    groups = list(dict.fromkeys(row.case.group for row in report.rows))
     intensities = [row.case.intensity for row in report.rows]
     left, right = min(intensities) / 8, max(intensities) * 2.5
     peak = report.peaks[report.about["threads"]] / 1e9
@@ -59,20 +60,21 @@ def roofline(report: Report, file_format: str) -> bytes:
     top = max(peak, *speeds) * 2
     bottom = top / (top / (min(speeds) * 0.8)) ** (1 / (1 - LABELS))
 
-    figure = Figure(figsize=(5.2 * len(kinds) + 0.8, 6.2), dpi=160, layout="constrained")
-    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(5.2 * len(groups) + 0.8, 6.2), dpi=160, layout="constrained")
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     slopes = []
-    for panel, kind in zip(panels, kinds, strict=True):
+    for panel, group in zip(panels, groups, strict=True):
         panel.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
-        _decorate(panel, kind.upper())
+        _decorate(panel, group)
         slopes += _roofs(panel, peak, report.reads, left, right)
-        _points(panel, [row for row in report.rows if row.case.kind == kind], report.engines)
+        _points(panel, [row for row in report.rows if row.case.group == group], report.engines)
     panels[0].set_ylabel("GFLOP/s", color=INK)
 
     about = report.about
     threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
     where = ", ".join(filter(None, [about["processor"], about["instruction_set"], threads, about["dtype"]]))
-    done = "Training" if report.rows[0].case.train else "Inference"
+    trains = {row.case.train for row in report.rows}
+    done = "Inference and training" if len(trains) > 1 else "Training" if True in trains else "Inference"
     figure.suptitle(f"{done} on {where}", color=INK, fontsize=13)
     handles, labels = panels[0].get_legend_handles_labels()
     # They were drawn last first.
@@ -90,7 +92,7 @@ def _decorate(panel: Any, title: str) -> None:
     from matplotlib.ticker import FuncFormatter
 
     panel.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold")
-    panel.set_xlabel("floating-point operations for each byte of weights read", color=INK)
+    panel.set_xlabel("floating-point operations for each byte read", color=INK)
     panel.grid(which="major", color="#e8ebee", linewidth=0.8)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
@@ -135,9 +137,8 @@ def _points(panel: Any, rows: Sequence[Row], engines: Sequence[str]) -> None:
     for row, place in zip(rows, spread(wanted, 0.042), strict=True):
         x, speeds = row.case.intensity, [row.gflops(engine) for engine in row.seconds]
         panel.vlines(x, min(speeds), max(speeds), color=FAINT, linewidth=0.8, zorder=2)
-        label = f"{'step ' if row.case.step else ''}{row.case.shape}"
         panel.annotate(
-            label,
+            row.case.label,
             (x, min(speeds)),
             (place, LABELS - 0.035),
             textcoords="axes fraction",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import geometric_mean, median
 from typing import Any
@@ -42,6 +43,10 @@ class Row:
     read: list[float] = field(default_factory=list)
     floors: list[float] = field(default_factory=list)
     others: float | None = None
+
+    def has(self, engine: str) -> bool:
+        """Whether an engine computes the case, and rightly."""
+        return (engine == "fastseq" or engine in self.case.engines) and engine not in self.faults
 
     @property
     def disturbed(self) -> bool:
@@ -91,6 +96,10 @@ class Report:
         """fastseq first, then the others in the order they were asked for."""
         return ["fastseq", *self.about["vs"]]
 
+    def engines_of(self, row: Row) -> list[str]:
+        """Those of them that can compute a case."""
+        return [engine for engine in self.engines if engine == "fastseq" or engine in row.case.engines]
+
 
 def table(report: Report) -> str:
     """The report for people."""
@@ -103,13 +112,14 @@ def table(report: Report) -> str:
         "multiply-adds: "
         + ", ".join(f"{rate / 1e9:.3g} GFLOP/s on {_count(n, 'thread')}" for n, rate in report.peaks.items()),
         "reading: " + ", ".join(f"{rate / 1e9:.3g} GB/s from {size(n)}" for n, rate in report.reads.items()),
+        *about["notes"],
         "",
-        f"{'B×T×I×H':{TITLE}}  {'engine':11}  {'median':>8}  {'GFLOP/s':>7}  {'of limit':>8}  {'over fastseq':>12}"
-        "  quartiles",
+        f"{report.rows[0].case.axes:{TITLE}}  {'engine':11}  {'median':>8}  {'GFLOP/s':>7}  {'of limit':>8}"
+        f"  {'over fastseq':>12}  quartiles",
     ]
     for row in report.rows:
         title = row.case.name
-        for engine in report.engines:
+        for engine in report.engines_of(row):
             lines.append(f"{title:{TITLE}}  {engine:11}  {_cells(row, engine)}".rstrip())
             title = ""
         if row.disturbed:
@@ -134,21 +144,17 @@ def _summary(report: Report) -> list[str]:
     left_out = len(report.rows) - len(quiet)
     if left_out and quiet:
         lines.append(f"without the {_count(left_out, 'row')} that others disturbed:")
+    rows = quiet or report.rows
     for engine in report.about["vs"]:
-        ratios = {row.case: median(row.ratios(engine)) for row in quiet or report.rows if engine in row.seconds}
-        if not ratios:
-            continue
-        least = min(ratios, key=ratios.__getitem__)
-        faster = sum(ratio > 1 for ratio in ratios.values())
-        by_kind: dict[str, list[float]] = {}
-        for case, ratio in ratios.items():
-            by_kind.setdefault(case.kind.upper(), []).append(ratio)
-        each = ", ".join(f"{kind} {geometric_mean(some):.2f}" for kind, some in by_kind.items())
-        lines.append(
-            f"{engine} takes {geometric_mean(ratios.values()):.2f} times as long as fastseq (geometric mean"
-            f"{f': {each}' if len(by_kind) > 1 else ''}), at least {ratios[least]:.2f} ({least.name});"
-            f" fastseq is faster in {faster} of {len(ratios)}"
-        )
+        ratios = {row.case: median(row.ratios(engine)) for row in rows if engine in row.seconds}
+        lines += _compared(engine, ratios)
+    if len(report.about["vs"]) > 1:
+        fastest = {
+            row.case: min(median(row.ratios(engine)) for engine in row.seconds if engine != "fastseq")
+            for row in rows
+            if len(row.seconds) > 1
+        }
+        lines += _compared("the fastest of them", fastest)
     worst = {
         engine: max(row.errors[engine] for row in report.rows if engine in row.errors)
         for engine in report.engines
@@ -158,13 +164,30 @@ def _summary(report: Report) -> list[str]:
     return lines
 
 
+def _compared(engine: str, ratios: Mapping[Case, float]) -> list[str]:
+    """How many times longer than fastseq an engine takes, in a line, if it was measured at all."""
+    if not ratios:
+        return []
+    least = min(ratios, key=ratios.__getitem__)
+    faster = sum(ratio > 1 for ratio in ratios.values())
+    groups: dict[str, list[float]] = {}
+    for case, ratio in ratios.items():
+        groups.setdefault(case.group, []).append(ratio)
+    each = ", ".join(f"{group} {geometric_mean(some):.2f}" for group, some in groups.items())
+    return [
+        f"{engine} takes {geometric_mean(ratios.values()):.2f} times as long as fastseq (geometric mean"
+        f"{f': {each}' if len(groups) > 1 else ''}), at least {ratios[least]:.2f} ({least.name});"
+        f" fastseq is faster in {faster} of {len(ratios)}"
+    ]
+
+
 def as_json(report: Report) -> str:
     """The report for programs: every number of every round."""
     rows = []
     for row in report.rows:
         case = row.case
         engines: dict[str, Any] = {}
-        for engine in report.engines:
+        for engine in report.engines_of(row):
             engines[engine] = {"error": row.errors.get(engine), "fault": row.faults.get(engine)}
             if engine in row.seconds:
                 engines[engine] |= {
@@ -178,15 +201,8 @@ def as_json(report: Report) -> str:
         rows.append(
             {
                 "name": case.name,
-                "kind": case.kind,
-                "step": case.step,
-                "train": case.train,
-                "batch": case.batch,
-                "time": case.time,
-                "inputs": case.inputs,
-                "hidden": case.hidden,
+                **case.describe(),
                 "flops": case.flops,
-                "weight_bytes_read": case.bytes_read,
                 "others": row.others,
                 "limit": {"multiply_adds": row.multiply_adds, "read": row.read, "seconds": row.floors},
                 "engines": engines,

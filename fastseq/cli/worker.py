@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import json
 import multiprocessing
 import os
@@ -51,25 +50,25 @@ class Worker:
     Parameters
     ----------
     engine : str
-        A name that `module` knows.
+        A name that the cases know.
     threads : int
         Given to the engine by environment and by its own interface.
-    module : str
-        Where the process finds ``build`` and ``version`` of the engine.
     """
 
     # The path is handed over as it is, because -c and -m put the current directory in front of it.
     _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fastseq.cli import worker; worker.main()"
 
-    def __init__(self, engine: str, threads: int, module: str = engines.__name__) -> None:
+    def __init__(self, engine: str, threads: int) -> None:
         self.engine = engine
         self._errors = tempfile.TemporaryFile()
+        # Whatever the engine writes goes there, and away with the process, however that ends.
+        self._folder = tempfile.TemporaryDirectory(prefix="fastseq-bench-")
         self._pipe, theirs = multiprocessing.Pipe()
-        arguments = [json.dumps(sys.path), str(theirs.fileno()), module, engine, str(threads), str(os.getpid())]
+        arguments = [json.dumps(sys.path), str(theirs.fileno()), engine, str(threads), str(os.getpid())]
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", self._START, *arguments],
-                env=os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads)),
+                env=os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads)) | {"TMPDIR": self._folder.name},
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,
                 stderr=self._errors,
@@ -107,6 +106,7 @@ class Worker:
         self._process.wait()
         self._pipe.close()
         self._errors.close()
+        self._folder.cleanup()
 
     def _ask(self, request: str, case: Case | None) -> Any:
         self._process.send_signal(signal.SIGCONT)
@@ -134,11 +134,10 @@ class Worker:
 
 def main() -> None:
     """The process: answer requests until the pipe closes."""
-    handle, module, engine = int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    threads, parent = int(sys.argv[5]), int(sys.argv[6])
+    handle, engine = int(sys.argv[2]), sys.argv[3]
+    threads, parent = int(sys.argv[4]), int(sys.argv[5])
     _die_with(parent)
     pipe = Connection(handle)
-    registry = importlib.import_module(module)
     # One at a time: some engines start threads for every model.
     model: engines.Model | None = None
 
@@ -148,13 +147,13 @@ def main() -> None:
             assert model is not None
             return timed(model.call)
         model = None
-        model = registry.build(engine, case, threads)
+        model = case.build(engine, threads)
         if request == "build":
             return None
         outputs, model = model.outputs(model.call()), None
         return outputs
 
-    _reply(pipe, lambda: registry.version(engine))
+    _reply(pipe, lambda: engines.version(engine))
     while True:
         try:
             request, case = pipe.recv()
