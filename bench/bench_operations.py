@@ -1,11 +1,12 @@
-"""What training needs beside recurrent layers, operation by operation, beside the same in NumPy."""
+"""Attention, Transformer blocks, and what training needs, operation by operation, beside the same in NumPy."""
 
 import numpy as np
 import pytest
 from pairs import assert_close, exact, pair
 
-from fastseq import _dense, _losses, _optimisers
-from fastseq.reference import dense, loss_operations, optimisers
+from fastseq import _attention, _dense, _losses, _optimisers
+from fastseq.layers.positions import turns
+from fastseq.reference import attention_operations, dense, loss_operations, optimisers
 
 both = pytest.mark.parametrize("engine", ["fastseq", "numpy"])
 THREADS = 1
@@ -80,6 +81,107 @@ def bench_layer_norm(benchmark, rng, direction, rows, width, engine):
         operations = _dense.layer_norm_backward, dense.layer_norm_backward
         arguments = (x, weight, means, scales, dy, np.zeros_like(weight), np.zeros_like(bias), THREADS)
     compared(benchmark, engine, *operations, arguments, max(rows, width))
+
+
+@both
+@pytest.mark.parametrize("rows, width", [(64, 256), (2048, 256)])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def bench_rms_norm(benchmark, rng, direction, rows, width, engine):
+    benchmark.group = f"rms norm {direction} {rows}×{width}"
+    x, dy = rng.standard_normal((2, rows, width), np.float32)
+    weight = rng.standard_normal(width, np.float32)
+    if direction == "forward":
+        operations, arguments = (_dense.rms_norm_forward, dense.rms_norm_forward), (x, weight, 1e-5, THREADS)
+    else:
+        _, scales = dense.rms_norm_forward(x, weight, 1e-5, THREADS)
+        operations = _dense.rms_norm_backward, dense.rms_norm_backward
+        arguments = (x, weight, scales, dy, np.zeros_like(weight), THREADS)
+    compared(benchmark, engine, *operations, arguments, max(rows, width))
+
+
+@both
+@pytest.mark.parametrize("kind", ["relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def bench_activation(benchmark, rng, direction, kind, engine):
+    rows, width = 256, 1024
+    benchmark.group = f"{kind} {direction} {rows}×{width}"
+    x, dy = rng.standard_normal((2, rows, width), np.float32)
+    if direction == "forward":
+        operations, arguments = (_dense.activation_forward, dense.activation_forward), (x, kind, THREADS)
+    else:
+        operations, arguments = (_dense.activation_backward, dense.activation_backward), (x, dy, kind, THREADS)
+    compared(benchmark, engine, *operations, arguments, 1)
+
+
+@both
+@pytest.mark.parametrize("rows, width", [(2048, 64), (512, 1024)])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def bench_softmax(benchmark, rng, direction, rows, width, engine):
+    benchmark.group = f"softmax {direction} {rows}×{width}"
+    x, dy = rng.standard_normal((2, rows, width), np.float32)
+    if direction == "forward":
+        operations, arguments = (_dense.softmax_forward, dense.softmax_forward), (x, THREADS)
+    else:
+        y = dense.softmax_forward(x, THREADS)
+        operations, arguments = (_dense.softmax_backward, dense.softmax_backward), (y, dy, THREADS)
+    compared(benchmark, engine, *operations, arguments, width)
+
+
+@both
+@pytest.mark.parametrize("interleaved", [False, True])
+def bench_rotary(benchmark, rng, interleaved, engine):
+    rows, heads, size = 1024, 8, 64
+    benchmark.group = f"rotary {rows}×{heads}×{size}{', interleaved' if interleaved else ''}"
+    x = rng.standard_normal((rows, heads, size), np.float32)
+    cos, sin = turns(size, 10000.0, np.dtype("float32")).up_to(rows)
+    operations = _attention.rotary, attention_operations.rotary
+    compared(benchmark, engine, *operations, (x, cos, sin, np.arange(rows), interleaved, False, THREADS), 2)
+
+
+@both
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("batch, heads, time, width", [(8, 4, 64, 32), (1, 8, 512, 64)])
+@pytest.mark.parametrize("direction", ["forward", "forward and backward"])
+def bench_attention(benchmark, rng, direction, batch, heads, time, width, causal, engine):
+    benchmark.group = f"attention {direction} {batch}×{heads}×{time}×{width}{', causal' if causal else ''}"
+    q, k, v, dout = rng.standard_normal((4, batch, heads, time, width), np.float32)
+
+    def of(module):
+        def forward(q, k, v, dout):
+            return module.attention(q, k, v, None, None, None, causal, None, width**-0.5, False, THREADS)[0]
+
+        def forward_backward(q, k, v, dout):
+            settings = None, None, None, causal, None, width**-0.5, 0.0, 0, THREADS
+            out, kept = module.attention_forward(q, k, v, *settings)
+            return out, *module.attention_backward(kept, dout, THREADS)
+
+        return forward if direction == "forward" else forward_backward
+
+    compared(benchmark, engine, of(_attention), of(attention_operations), (q, k, v, dout), time + width)
+
+
+@both
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch, time, width, heads", [(1, 32, 128, 4), (8, 64, 256, 8)])
+@pytest.mark.parametrize("direction", ["forward", "forward and backward"])
+def bench_encoder_block(benchmark, rng, direction, batch, time, width, heads, norm_first, engine):
+    benchmark.group = f"encoder block {direction} {batch}×{time}×{width}, {'pre' if norm_first else 'post'}-norm"
+    settings = {"dropout": 0.0, "activation": "gelu", "norm_first": norm_first}
+    layer = pair("TransformerEncoderLayer", width, heads, 4 * width, **settings)[engine == "numpy"]
+    x, dy = rng.standard_normal((2, batch, time, width), np.float32)
+
+    def forward(layer):
+        return (layer(x),)
+
+    def forward_backward(layer):
+        layer.zero_grad()
+        y, tape = layer.forward(x)
+        return y, layer.backward(dy, tape), *layer.grads.values()
+
+    run = forward if direction == "forward" else forward_backward
+    for i, (array, expected_array) in enumerate(zip(run(layer), run(exact(layer)), strict=True)):
+        assert_close(array, expected_array, max(batch * time, 4 * width), gradient=i > 0)
+    benchmark(run, layer)
 
 
 @both

@@ -9,10 +9,10 @@ import fastseq as fs
 KINDS = ("LSTM", "GRU", "RNN")
 
 
-def pair(kind, inputs, hidden):
+def pair(kind, *sizes, **settings):
     """A layer of fastseq and the one of the reference, float32, with the same weights."""
-    compiled = getattr(fs, kind)(inputs, hidden, seed=0)
-    reference = getattr(fs.reference, kind)(inputs, hidden)
+    compiled = getattr(fs, kind)(*sizes, **settings, seed=0)
+    reference = getattr(fs.reference, kind)(*sizes, **settings)
     reference.load_state_dict(compiled.state_dict())
     return compiled, reference
 

@@ -143,8 +143,10 @@ def chosen(texts: Sequence[str]) -> list[Case]:
     for _, time in wanted:
         if time > MINILM.positions:
             raise UsageError(f"--shape should have a T up to {MINILM.positions}, not {time}")
-    full: list[Case] = [Encoder(batch, time, weights=weights) for batch, time in wanted or SHAPES]
-    return full if wanted else [*full, Encoder(*MIXED, weights=weights)]
+    rows: list[tuple[int, int, int | None]] = [(batch, time, None) for batch, time in wanted or SHAPES]
+    if not wanted:
+        rows.append(MIXED)
+    return [Encoder(*row, architecture=MINILM, weights=weights) for row in rows]
 
 
 _SELF, _OUT, _IN, _LAST = "attention.self.", "attention.output.", "intermediate.dense.", "output."

@@ -19,7 +19,7 @@ SYMBOLS = 96
 MAX_NORM = 1.0
 # With the usual eps of 1e-8 an element whose gradient is rounding and nothing else moves as far as all others, forward
 # or back as it happens, and parameters could not be compared after some steps.
-SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.1}
+SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.1}
 STEPS_COMPARED = 3
 
 
