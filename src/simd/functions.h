@@ -221,6 +221,13 @@ INLINE vec_pair sum_pair(vec a, vec b)
     return (vec_pair){sum, (a - (sum - of_b)) + (b - of_b)};
 }
 
+/* The same where |a| is at least |b|. */
+INLINE vec_pair ordered_sum_pair(vec a, vec b)
+{
+    const vec sum = a + b;
+    return (vec_pair){sum, b - (sum - a)};
+}
+
 INLINE vec_pair product_pair(vec a, vec b)
 {
     const vec product = a * b;
@@ -243,9 +250,10 @@ INLINE normal_parts normal_of(vec t)
 #if FS_REAL_BYTES == 4
     const vec bounded = at_most(t, broadcast(8)), quarter = bounded * broadcast(0.25f),
               u = quarter - broadcast(1);
-    vec inner = broadcast(NORMAL[NORMAL_TERMS - 1]); /* term by term: in pairs more is rounded off */
-#pragma GCC unroll 16
-    for (int i = NORMAL_TERMS - 2; i > 0; i--)
+    /* The last terms, which bear the most, one by one: in pairs more is rounded off. */
+    vec inner = polynomial(NORMAL_TERMS - 4, NORMAL + 4, u, u * u);
+#pragma GCC unroll 3
+    for (int i = 3; i > 0; i--)
         inner = fma_(inner, u, broadcast(NORMAL[i]));
     const vec_pair product = product_pair(u, inner);
     vec_pair g = sum_pair(broadcast(NORMAL[0]), product.high);
@@ -257,7 +265,8 @@ INLINE normal_parts normal_of(vec t)
     const vec_pair g = {broadcast(9) * inverse * polynomial(NORMAL_TERMS, NORMAL, u, u * u), {0}};
 #endif
     /* g (1 + p) */
-    const vec_pair more = product_pair(g.high, e.p), tail = sum_pair(g.high, more.high);
+    const vec_pair more = product_pair(g.high, e.p);
+    const vec_pair tail = ordered_sum_pair(g.high, more.high);
     return (normal_parts){{tail.high, fma_(g.high, e.rest, tail.low + more.low + g.low)}, e};
 }
 
