@@ -10,8 +10,6 @@
 
 #include "lanes.h"
 
-#include <math.h>
-
 #if FS_REAL_BYTES == 4
 enum { MANTISSA_BITS = 23, EXPONENT_BIAS = 127 };
 #define EXP_LOW (-104.0f)  /* exp rounds to 0 below */
@@ -331,7 +329,7 @@ INLINE vec gelu_divisor(vec x)
 /* gelu(x) = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 */
 INLINE vec gelu_tanh_(vec x)
 {
-    return x / choose(x < broadcast(-TAIL_HIGH), broadcast((real)INFINITY), gelu_divisor(x));
+    return x / choose(x < broadcast(-TAIL_HIGH), broadcast(INFINITE), gelu_divisor(x));
 }
 
 /* With s = 1 / (1 + exp(-x (a + b x^2))): s + x s (1 - s) (a + 3 b x^2); s is taken at -|x|, where 1 - s does not cancel */
