@@ -45,7 +45,7 @@ cdef enum Kind:
     ATTEND
 
 cdef enum:
-    ROW_BLOCK = 128      # rows of a block: they read all weights of a segment once, and stay in a core's cache
+    ROW_BLOCK = 192      # rows of a block: they read all weights of a segment once, and stay in a core's cache
     FEW_ROWS = 64        # so many rows a thread, and each reads the weights as fast as it multiplies
     POINTER_ROWS = 128   # rows whose pointers are made at once
     NORM_ROWS = 16       # rows of an item where a norm is a segment of its own
