@@ -4,6 +4,7 @@ Arguments were checked at the door. Threads split sequences, key-value heads and
 sum. See simd/attention.h.
 """
 
+cimport cython
 cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport ceil
@@ -28,6 +29,7 @@ cdef const fs_leaves *table(cnp.ndarray x) except NULL:
     return <const fs_leaves *> PyCapsule_GetPointer(_simd.leaves[x.itemsize], "fastseq.leaves")
 
 
+@cython.internal
 cdef class Job:
     """Attention over some arrays, which it keeps; heads of whole vectors."""
 

@@ -61,6 +61,10 @@ cdef class Packed:
     cdef fs_weights transposed
     cdef bint has_transposed
 
+    def panels(self):
+        """The panels, for the other compiled modules: a capsule that is good as long as this is."""
+        return PyCapsule_New(<void *> &self.part, "fastseq.weights", NULL)
+
 
 cdef char *panels_for(Packed packed, Py_ssize_t units, Py_ssize_t k):
     """Room for the panels of `units` columns and k rows, on a cache line of its own; zeros."""
@@ -100,11 +104,6 @@ def linear_pack(cnp.ndarray weight not None, cnp.ndarray bias):
     if bias is not None:
         packed.leaves.pack(cnp.PyArray_DATA(bias), &no_gate, 1, PANEL_BLOCKS, units, 1, <void *> packed.part.bias)
     return packed
-
-
-def packed_weights(Packed packed not None):
-    """The panels of a linear layer, for the other compiled modules: a capsule that is good as long as `packed` is."""
-    return PyCapsule_New(<void *> &packed.part, "fastseq.weights", NULL)
 
 
 cdef int transpose(Packed packed) except -1:

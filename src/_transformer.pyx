@@ -10,6 +10,7 @@ Attention is a segment of its own. The threads meet after every segment. No choi
 output is one chain over k, whoever computes it.
 """
 
+cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
@@ -29,7 +30,7 @@ from share cimport (
 
 import numpy as np
 
-from fastseq import _dense, _simd
+from fastseq import _simd
 
 cnp.import_array()
 
@@ -44,7 +45,7 @@ cdef enum Kind:
     ATTEND
 
 cdef enum:
-    ROW_BLOCK = 128      # rows of a block: they read all weights of a segment once, and stay in a core's cache
+    ROW_BLOCK = 192      # rows of a block: they read all weights of a segment once, and stay in a core's cache
     FEW_ROWS = 64        # so many rows a thread, and each reads the weights as fast as it multiplies
     POINTER_ROWS = 128   # rows whose pointers are made at once
     NORM_ROWS = 16       # rows of an item where a norm is a segment of its own
@@ -56,7 +57,7 @@ cdef double NORM_WORK = 24
 cdef double COPY_WORK = 8
 cdef double WEIGHT_WORK = 32
 
-ACTIVATIONS = {"relu": FS_RELU, "gelu": FS_GELU, "gelu_tanh": FS_GELU_TANH}
+cdef dict ACTIVATIONS = {"relu": FS_RELU, "gelu": FS_GELU, "gelu_tanh": FS_GELU_TANH}
 
 
 cdef struct Norm:
@@ -253,7 +254,7 @@ cdef class Block:
 
     cdef const fs_weights *weights(self, packed) except NULL:
         self.kept.append(packed)
-        return <const fs_weights *> PyCapsule_GetPointer(_dense.packed_weights(packed), "fastseq.weights")
+        return <const fs_weights *> PyCapsule_GetPointer(packed.panels(), "fastseq.weights")
 
 
 cdef Norm norm_of(bint rms, double eps, cnp.ndarray weight, cnp.ndarray bias) noexcept:
@@ -296,6 +297,7 @@ def block_pack(settings, parts):
     return block
 
 
+@cython.internal
 cdef class Builder:
     """Lays out the steps of a run, and the memory that they share."""
 

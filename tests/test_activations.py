@@ -162,7 +162,7 @@ def exactly(x: float, kind: str) -> float:
 @BOTH
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh"])
 def test_gelu_of_numbers_of_any_size(kind: str, module: Any) -> None:
-    """Within 2 ulp of the larger of the result and 2^-24 of x."""
+    """Within 2 ulp of the larger of the result and 2^-24 of x; a result that is not normal may become 0."""
     layer = build(kind, module=module)
     rng = np.random.default_rng(0)
     x = np.concatenate(
@@ -177,8 +177,11 @@ def test_gelu_of_numbers_of_any_size(kind: str, module: Any) -> None:
     y = layer(x)
     expected = np.array([exactly(value, kind) for value in x.astype("float64")])
     scale = np.maximum(np.abs(expected), 2.0**-24 * np.abs(x.astype("float64")))
-    ulp = np.maximum(np.spacing(scale.astype("float32")).astype("float64"), 2.0**-149)
-    assert (np.abs(y.astype("float64") - expected) / ulp).max() <= 2
+    ulp = np.spacing(scale.astype("float32")).astype("float64")
+    error = np.abs(y.astype("float64") - expected)
+    normal = np.abs(expected) >= np.finfo("float32").tiny
+    assert normal.sum() > 8000 and (error[normal] / ulp[normal]).max() <= 2
+    assert (error[~normal] <= np.maximum(2 * ulp[~normal], np.finfo("float32").tiny)).all()
     dx = train(layer, x, np.ones_like(x))["x"]
     assert np.isfinite(dx).all()
     assert (dx[x > 20] == 1).all() and not dx[x < -20].any()

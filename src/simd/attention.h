@@ -40,7 +40,7 @@ INLINE void multiply_tile(const int ROWS, const int VECTORS, const void *const *
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++)
             sums[r * VECTORS + v] = keep ? broadcast(keep[r]) * load(c + r * c_row + v * LANES) : (vec){0};
-    chain_rows(ROWS, 1, VECTORS, w_row, x_stride, sums, x, w, 0, k_size);
+    chain_rows(ROWS, 1, VECTORS, w_row, x_stride, sums, x, w, 0, k_size, NULL);
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
@@ -222,7 +222,7 @@ INLINE vec masked(const head_view *h, ptrdiff_t query, ptrdiff_t key, vec s, ive
         return s;
     }
     const vec more = left < LANES ? load_part((const real *)row, left) : load((const real *)row);
-    *allowed = more != broadcast((real)-INFINITY);
+    *allowed = more != broadcast(-INFINITE);
     return s + more;
 }
 
@@ -252,7 +252,7 @@ INLINE real scale_left(const fs_attention *job)
  */
 INLINE vec final_scores(const head_view *h, ptrdiff_t query, ptrdiff_t key, ptrdiff_t vectors, real *s)
 {
-    const vec forbidden = broadcast((real)-INFINITY), scale = broadcast((real)h->job->scale);
+    const vec forbidden = broadcast(-INFINITE), scale = broadcast((real)h->job->scale);
     const int scaled = scale_left(h->job) == 1;
     ptrdiff_t first, last, v = 0;
     vec most[4] = {forbidden, forbidden, forbidden, forbidden}; /* a maximum waits for itself as a sum does */
@@ -351,7 +351,7 @@ static void attend_tile(const head_view *h, ptrdiff_t query, int n, ptrdiff_t ke
                    now = most_of(final_scores(h, query + r, key, vectors, s)) * scale_left(job);
         most[r] = now > before || now != now ? now : before;
         /* Where nothing may be attended to yet, all weights are 0, and exp(-inf) is that. */
-        const real base = most[r] == (real)-INFINITY ? 0 : most[r];
+        const real base = most[r] == -INFINITE ? 0 : most[r];
         const vec left = broadcast(scale_left(job));
         vec sum[2] = {{0}};
         ptrdiff_t v = 0;
@@ -416,7 +416,7 @@ static void attend_queries(const head_view *h, ptrdiff_t from, ptrdiff_t to, rea
         rows = to - block < QUERY_BLOCK ? to - block : QUERY_BLOCK;
         memset(sums, 0, (size_t)(rows * value_width) * sizeof(real));
         for (ptrdiff_t r = 0; r < rows; r++) {
-            most[r] = (real)-INFINITY;
+            most[r] = -INFINITE;
             total[r] = 0;
         }
         ptrdiff_t first, last, key, ignored;
@@ -432,7 +432,7 @@ static void attend_queries(const head_view *h, ptrdiff_t from, ptrdiff_t to, rea
             real *out = h->out + (block + r) * job->out.row;
             for (ptrdiff_t e = 0; e < value_width; e += LANES) /* + 0: a sum of nothing but underflow is +0 */
                 store(out + e, load(sums + r * value_width + e) * broadcast(inverse) + broadcast(0));
-            h->stats[2 * (block + r)] = most[r] == (real)-INFINITY ? 0 : most[r];
+            h->stats[2 * (block + r)] = most[r] == -INFINITE ? 0 : most[r];
             h->stats[2 * (block + r) + 1] = inverse;
         }
         if (h->weights)
@@ -557,7 +557,7 @@ static void back_row(const head_view *h, ptrdiff_t query, ptrdiff_t key, ptrdiff
     const fs_attention *job = h->job;
     const real *stats = h->stats + 2 * query;
     const vec base = broadcast(stats[0]), inverse = broadcast(stats[1]), scale = broadcast((real)job->scale);
-    const vec forbidden = broadcast((real)-INFINITY), left = broadcast(scale_left(job));
+    const vec forbidden = broadcast(-INFINITE), left = broadcast(scale_left(job));
     const ptrdiff_t n = vectors * LANES;
     final_scores(h, query, key, vectors, s);
     if (job->threshold)
@@ -665,6 +665,31 @@ static void settle(real *rows, ptrdiff_t row, ptrdiff_t n, ptrdiff_t width)
             store(rows + i * row + k, load(rows + i * row + k) + broadcast(0));
 }
 
+/* deltas[query] = dout . out, in the order of a product, so that dp less it is exactly 0 where there is a single key. */
+static void find_deltas(const head_view *h, ptrdiff_t from, ptrdiff_t to, real *deltas)
+{
+    const fs_attention *job = h->job;
+    for (ptrdiff_t query = from; query < to; query += LANES) {
+        const ptrdiff_t count = to - query < LANES ? to - query : LANES;
+        vec sum = {0};
+        for (ptrdiff_t e = 0; e < job->value_width; e += LANES) {
+            vec dout[LANES], out[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) {
+                const ptrdiff_t row = query + (i < count ? i : 0);
+                dout[i] = load(h->dout + row * job->dout.row + e);
+                out[i] = load(h->out + row * job->out.row + e);
+            }
+            turn(dout);
+            turn(out);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                sum = fma_(dout[i], out[i], sum);
+        }
+        store_row(deltas + query, count, sum);
+    }
+}
+
 /*
  * Item (b, kv) of backward: all queries and, of all parts, some keys; parts come one after another. Where there are fewer
  * heads than threads, items are (b, kv, part) in two phases: dq of some queries, against all keys; dk and dv of some keys,
@@ -704,13 +729,7 @@ static void attend_back(const fs_attention *job, ptrdiff_t item, void *memory)
         h.unsure =
             header[1] || (forbids(job) && (!all_finite(h.q, job->q.row, h.queries, job->width) ||
                                            !all_finite(h.dout, job->dout.row, h.queries, job->value_width)));
-        for (ptrdiff_t query = query_from; query < query_to; query++) {
-            vec sum = {0};
-            for (ptrdiff_t e = 0; e < job->value_width; e += LANES)
-                sum =
-                    fma_(load(h.dout + query * job->dout.row + e), load(h.out + query * job->out.row + e), sum);
-            scratch.deltas[query] = sum_of(sum);
-        }
+        find_deltas(&h, query_from, query_to, scratch.deltas);
         back_range(&h, &scratch, query_from, query_to, key_from, key_to, want_q, want_kv);
         if (want_q)
             settle(h.dq + query_from * job->dq.row, job->dq.row, query_to - query_from, job->width);

@@ -10,8 +10,6 @@
 
 #include "lanes.h"
 
-#include <math.h>
-
 #if FS_REAL_BYTES == 4
 enum { MANTISSA_BITS = 23, EXPONENT_BIAS = 127 };
 #define EXP_LOW (-104.0f)  /* exp rounds to 0 below */
@@ -221,6 +219,13 @@ INLINE vec_pair sum_pair(vec a, vec b)
     return (vec_pair){sum, (a - (sum - of_b)) + (b - of_b)};
 }
 
+/* The same where |a| is at least |b|. */
+INLINE vec_pair ordered_sum_pair(vec a, vec b)
+{
+    const vec sum = a + b;
+    return (vec_pair){sum, b - (sum - a)};
+}
+
 INLINE vec_pair product_pair(vec a, vec b)
 {
     const vec product = a * b;
@@ -243,9 +248,10 @@ INLINE normal_parts normal_of(vec t)
 #if FS_REAL_BYTES == 4
     const vec bounded = at_most(t, broadcast(8)), quarter = bounded * broadcast(0.25f),
               u = quarter - broadcast(1);
-    vec inner = broadcast(NORMAL[NORMAL_TERMS - 1]); /* term by term: in pairs more is rounded off */
-#pragma GCC unroll 16
-    for (int i = NORMAL_TERMS - 2; i > 0; i--)
+    /* The last terms, which bear the most, one by one: in pairs more is rounded off. */
+    vec inner = polynomial(NORMAL_TERMS - 4, NORMAL + 4, u, u * u);
+#pragma GCC unroll 3
+    for (int i = 3; i > 0; i--)
         inner = fma_(inner, u, broadcast(NORMAL[i]));
     const vec_pair product = product_pair(u, inner);
     vec_pair g = sum_pair(broadcast(NORMAL[0]), product.high);
@@ -257,7 +263,8 @@ INLINE normal_parts normal_of(vec t)
     const vec_pair g = {broadcast(9) * inverse * polynomial(NORMAL_TERMS, NORMAL, u, u * u), {0}};
 #endif
     /* g (1 + p) */
-    const vec_pair more = product_pair(g.high, e.p), tail = sum_pair(g.high, more.high);
+    const vec_pair more = product_pair(g.high, e.p);
+    const vec_pair tail = ordered_sum_pair(g.high, more.high);
     return (normal_parts){{tail.high, fma_(g.high, e.rest, tail.low + more.low + g.low)}, e};
 }
 
@@ -322,7 +329,7 @@ INLINE vec gelu_divisor(vec x)
 /* gelu(x) = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 */
 INLINE vec gelu_tanh_(vec x)
 {
-    return x / choose(x < broadcast(-TAIL_HIGH), broadcast((real)INFINITY), gelu_divisor(x));
+    return x / choose(x < broadcast(-TAIL_HIGH), broadcast(INFINITE), gelu_divisor(x));
 }
 
 /* With s = 1 / (1 + exp(-x (a + b x^2))): s + x s (1 - s) (a + 3 b x^2); s is taken at -|x|, where 1 - s does not cancel */

@@ -30,6 +30,8 @@ typedef int64_t integer;
 
 enum { LANES = FS_VECTOR_BYTES / FS_REAL_BYTES };
 
+#define INFINITE ((real)__builtin_inf())
+
 typedef real vec __attribute__((vector_size(FS_VECTOR_BYTES)));
 typedef integer ivec __attribute__((vector_size(FS_VECTOR_BYTES)));
 typedef real loose_vec __attribute__((vector_size(FS_VECTOR_BYTES), aligned(FS_REAL_BYTES), may_alias));

@@ -284,12 +284,12 @@ static void softmax(ptrdiff_t rows, ptrdiff_t n, const void *x, void *y)
         real *out = (real *)y + r * n;
         vec most[ROW_CHAINS], sums[ROW_CHAINS] = {{0}};
         for (int i = 0; i < ROW_CHAINS; i++)
-            most[i] = broadcast((real)-INFINITY);
-        FOR_ROW(n, most[chain] = at_least(load_row(row + i, left, (real)-INFINITY), most[chain]););
+            most[i] = broadcast(-INFINITE);
+        FOR_ROW(n, most[chain] = at_least(load_row(row + i, left, -INFINITE), most[chain]););
         const real all = most_of(at_least(at_least(most[0], most[1]), at_least(most[2], most[3])));
-        const vec base = broadcast(all == (real)-INFINITY ? 0 : all);
+        const vec base = broadcast(all == -INFINITE ? 0 : all);
         FOR_ROW(n, {
-            const vec p = exp_of_negative(load_row(row + i, left, (real)-INFINITY) - base);
+            const vec p = exp_of_negative(load_row(row + i, left, -INFINITE) - base);
             sums[chain] += p;
             store_row(out + i, left, p);
         });

@@ -9,6 +9,7 @@
 enum {
     MAX_ROWS = 8,
     MAX_PANELS = 4,
+    CACHE_LINE = 64,
     MAX_TILE = 24 /* the most sums a tile holds: 6 rows of 4 vectors, or 8 of 3 */
 };
 
@@ -54,11 +55,12 @@ INLINE void chain_step(const int ROWS, const int PANELS, const int VECTORS, cons
  *
  * ROWS, PANELS and VECTORS are constants where this is inlined: the loops over them must vanish, or the
  * compiler keeps the sums in memory, at a fifth of the speed. Panels lie panel_size reals apart and their
- * rows STRIDE vectors, of which the first VECTORS are used. From one k to the next, x moves on by X_STRIDE reals.
+ * rows STRIDE vectors, of which the first VECTORS are used. From one k to the next, x moves on by X_STRIDE reals. What lies
+ * from `ahead` on is fetched into the second cache meanwhile, a line at every k; NULL, constant: nothing is.
  */
 INLINE void chain_rows(const int ROWS, const int PANELS, const int VECTORS, const ptrdiff_t stride,
                        const ptrdiff_t x_stride, vec *sums, const void *const *x, const real *weights,
-                       ptrdiff_t panel_size, ptrdiff_t k_size)
+                       ptrdiff_t panel_size, ptrdiff_t k_size, const char *ahead)
 {
     const real *row[MAX_ROWS], *panel[MAX_PANELS];
 #pragma GCC unroll 8
@@ -71,14 +73,17 @@ INLINE void chain_rows(const int ROWS, const int PANELS, const int VECTORS, cons
 #if FS_VECTOR_BYTES == 64
 #pragma GCC unroll 4
 #endif
-    for (ptrdiff_t k = 0; k < k_size; k++)
+    for (ptrdiff_t k = 0; k < k_size; k++) {
+        if (ahead)
+            __builtin_prefetch(ahead + k * CACHE_LINE, 0, 2);
         chain_step(ROWS, PANELS, VECTORS, stride, x_stride, sums, row, panel, k);
+    }
 }
 
 INLINE void chain(const int ROWS, const int PANELS, const int VECTORS, const int STRIDE, const int X_STRIDE,
                   vec *sums, const void *const *x, const real *weights, ptrdiff_t panel_size, ptrdiff_t k_size)
 {
-    chain_rows(ROWS, PANELS, VECTORS, STRIDE * LANES, X_STRIDE, sums, x, weights, panel_size, k_size);
+    chain_rows(ROWS, PANELS, VECTORS, STRIDE * LANES, X_STRIDE, sums, x, weights, panel_size, k_size, NULL);
 }
 
 /* How many of the rows left the next tile takes: as few tiles as possible, of even height. */
