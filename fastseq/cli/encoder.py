@@ -185,39 +185,32 @@ def _of_pytorch(architecture: Architecture, weights: Weights) -> dict[str, Array
 
 
 def _torch(case: Encoder, weights: Weights, ids: Array, threads: int) -> Model:
-    """What transformers' BertModel does, without what is around it."""
+    """Its own encoder, fused; given a mask it leaves out padding itself, which transformers' BertModel does not."""
     torch = engines.torch(threads)
     functional, a = torch.nn.functional, case.architecture
-    w = {name: torch.from_numpy(array) for name, array in weights.items()}
-    layers = [
-        {name: torch.from_numpy(array) for name, array in _of_layer(a, weights, i).items()} for i in range(a.layers)
-    ]
-    tokens, places = torch.from_numpy(ids), torch.arange(case.time)
-    mask = None
+    layer = torch.nn.TransformerEncoderLayer(a.width, a.heads, a.inner, 0.0, "gelu", a.eps, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, a.layers).eval()
+    arrays = _of_pytorch(a, weights)
+    encoder.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    words, places, kinds, *norm = (
+        torch.from_numpy(weights[f"embeddings.{name}"])
+        for name in (
+            "word_embeddings.weight",
+            "position_embeddings.weight",
+            "token_type_embeddings.weight",
+            "LayerNorm.weight",
+            "LayerNorm.bias",
+        )
+    )
+    tokens, padding = torch.from_numpy(ids), None
     if case.shortest is not None:
-        mask = torch.from_numpy(np.arange(case.time) < case.lengths[:, None])[:, None, None, :]
-
-    def normed(x: Any, weight: Any, bias: Any) -> Any:
-        return functional.layer_norm(x, (a.width,), weight, bias, a.eps)
-
-    def infer() -> Any:
-        x = functional.embedding(tokens, w["embeddings.word_embeddings.weight"])
-        x = x + w["embeddings.position_embeddings.weight"][places] + w["embeddings.token_type_embeddings.weight"][0]
-        x = normed(x, w["embeddings.LayerNorm.weight"], w["embeddings.LayerNorm.bias"])
-        for p in layers:
-            projected = functional.linear(x, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"])
-            q, k, v = projected.unflatten(2, (3, a.heads, -1)).permute(2, 0, 3, 1, 4)
-            out = functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-            out = functional.linear(out, p["self_attn.out_proj.weight"], p["self_attn.out_proj.bias"])
-            x = normed(x + out, p["norm1.weight"], p["norm1.bias"])
-            inner = functional.gelu(functional.linear(x, p["linear1.weight"], p["linear1.bias"]))
-            out = functional.linear(inner, p["linear2.weight"], p["linear2.bias"])
-            x = normed(x + out, p["norm2.weight"], p["norm2.bias"])
-        return x
+        padding = torch.from_numpy(np.arange(case.time) >= case.lengths[:, None])
 
     def call() -> Any:
         with torch.inference_mode():
-            return infer()
+            x = functional.embedding(tokens, words) + places[: case.time] + kinds[0]
+            x = functional.layer_norm(x, (a.width,), *norm, a.eps)
+            return encoder(x, src_key_padding_mask=padding)
 
     return Model(call, lambda y: (y.numpy(),))
 
