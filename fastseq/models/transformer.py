@@ -83,7 +83,7 @@ def _initialise(model: Model, num_layers: int, residual: float) -> None:
     for name, old in model._arrays.items():
         if old.ndim == 2:
             ends = name.endswith(("out_proj.weight", "linear2.weight"))
-            arrays[name] = rng.normal(0, _DEVIATION * (residual if ends else 1), old.shape)
+            arrays[name] = np.asarray(rng.normal(0, _DEVIATION * (residual if ends else 1.0), old.shape))
         elif name.endswith("bias"):
             arrays[name] = np.zeros(old.shape)
     model._replace(arrays)
