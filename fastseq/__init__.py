@@ -8,7 +8,7 @@
 ((8, 100, 128), (8, 1, 128))
 """
 
-from fastseq import init, losses, models, reference, training
+from fastseq import init, losses, models, plotting, reference, training
 from fastseq.io import load
 from fastseq.layers import (
     GELU,
@@ -72,6 +72,7 @@ __all__ = [
     "load",
     "losses",
     "models",
+    "plotting",
     "reference",
     "set_num_threads",
     "training",

@@ -31,6 +31,7 @@ FLOORS = [
     ],
     [
         "fastseq.threads",
+        "fastseq.plotting",
         "fastseq.io",
         "fastseq.reference.operations",
         "fastseq.reference.optimisers",
@@ -49,6 +50,7 @@ FLOORS = [
 # What each floor may import from outside besides NumPy and the standard library.
 OUTSIDE = {
     "fastseq.io": {"safetensors"},
+    "fastseq.plotting": {"matplotlib"},
     "fastseq.training": {"matplotlib", "safetensors", "tqdm"},
     "fastseq.cli": {"ctranslate2", "matplotlib", "onnx", "onnxruntime", "openvino", "safetensors", "torch"},
 }

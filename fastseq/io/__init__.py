@@ -41,7 +41,14 @@ _LAYERS = (
     "Sequential",
 )
 _STATES = ("State", "LSTMState")
-_MODELS = ("MarkovChain", "AutoRegressive", "RecurrentLM", "RecurrentForecaster")
+_MODELS = (
+    "MarkovChain",
+    "AutoRegressive",
+    "RecurrentLM",
+    "RecurrentForecaster",
+    "TransformerLM",
+    "TransformerEncoderModel",
+)
 _CLASSES = _LAYERS + _STATES + _MODELS
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}
 

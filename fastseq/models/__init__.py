@@ -1,4 +1,4 @@
-"""Whole models, from the Markov chain to the recurrent network, under one protocol.
+"""Whole models, from the Markov chain to the Transformer, under one protocol.
 
 `fit`, a call for what a model predicts at every step, `log_prob`, `generate` or `forecast`, `save`.
 """
@@ -6,5 +6,14 @@
 from fastseq.models.autoregressive import AutoRegressive
 from fastseq.models.markov import MarkovChain
 from fastseq.models.recurrent import RecurrentForecaster, RecurrentLM
+from fastseq.models.transformer import TransformerEncoderModel, TransformerLM, bert_state_dict
 
-__all__ = ["AutoRegressive", "MarkovChain", "RecurrentForecaster", "RecurrentLM"]
+__all__ = [
+    "AutoRegressive",
+    "MarkovChain",
+    "RecurrentForecaster",
+    "RecurrentLM",
+    "TransformerEncoderModel",
+    "TransformerLM",
+    "bert_state_dict",
+]

@@ -273,6 +273,20 @@ def sample(logits: Array, temperature: float, uniform: Array) -> Array:
     return result
 
 
+def real_steps(lengths: Array, time: int) -> Array:
+    """Where rows have steps and no padding, (B, T)."""
+    result: Array = np.arange(time) < lengths[:, None]
+    return result
+
+
+def log_softmax_at(logits: Array, ids: Array) -> Array:
+    """The log-probability of one symbol of each row of (N, V), in float64."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max(axis=1, keepdims=True)
+    result: Array = scores[np.arange(len(ids)), ids] - np.log(np.exp(scores).sum(axis=1))
+    return result
+
+
 class Series(NamedTuple):
     """Real-valued series as rows, padded."""
 

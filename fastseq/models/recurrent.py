@@ -10,7 +10,18 @@ import numpy as np
 from fastseq import checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
-from fastseq.models.base import Model, Series, SymbolModel, Symbols, gaussian, series_of, spread_of, symbols
+from fastseq.models.base import (
+    Model,
+    Series,
+    SymbolModel,
+    Symbols,
+    gaussian,
+    log_softmax_at,
+    real_steps,
+    series_of,
+    spread_of,
+    symbols,
+)
 from fastseq.training import Batch, History
 
 CELLS = ("rnn", "lstm", "gru")
@@ -147,7 +158,7 @@ class RecurrentLM(SymbolModel):
             return ids if batched else ids[None], None, batched
         rows = array if batched else array[None]
         counts = checks.lengths(lengths, *rows.shape)
-        return np.maximum(checks.ids("x", rows, self.vocab_size, _real(counts, rows.shape[1])), 0), counts, batched
+        return np.maximum(checks.ids("x", rows, self.vocab_size, real_steps(counts, rows.shape[1])), 0), counts, batched
 
     def __call__(self, x: Any, state: Any = None, *, lengths: Any = None) -> Array:
         """The whole predictive distribution at every step.
@@ -171,7 +182,7 @@ class RecurrentLM(SymbolModel):
         y, _ = self._recurrent(self._embedding(ids), state, lengths=counts)
         logits: Array = self._output(y)
         if counts is not None:
-            logits[~_real(counts, ids.shape[1])] = 0
+            logits[~real_steps(counts, ids.shape[1])] = 0
         return logits if batched else logits[0]
 
     def step(self, x_t: Any, state: Any = None) -> tuple[Array, Any]:
@@ -281,7 +292,7 @@ class RecurrentLM(SymbolModel):
         if given.ndim != 2:
             raise ValueError(f"inputs should be ids of shape (B, T), not {given.shape}")
         counts = None if batch.lengths is None else checks.lengths(batch.lengths, *given.shape)
-        real = None if counts is None else _real(counts, given.shape[1])
+        real = None if counts is None else real_steps(counts, given.shape[1])
         inputs = np.maximum(checks.ids("inputs", given, self.vocab_size, real), 0)
         if batch.targets is None:
             return self._after_begin(inputs[:, :-1])[:, : given.shape[1]], inputs, counts
@@ -390,14 +401,14 @@ class RecurrentLM(SymbolModel):
             state = None
             for at in range(0, int(lengths.max()), _CHUNK):
                 counts = np.clip(lengths - at, 0, _CHUNK)
-                real = _real(counts, int(counts.max()))
+                real = real_steps(counts, int(counts.max()))
                 places = (starts[:, None] + at + np.arange(real.shape[1]))[real]
                 before = np.zeros(real.shape, np.int64)
                 before[real] = given.ids[places - 1]  # of the first symbol of all, the last: it is replaced
                 if at == 0:
                     before[:, 0] = self.begin
                 y, state = self._recurrent(self._embedding(before), state, lengths=counts)
-                result[places] = _log_softmax_at(self._output(y[real]), given.ids[places])
+                result[places] = log_softmax_at(self._output(y[real]), given.ids[places])
         return result
 
     def _begin(self, prompt: Symbols) -> tuple[Array, Any]:
@@ -407,20 +418,6 @@ class RecurrentLM(SymbolModel):
 
     def _go_on(self, chosen: Array, carried: Any) -> tuple[Array, Any]:
         return self.step(chosen, carried)
-
-
-def _real(lengths: Array, time: int) -> Array:
-    """Where rows have steps and no padding, (B, T)."""
-    result: Array = np.arange(time) < lengths[:, None]
-    return result
-
-
-def _log_softmax_at(logits: Array, ids: Array) -> Array:
-    """The log-probability of one symbol of each row of (N, V)."""
-    scores = logits.astype(np.float64)
-    scores -= scores.max(axis=1, keepdims=True)
-    result: Array = scores[np.arange(len(ids)), ids] - np.log(np.exp(scores).sum(axis=1))
-    return result
 
 
 def rollout(recurrent: Any, output: Any, x: Array, state: Any, steps: int) -> Array:
@@ -695,7 +692,7 @@ class RecurrentForecaster(Model):
             settings["optimiser"] = training.Adam(self, 0.01)
         history = training.fit(self, data, seed=seed, **settings)
         residuals, counts = self._residuals(given)
-        squares = np.square(residuals[_real(counts, residuals.shape[1])], dtype=np.float64)
+        squares = np.square(residuals[real_steps(counts, residuals.shape[1])], dtype=np.float64)
         self._take_fitted({**self._fitted, "sigma2": squares.mean(axis=0)})
         return history
 

@@ -1,6 +1,6 @@
 """The models over the layers of `fastseq.reference`; they take any floating dtype.
 
-A `MarkovChain` is the same here: it counts.
+`MarkovChain` and `bert_state_dict` are the same here: one counts, the other renames.
 """
 
 from __future__ import annotations
@@ -8,10 +8,18 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from fastseq import models, reference
-from fastseq.models import MarkovChain
+from fastseq.models import MarkovChain, bert_state_dict
 from fastseq.reference import autoregression, losses
 
-__all__ = ["AutoRegressive", "MarkovChain", "RecurrentForecaster", "RecurrentLM"]
+__all__ = [
+    "AutoRegressive",
+    "MarkovChain",
+    "RecurrentForecaster",
+    "RecurrentLM",
+    "TransformerEncoderModel",
+    "TransformerLM",
+    "bert_state_dict",
+]
 
 
 class AutoRegressive(models.AutoRegressive):  # noqa: D101
@@ -31,6 +39,20 @@ class RecurrentLM(models.RecurrentLM):  # noqa: D101
 
 class RecurrentForecaster(models.RecurrentForecaster):  # noqa: D101
     __doc__ = models.RecurrentForecaster.__doc__
+    _layers: ClassVar[Any] = reference
+    _losses: ClassVar[Any] = losses
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class TransformerLM(models.TransformerLM):  # noqa: D101
+    __doc__ = models.TransformerLM.__doc__
+    _layers: ClassVar[Any] = reference
+    _losses: ClassVar[Any] = losses
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class TransformerEncoderModel(models.TransformerEncoderModel):  # noqa: D101
+    __doc__ = models.TransformerEncoderModel.__doc__
     _layers: ClassVar[Any] = reference
     _losses: ClassVar[Any] = losses
     _dtypes: ClassVar[tuple[str, ...] | None] = None
