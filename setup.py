@@ -120,10 +120,21 @@ def extension(name: str) -> Extension:
     )
 
 
+MODULES = (
+    "_simd",
+    "_recurrent",
+    "_dense",
+    "_attention",
+    "_transformer",
+    "_losses",
+    "_optimisers",
+    "_models",
+)
+
 setup(
     cmdclass={"build_ext": Build},
     ext_modules=cythonize(
-        [extension(name) for name in ("_simd", "_recurrent", "_dense", "_attention", "_transformer", "_losses", "_optimisers", "_models")],
+        [extension(name) for name in MODULES],
         include_path=["src"],
         compiler_directives={"language_level": 3, "cdivision": True},
         # Where coverage is counted, lines of C say which line of Cython they stand for.

@@ -1,4 +1,6 @@
-"""Linear, embedding, norms, activations, softmax and dropout, compiled; `fastseq.reference.dense` has the same in NumPy.
+"""Linear, embedding, norms, activations, softmax and dropout, compiled.
+
+`fastseq.reference.dense` has the same in NumPy.
 
 Arguments were checked at the door; arrays are contiguous, but for the rows of what a linear layer multiplies, which
 may lie apart. Threads split rows, columns or elements, never a sum.

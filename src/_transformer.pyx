@@ -67,8 +67,8 @@ cdef struct Norm:
     const char *bias
 
 
-# Rows: the first, and the bytes from one to the next. Where there is only room for a block of them, which each thread has
-# for itself, the first row of a block is that many bytes from where a thread's own rows begin.
+# Rows: the first, and the bytes from one to the next. Where there is only room for a block of them, which each thread
+# has for itself, the first row of a block is that many bytes from where a thread's own rows begin.
 cdef struct Place:
     char *data
     Py_ssize_t row
@@ -543,8 +543,11 @@ cdef Py_ssize_t segments_of(Builder builder, Segment *segments, int n_threads) n
         if step.kind == ATTEND:
             pairs = step.attention.batch * step.attention.kv_heads
             longest = max(1, step.attention.most_queries // 8)
-            step.attention.parts = max(1, min(longest, ITEMS * n_threads // max(1, pairs)))
-            step.attention.parts = max(step.attention.parts, <Py_ssize_t> min(8 * work / (max(1, pairs) * SHARE_CHUNK_WORK), 1e6))
+            # Few heads are split so that every thread finds some, and long ones so that Ctrl-C is seen.
+            step.attention.parts = max(
+                1, min(longest, ITEMS * n_threads // max(1, pairs)),
+                <Py_ssize_t> min(8 * work / (max(1, pairs) * SHARE_CHUNK_WORK), 1e6),
+            )
             s.items = pairs * step.attention.parts
         elif builder.few and step.kind == PRODUCT:
             s.panels_each = max(1, step.weights.panels // (ITEMS * n_threads))

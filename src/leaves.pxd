@@ -179,7 +179,8 @@ cdef extern from "simd/leaves.h" nogil:
             ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, const void *weight, void *y, void *scales,
         ) noexcept nogil
         void (*rms_norm_dx)(
-            ptrdiff_t rows, ptrdiff_t n, const void *x, const void *weight, const void *scales, const void *dy, void *dx,
+            ptrdiff_t rows, ptrdiff_t n, const void *x, const void *weight, const void *scales, const void *dy,
+            void *dx,
         ) noexcept nogil
         void (*rms_norm_sums)(
             ptrdiff_t rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, const void *x, const void *scales,
