@@ -17,7 +17,7 @@ from fastseq.layers.attention import Frame
 from fastseq.layers.base import Layer, Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows, rows_of
 from fastseq.layers.transformer import ACTIVATIONS, NORMS, Context
-from fastseq.models.base import Model, SymbolModel, Symbols, log_softmax_at, real_steps, sums, symbols
+from fastseq.models.base import Model, SymbolModel, Symbols, is_list_of_rows, log_softmax_at, real_steps, sums, symbols
 from fastseq.training import Batch, History
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
@@ -54,7 +54,7 @@ class _Tokens(NamedTuple):
 def _tokens(name: str, value: Any, lengths: Any, count: int) -> _Tokens:
     """Sequences of ids in any form: a list of them, an array (T,), or (B, T) with or without lengths."""
     given = symbols(name, value, lengths, count)
-    is_list = lengths is None and isinstance(value, list | tuple) and any(np.ndim(row) for row in value)
+    is_list = lengths is None and is_list_of_rows(value)
     shape: tuple[int, ...] = () if is_list else np.shape(value)
     time = int(given.lengths.max(initial=0)) if is_list else shape[-1]
     return _Tokens(given.ids, rows_of(len(given.lengths), time, given.lengths), len(shape) == 1)
