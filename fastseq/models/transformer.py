@@ -468,9 +468,10 @@ class TransformerLM(SymbolModel):
         starts = np.full(len(inputs), batch.targets is None)
         following = inputs
         if batch.targets is not None:
-            following = checks.ids("targets", batch.targets, self.vocab_size, real)
+            following = checks.integers("targets", batch.targets)
             if following.shape != inputs.shape:
                 raise ValueError(f"targets should be of shape {inputs.shape}, as inputs, not {following.shape}")
+            following = checks.ids("targets", following, self.vocab_size, real)
             if batch.fresh is not None:
                 starts = checks.resets(np.reshape(batch.fresh, (-1, 1)), len(inputs), 1, True)[:, 0]
         shifted = np.concatenate([np.full((len(inputs), 1), self.begin), inputs[:, :-1]], axis=1)[:, : inputs.shape[1]]
