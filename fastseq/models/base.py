@@ -103,7 +103,8 @@ class Symbols(NamedTuple):
         return result
 
 
-def _is_list_of_rows(value: Any) -> bool:
+def is_list_of_rows(value: Any) -> bool:
+    """Whether sequences were given as a list of them."""
     return isinstance(value, list | tuple) and any(isinstance(row, list | tuple | np.ndarray) for row in value)
 
 
@@ -112,7 +113,7 @@ def symbols(name: str, value: Any, lengths: Any, vocab_size: int) -> Symbols:
 
     A list of sequences; an array (T,), which is one; or (B, T), with `lengths` where the rows are padded.
     """
-    if lengths is None and _is_list_of_rows(value):
+    if lengths is None and is_list_of_rows(value):
         rows = [checks.ids(f"{name}[{i}]", row, vocab_size) for i, row in enumerate(value)]
         for i, row in enumerate(rows):
             if row.ndim != 1:
@@ -217,7 +218,7 @@ class SymbolModel(Model):
                 if i:
                     logits, carried = self._go_on(result[:, i - 1], carried)
                 result[:, i] = sample(logits, temperature, numbers.draw(i))
-        return result if _is_list_of_rows(prompt) or np.ndim(prompt) == 2 else result[0]
+        return result if is_list_of_rows(prompt) or np.ndim(prompt) == 2 else result[0]
 
 
 def _streams(given: Symbols) -> Array:
@@ -333,7 +334,7 @@ def series_of(name: str, value: Any, lengths: Any, dtype: np.dtype[Any], width: 
     """
     axes = 2 if width is not None and width > 1 else 1
     form = "(T,)" if axes == 1 else f"(T, {width})"
-    if lengths is None and _is_list_of_rows(value):
+    if lengths is None and is_list_of_rows(value):
         rows = [checks.real_array(f"{name}[{i}]", row, dtype) for i, row in enumerate(value)]
         for i, row in enumerate(rows):
             if row.ndim != axes or (axes == 2 and row.shape[1] != width):

@@ -17,7 +17,7 @@ from fastseq.layers.attention import Frame
 from fastseq.layers.base import Layer, Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows, rows_of
 from fastseq.layers.transformer import ACTIVATIONS, NORMS, Context
-from fastseq.models.base import Model, SymbolModel, Symbols, log_softmax_at, real_steps, sums, symbols
+from fastseq.models.base import Model, SymbolModel, Symbols, is_list_of_rows, log_softmax_at, real_steps, sums, symbols
 from fastseq.training import Batch, History
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
@@ -54,7 +54,7 @@ class _Tokens(NamedTuple):
 def _tokens(name: str, value: Any, lengths: Any, count: int) -> _Tokens:
     """Sequences of ids in any form: a list of them, an array (T,), or (B, T) with or without lengths."""
     given = symbols(name, value, lengths, count)
-    is_list = lengths is None and isinstance(value, list | tuple) and any(np.ndim(row) for row in value)
+    is_list = lengths is None and is_list_of_rows(value)
     shape: tuple[int, ...] = () if is_list else np.shape(value)
     time = int(given.lengths.max(initial=0)) if is_list else shape[-1]
     return _Tokens(given.ids, rows_of(len(given.lengths), time, given.lengths), len(shape) == 1)
@@ -468,9 +468,10 @@ class TransformerLM(SymbolModel):
         starts = np.full(len(inputs), batch.targets is None)
         following = inputs
         if batch.targets is not None:
-            following = checks.ids("targets", batch.targets, self.vocab_size, real)
+            following = checks.integers("targets", batch.targets)
             if following.shape != inputs.shape:
                 raise ValueError(f"targets should be of shape {inputs.shape}, as inputs, not {following.shape}")
+            following = checks.ids("targets", following, self.vocab_size, real)
             if batch.fresh is not None:
                 starts = checks.resets(np.reshape(batch.fresh, (-1, 1)), len(inputs), 1, True)[:, 0]
         shifted = np.concatenate([np.full((len(inputs), 1), self.begin), inputs[:, :-1]], axis=1)[:, : inputs.shape[1]]
