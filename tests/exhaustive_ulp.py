@@ -1,9 +1,11 @@
-"""exp, tanh and sigmoid at every finite float32, for each instruction set of this machine.
+"""exp, tanh, sigmoid and both GELUs at every finite float32, for each instruction set of this machine.
 
     python tests/exhaustive_ulp.py [--function NAME] [--isa NAME]
 
 Prints the worst error of each in units in the last place, and where; exits with 1 if one is more than 2, or if
-a result is NaN, infinite or large where it should not be. Takes some minutes for each instruction set.
+a result is NaN, infinite or large where it should not be. An error of a GELU y counts in ulp of the larger of |y| and
+2^-24 |x|, and what is beyond |x| = 16, where y is x or 0, is looked at apart. Takes some minutes for each instruction
+set; the erf form needs SciPy.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-FUNCTIONS = ("exp", "tanh", "sigmoid")
+FUNCTIONS = ("exp", "tanh", "sigmoid", "gelu", "gelu_tanh")
 BLOCK = 1 << 18  # a block and its float64 copies stay in a cache
 FINITE = 0x7F800000  # bit patterns of one sign, up to infinity
+SIXTEEN = 0x41800000  # the bit pattern of 16
 MOST = 2.0
 
 
@@ -33,9 +36,10 @@ def worst(name: str) -> tuple[float, float, list[float]]:
     """
     import ulp
 
-    from fastseq import _simd
+    from fastseq import _dense, _simd
 
-    function = getattr(_simd, name)
+    gelu = name.startswith("gelu")
+    function = (lambda x: _dense.activation_forward(x, name, 1)) if gelu else getattr(_simd, name)
     found, where = -1.0, 0.0
     wrong: list[float] = []
     started = shown = time.monotonic()
@@ -46,12 +50,18 @@ def worst(name: str) -> tuple[float, float, list[float]]:
         x = x.view(np.float32)
         y = function(x)
         ends = [0, -1]
+        if gelu and pattern > SIXTEEN:
+            # x, or next to nothing.
+            away = np.abs(y - (0 if sign else x)) > 2.0**-46 * np.abs(x)
+            wrong += [float(value) for value in x[away][:1]]
+            continue
         if (y.view(np.uint32) == y.view(np.uint32)[0]).all():
             # The true function never turns back, so a constant is furthest off at one of the ends.
             x, y = x[ends], y[ends]
         elif name == "tanh" and sign and (y == -function(-x)).all():
             continue  # what it is for the positive ones, of which all were seen
-        error = ulp.errors(y, ulp.exact(name, x.astype(np.float64)))
+        wide = x.astype(np.float64)
+        error = ulp.errors(y, ulp.exact(name, wide), np.abs(wide) * 2.0**-24 if gelu else 0)
         broken = np.isinf(error)
         if broken.any():
             wrong += [float(x[broken].min()), float(x[broken].max())]

@@ -232,6 +232,17 @@ INLINE vec_pair product_pair(vec a, vec b)
     return (vec_pair){product, product_error(a, b, product)};
 }
 
+/* a * b + c, rounded once or nearly so also where there is no fused multiply-add. */
+INLINE vec fused(vec a, vec b, vec c)
+{
+#if FS_VECTOR_BYTES > 16 || defined(__aarch64__)
+    return fma_(a, b, c);
+#else
+    const vec_pair product = product_pair(a, b), sum = sum_pair(c, product.high);
+    return sum.high + (sum.low + product.low);
+#endif
+}
+
 typedef struct {
     vec_pair tail; /* P(-t) 2^-n                                                */
     exp_parts e;   /* of exp(-t^2 / 2): its n, and 1 + p, which gives the density */
@@ -252,7 +263,7 @@ INLINE normal_parts normal_of(vec t)
     vec inner = polynomial(NORMAL_TERMS - 4, NORMAL + 4, u, u * u);
 #pragma GCC unroll 3
     for (int i = 3; i > 0; i--)
-        inner = fma_(inner, u, broadcast(NORMAL[i]));
+        inner = fused(inner, u, broadcast(NORMAL[i]));
     const vec_pair product = product_pair(u, inner);
     vec_pair g = sum_pair(broadcast(NORMAL[0]), product.high);
     /* What was rounded off u, exactly, times the slope: g' = t g - 1 / sqrt(2 pi). */
