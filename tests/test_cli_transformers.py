@@ -14,19 +14,16 @@ from fastseq.cli.encoder import Encoder
 from fastseq.cli.language import Step
 
 SMALL = minilm.Architecture(layers=2, width=32, heads=4, inner=48, vocabulary=50, positions=16)
+STEP = Step(2, 16, 2, 3, 5)
 CASES = [
     Attention(2, 3, 7, 8),
     Attention(2, 3, 7, 8, causal=True),
     Attention(2, 3, 7, 8, causal=True, train=True),
     Encoder(2, 7, architecture=SMALL),
     Encoder(5, 11, shortest=2, architecture=SMALL),
+    STEP,
 ]
-STEP = Step(2, 16, 2, 3, 5)
 QUICK = ("--rounds", "1", "--threads", "1", "--vs", "reference")
-
-if hasattr(fs.models, "TransformerLM"):
-    CASES.append(STEP)
-needs_language_model = pytest.mark.skipif(STEP not in CASES, reason="fastseq.models.TransformerLM is not there yet")
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +73,11 @@ def test_lengths_matter(expected):
     ids = rng.integers(0, SMALL.vocabulary, (mixed.batch, mixed.time), np.int32)
     real = np.arange(mixed.time) < mixed.lengths[:, None]
     ids[~real] = 0
-    unmasked = encoder._layers(fs.reference, "float64", Encoder(5, 11, architecture=SMALL), weights, ids)
+    unmasked = encoder._model(fs.reference, "float64", Encoder(5, 11, architecture=SMALL), weights, ids)
     (y,) = unmasked.outputs(unmasked.call())
     assert bench.largest_error((y[real],), expected[mixed]) > 10 * bench.PEER_TOLERANCE
 
 
-@needs_language_model
 def test_a_step_gives_loss_norm_gradients_and_parameters(expected):
     loss, norm, *rest = expected[STEP]
     weights = language.numbers(STEP).weights
@@ -121,7 +117,6 @@ def test_bench_encoder(tmp_path, capsys, monkeypatch):
     assert case["weight_bytes_read"] == 4 * 2 * (4 * 32 * 32 + 2 * 32 * 48)
 
 
-@needs_language_model
 def test_bench_train(tmp_path, capsys):
     path = tmp_path / "result.json"
     assert main(["bench", "--kind", "train", "--shape", "1,8,2,2,3", *QUICK, "--json", str(path)]) == 0

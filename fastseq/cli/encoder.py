@@ -131,7 +131,7 @@ class Encoder(Case):
         real = np.arange(self.time) < self.lengths[:, None]
         ids[~real] = 0
         if engine in engines.OURS:
-            model = _layers(*engines.ours(engine, threads), self, weights, ids)
+            model = _model(*engines.ours(engine, threads), self, weights, ids)
         else:
             model = _PEERS[engine](self, weights, ids, threads)
         return Model(model.call, lambda result: tuple(y[real] for y in model.outputs(result)))
@@ -152,19 +152,26 @@ def chosen(texts: Sequence[str]) -> list[Case]:
 _SELF, _OUT, _IN, _LAST = "attention.self.", "attention.output.", "intermediate.dense.", "output."
 
 
-def _layers(module: Any, dtype: str, case: Encoder, weights: Weights, ids: Array) -> Model:
+def _model(module: Any, dtype: str, case: Encoder, weights: Weights, ids: Array) -> Model:
+    from fastseq.models import bert_state_dict
+
     a = case.architecture
-    embedding = module.Embedding(a.vocabulary, a.width, dtype=dtype)
-    embedding.load_state_dict({"weight": weights["embeddings.word_embeddings.weight"]})
-    norm = module.LayerNorm(a.width, eps=a.eps, dtype=dtype)
-    norm.load_state_dict({part: weights[f"embeddings.LayerNorm.{part}"] for part in ("weight", "bias")})
-    settings = {"dropout": 0.0, "activation": "gelu", "layer_norm_eps": a.eps, "dtype": dtype}
-    encoder = module.TransformerEncoder(a.layers, a.width, a.heads, a.inner, **settings)
-    encoder.load_state_dict(_of_pytorch(case.architecture, weights))
-    positions = weights["embeddings.position_embeddings.weight"][: case.time].astype(dtype)
-    positions += weights["embeddings.token_type_embeddings.weight"][0]
+    model = module.models.TransformerEncoderModel(
+        a.vocabulary,
+        a.width,
+        a.heads,
+        a.layers,
+        dim_feedforward=a.inner,
+        max_length=a.positions,
+        type_vocab_size=2,
+        dropout=0.0,
+        layer_norm_eps=a.eps,
+        pooling=None,
+        dtype=dtype,
+    )
+    model.load_state_dict(bert_state_dict(weights))
     lengths = None if case.shortest is None else case.lengths
-    return Model(lambda: encoder(norm(embedding(ids) + positions), lengths=lengths), lambda y: (y,))
+    return Model(lambda: model(ids, lengths=lengths), lambda y: (y,))
 
 
 def _of_pytorch(architecture: Architecture, weights: Weights) -> dict[str, Array]:
