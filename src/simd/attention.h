@@ -28,8 +28,11 @@ enum {
                          : 3, /* rows of a tile                                                              */
 };
 
-/* c[row][v] = keep[row] c[row][v] + sum over k, in order, of x[row][k x_stride] w[k][v]; with keep NULL c starts at 0.
- * `rows` of at most TILE, `vectors` of at most 4; rows of w lie w_row reals apart, those of c c_row. */
+/*
+ * c[row][v] = keep[row] c[row][v] + sum over k, in order, of x[row][k x_stride] w[k][v]; with keep NULL c starts at 0. At
+ * most TILE rows, those of c c_row reals apart. Vectors go by fours: rows of w lie w_row reals apart, and four vectors from the
+ * next four w_next.
+ */
 INLINE void multiply_tile(const int ROWS, const int VECTORS, const void *const *x, ptrdiff_t x_stride,
                           const real *w, ptrdiff_t w_row, ptrdiff_t k_size, real *c, ptrdiff_t c_row,
                           const real *keep)
@@ -49,9 +52,10 @@ INLINE void multiply_tile(const int ROWS, const int VECTORS, const void *const *
 }
 
 INLINE void multiply_rows(const int ROWS, int vectors, const void *const *x, ptrdiff_t x_stride, const real *w,
-                          ptrdiff_t w_row, ptrdiff_t k_size, real *c, ptrdiff_t c_row, const real *keep)
+                          ptrdiff_t w_row, ptrdiff_t w_next, ptrdiff_t k_size, real *c, ptrdiff_t c_row,
+                          const real *keep)
 {
-    for (; vectors >= 4; vectors -= 4, w += 4 * LANES, c += 4 * LANES)
+    for (; vectors >= 4; vectors -= 4, w += w_next, c += 4 * LANES)
         multiply_tile(ROWS, 4, x, x_stride, w, w_row, k_size, c, c_row, keep);
     switch (vectors) {
     case 3: multiply_tile(ROWS, 3, x, x_stride, w, w_row, k_size, c, c_row, keep); break;
@@ -60,20 +64,34 @@ INLINE void multiply_rows(const int ROWS, int vectors, const void *const *x, ptr
     }
 }
 
-/* The same for any number of vectors. */
+INLINE void multiply_any(int rows, int vectors, const void *const *x, ptrdiff_t x_stride, const real *w,
+                         ptrdiff_t w_row, ptrdiff_t w_next, ptrdiff_t k_size, real *c, ptrdiff_t c_row,
+                         const real *keep)
+{
+    switch (rows) {
+    case 1: multiply_rows(1, vectors, x, x_stride, w, w_row, w_next, k_size, c, c_row, keep); break;
+    case 2: multiply_rows(2, vectors, x, x_stride, w, w_row, w_next, k_size, c, c_row, keep); break;
+    case 3: multiply_rows(3, vectors, x, x_stride, w, w_row, w_next, k_size, c, c_row, keep); break;
+#if FS_VECTOR_BYTES == 64 || defined(__aarch64__)
+    case 4: multiply_rows(4, vectors, x, x_stride, w, w_row, w_next, k_size, c, c_row, keep); break;
+    case 5: multiply_rows(5, vectors, x, x_stride, w, w_row, w_next, k_size, c, c_row, keep); break;
+    case 6: multiply_rows(6, vectors, x, x_stride, w, w_row, w_next, k_size, c, c_row, keep); break;
+#endif
+    }
+}
+
+/* With rows of w that lie whole, w_row reals apart. */
 static void multiply(int rows, int vectors, const void *const *x, ptrdiff_t x_stride, const real *w,
                      ptrdiff_t w_row, ptrdiff_t k_size, real *c, ptrdiff_t c_row, const real *keep)
 {
-    switch (rows) {
-    case 1: multiply_rows(1, vectors, x, x_stride, w, w_row, k_size, c, c_row, keep); break;
-    case 2: multiply_rows(2, vectors, x, x_stride, w, w_row, k_size, c, c_row, keep); break;
-    case 3: multiply_rows(3, vectors, x, x_stride, w, w_row, k_size, c, c_row, keep); break;
-#if FS_VECTOR_BYTES == 64 || defined(__aarch64__)
-    case 4: multiply_rows(4, vectors, x, x_stride, w, w_row, k_size, c, c_row, keep); break;
-    case 5: multiply_rows(5, vectors, x, x_stride, w, w_row, k_size, c, c_row, keep); break;
-    case 6: multiply_rows(6, vectors, x, x_stride, w, w_row, k_size, c, c_row, keep); break;
-#endif
-    }
+    multiply_any(rows, vectors, x, x_stride, w, w_row, 4 * LANES, k_size, c, c_row, keep);
+}
+
+/* With the panels of `pack_turned`, from zeros. */
+static void multiply_panels(int rows, int vectors, const void *const *x, const real *panels, ptrdiff_t k_size,
+                            real *c, ptrdiff_t c_row)
+{
+    multiply_any(rows, vectors, x, 1, panels, 4 * LANES, 4 * LANES * k_size, k_size, c, c_row, NULL);
 }
 
 INLINE int is_marked(real x)
@@ -320,9 +338,7 @@ INLINE void raw_scores(const real *rows, ptrdiff_t row, int n, const real *panel
     const void *x[TILE];
     for (int r = 0; r < n; r++)
         x[r] = rows + r * row;
-    for (ptrdiff_t v = 0; v < vectors; v += 4)
-        multiply(n, (int)(vectors - v < 4 ? vectors - v : 4), x, 1, panels + (key + v * LANES) * width, PANEL,
-                 width, s + v * LANES, s_row, NULL);
+    multiply_panels(n, (int)vectors, x, panels + key * width, width, s, s_row);
 }
 
 /* What a block of keys adds to a tile of n queries. */

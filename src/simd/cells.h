@@ -181,7 +181,7 @@ INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const in
         }
 }
 
-/* All rows against one panel. Of a plain cell, the tiles fetch the next panel meanwhile, a quarter of it each. */
+/* All rows against one panel. Of a plain cell, the tiles fetch the next panel meanwhile, a quarter or half of it each. */
 INLINE void step_panel(const int CELL, const int VECTORS, const int STRIDE, const fs_step *s, ptrdiff_t panel)
 {
     const int most = STRIDE == 3 ? ROWS_OF_3 : ROWS_OF_4;
@@ -194,7 +194,7 @@ INLINE void step_panel(const int CELL, const int VECTORS, const int STRIDE, cons
     for (ptrdiff_t row = 0, n; row < s->rows; row += n) {
         n = tile_height(s->rows - row, most);
         if (CELL == PLAIN)
-            ahead = base + tile++ % 4 * k_size * CACHE_LINE;
+            ahead = base + tile++ * LINES_AHEAD(n) % 4 * k_size * CACHE_LINE;
         switch (n) {
         case 1: step_tile(CELL, 1, 1, VECTORS, STRIDE, s, row, panel, ahead); break;
         case 2: step_tile(CELL, 2, 1, VECTORS, STRIDE, s, row, panel, ahead); break;

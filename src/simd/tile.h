@@ -13,6 +13,9 @@ enum {
     MAX_TILE = 24 /* the most sums a tile holds: 6 rows of 4 vectors, or 8 of 3 */
 };
 
+/* Lines fetched ahead at every k: as there are few rows, so are there tiles to do it. */
+#define LINES_AHEAD(ROWS) ((ROWS) <= 4 ? 2 : 1)
+
 /* One k of a chain; the panels move on to the next. */
 INLINE void chain_step(const int ROWS, const int PANELS, const int VECTORS, const ptrdiff_t stride,
                        const ptrdiff_t x_stride, vec *sums, const real *const *row, const real **panel,
@@ -56,7 +59,7 @@ INLINE void chain_step(const int ROWS, const int PANELS, const int VECTORS, cons
  * ROWS, PANELS and VECTORS are constants where this is inlined: the loops over them must vanish, or the
  * compiler keeps the sums in memory, at a fifth of the speed. Panels lie panel_size reals apart and their
  * rows STRIDE vectors, of which the first VECTORS are used. From one k to the next, x moves on by X_STRIDE reals. What lies
- * from `ahead` on is fetched into the second cache meanwhile, a line at every k; NULL, constant: nothing is.
+ * from `ahead` on is fetched into the second cache meanwhile, a line or two at every k; NULL, constant: nothing is.
  */
 INLINE void chain_rows(const int ROWS, const int PANELS, const int VECTORS, const ptrdiff_t stride,
                        const ptrdiff_t x_stride, vec *sums, const void *const *x, const real *weights,
@@ -75,7 +78,9 @@ INLINE void chain_rows(const int ROWS, const int PANELS, const int VECTORS, cons
 #endif
     for (ptrdiff_t k = 0; k < k_size; k++) {
         if (ahead)
-            __builtin_prefetch(ahead + k * CACHE_LINE, 0, 2);
+            __builtin_prefetch(ahead + k * LINES_AHEAD(ROWS) * CACHE_LINE, 0, 2);
+        if (ahead && LINES_AHEAD(ROWS) > 1)
+            __builtin_prefetch(ahead + (k * LINES_AHEAD(ROWS) + 1) * CACHE_LINE, 0, 2);
         chain_step(ROWS, PANELS, VECTORS, stride, x_stride, sums, row, panel, k);
     }
 }
