@@ -150,7 +150,7 @@ cdef object run(Job made, want_weights, int n_threads):
     cdef fs_attention *job = &made.job
     cdef Items items
     cdef cnp.ndarray out = rows_like(made.q, job.value_width, np.empty)
-    cdef cnp.ndarray stats = np.zeros((job.batch, job.heads, job.most_queries, 2), out.dtype)
+    cdef cnp.ndarray stats = np.empty((job.batch, job.heads, job.most_queries, 2), out.dtype)
     cdef cnp.ndarray weights
     cdef Py_ssize_t pairs = job.batch * job.kv_heads
     cdef double work = pair_work(job)
