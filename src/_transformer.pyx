@@ -665,8 +665,9 @@ cdef int walk_all(Run *run, Py_ssize_t count, int threads, int region) except -1
         while True:
             left = run.segments[last].items - last_item
             if left * run.segments[last].work > budget and last_item + threads < run.segments[last].items:
+                # As many for each thread, or some would wait for the others.
                 i = <Py_ssize_t> (budget / run.segments[last].work)
-                last_item += max(i, threads)
+                last_item += max(i // threads, 1) * threads
                 break
             budget -= left * run.segments[last].work
             last_item = run.segments[last].items

@@ -94,9 +94,8 @@ cdef inline int take_out(
     cdef int most = threads_for(items, work_each, n_threads)
     cdef int region = fs_team_limit(n_threads) if most > 1 else 1
     cdef int threads = min(most, region)
-    cdef Py_ssize_t chunk = <Py_ssize_t> max(
-        <double> threads, min(<double> items, threads * SHARE_CHUNK_WORK / work_each),
-    )
+    # As many for each thread, or some would wait for the others.
+    cdef Py_ssize_t chunk = threads * <Py_ssize_t> max(1.0, min(<double> items, SHARE_CHUNK_WORK / work_each))
     cdef Py_ssize_t each = lines(scratch_bytes), first = 0, last
     cdef fs_counter counter
     cdef char *memory = <char *> PyMem_RawMalloc(threads * each + SHARE_LINE)
