@@ -27,7 +27,7 @@ def exact(name: str, x: Array) -> Array:
 
 
 def errors(actual: Array, truth: Array, least: Array | float = 0) -> Array:
-    """|actual - truth| in ulp of the truth, or of `least` where that is more; 0 where the truth rounds to no normal number.
+    """|actual - truth| in ulp of the truth, or of `least` where that is more; 0 where the truth is no normal number.
 
     There the result is to be finite or infinite as the truth is, and no further off than a normal number is from 0:
     what is not gives inf.
