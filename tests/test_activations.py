@@ -198,6 +198,15 @@ def test_relu_at_and_about_zero(dtype: str, module: Any) -> None:
     assert np.isnan(layer(np.array([np.nan], dtype))).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@BOTH
+def test_relu_lets_a_gradient_through_where_x_is_positive_and_nowhere_else(dtype: str, module: Any) -> None:
+    x, dy = (a.ravel() for a in np.meshgrid([np.nan, -np.inf, -1, 0, 2, np.inf], [np.nan, np.inf, -3]))
+    layer = module.ReLU(dtype=dtype)
+    _, tape = layer.forward(x.astype(dtype))
+    np.testing.assert_array_equal(layer.backward(dy.astype(dtype), tape), np.where(x > 0, dy, 0))
+
+
 @BOTH
 @DTYPES
 def test_softmax_of_rows_of_any_kind(dtype: str, module: Any) -> None:
