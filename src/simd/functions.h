@@ -259,13 +259,15 @@ INLINE normal_parts normal_of(vec t)
 #if FS_REAL_BYTES == 4
     const vec bounded = at_most(t, broadcast(8)), quarter = bounded * broadcast(0.25f),
               u = quarter - broadcast(1);
-    /* The last terms, which bear the most, one by one: in pairs more is rounded off. */
+    /* The last terms, which bear the most, one by one: in pairs more is rounded off. Of the last two all is kept. */
     vec inner = polynomial(NORMAL_TERMS - 4, NORMAL + 4, u, u * u);
-#pragma GCC unroll 3
-    for (int i = 3; i > 0; i--)
+#pragma GCC unroll 2
+    for (int i = 3; i > 1; i--)
         inner = fused(inner, u, broadcast(NORMAL[i]));
-    const vec_pair product = product_pair(u, inner);
+    const vec_pair first = product_pair(u, inner), second = sum_pair(broadcast(NORMAL[1]), first.high);
+    const vec_pair product = product_pair(u, second.high);
     vec_pair g = sum_pair(broadcast(NORMAL[0]), product.high);
+    g.low += u * (second.low + first.low);
     /* What was rounded off u, exactly, times the slope: g' = t g - 1 / sqrt(2 pi). */
     const vec rounded_off = (quarter - (u + broadcast(1))) * broadcast(4);
     g.low += product.low + rounded_off * fma_(bounded, g.high, broadcast(-ROOT_OF_TWO_PI_INVERSE));
@@ -294,7 +296,7 @@ INLINE vec gelu_(vec x)
     const ivec far = (x < broadcast((real)-0.55)) | (x > broadcast((real)0.7));
     const vec high = times_power_of_two(normal.tail.high, normal.e),
               low = times_power_of_two(normal.tail.low, normal.e);
-    const vec near = fma_(x, polynomial(CENTRE_TERMS, CENTRE, x2, x2 * x2), broadcast((real)0.5));
+    const vec near = fused(x, polynomial(CENTRE_TERMS, CENTRE, x2, x2 * x2), broadcast((real)0.5));
     const vec factor = choose(far, choose(negative, high, broadcast(1) - high), near);
     const vec y = x * factor;
     /* The far tail is small, and only there are both roundings seen. */
