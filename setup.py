@@ -129,6 +129,7 @@ MODULES = (
     "_losses",
     "_optimisers",
     "_models",
+    "_markov",
     "_decode",
 )
 
