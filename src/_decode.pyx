@@ -275,8 +275,8 @@ cdef class Search:
         dtype = np.float32 if self.single else np.float64
         if logits.dtype != dtype or logits.shape[0] != len(prompts) or logits.shape[1] != self.vocab:
             raise ValueError(
-                f"logits should be of {np.dtype(dtype)} and of shape {len(prompts), self.vocab}, not of {logits.dtype} and"
-                f" {(<object> logits).shape}"
+                f"logits should be of {np.dtype(dtype)} and of shape {len(prompts), self.vocab}, not of"
+                f" {logits.dtype} and {(<object> logits).shape}"
             )
         self.most = most
         self.active = self.rows = len(prompts)
@@ -365,12 +365,10 @@ cdef class Search:
             elif status == NO_MEMORY:
                 raise MemoryError("for the states of the rows")
             elif status != LOOK:
-                raise ValueError(
-                    f"the logits of prompt {self.wrong_row} at step {self.step} are all -inf: nothing is left to choose from"
-                    if status == NOTHING_LEFT
-                    else f"the logits of prompt {self.wrong_row} at step {self.step} are NaN or infinite: the weights of the"
-                    " model should be looked at"
-                )
+                where = f"the logits of prompt {self.wrong_row} at step {self.step} are"
+                if status == NOTHING_LEFT:
+                    raise ValueError(f"{where} all -inf: nothing is left to choose from")
+                raise ValueError(f"{where} NaN or infinite: the weights of the model should be looked at")
 
     cdef int run(self, Py_ssize_t until) noexcept nogil:
         """As many steps as can be done without the GIL."""
@@ -633,7 +631,8 @@ cdef class Draws(Search):
         for row in range(self.most):
             n = self.step if self.lengths[row] < 0 else self.lengths[row]
             ids = self.id_array[:n, row].copy()
-            found[row // self.copies].append((ids, self.log_prob_array[:n, row].copy() if self.with_log_probs else None))
+            log_probs = self.log_prob_array[:n, row].copy() if self.with_log_probs else None
+            found[row // self.copies].append((ids, log_probs))
         return found
 
 
@@ -853,8 +852,9 @@ cdef class Beams(Search):
         """Whether no hypothesis that goes on can become better than all that are kept; `best` is the largest sum."""
         if self.finished[prompt] < self.beams:
             return False
+        cdef double worst = self.hypotheses[(prompt + 1) * self.beams - 1].rank
         # A sum only falls, and is never divided by more than this.
-        return best / pow(<double> self.max_new, self.length_penalty) <= self.hypotheses[(prompt + 1) * self.beams - 1].rank
+        return best / pow(<double> self.max_new, self.length_penalty) <= worst
 
     cdef bint said_before(self, Py_ssize_t row, const int64_t *symbols, Py_ssize_t n) noexcept nogil:
         cdef Py_ssize_t at = self.step * self.most

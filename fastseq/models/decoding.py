@@ -152,10 +152,9 @@ def keys(prompts: list[Array], seed: Any, copies: int) -> Array:
         array = checks.integers("seed", seed)
         if array.shape != (len(prompts),):
             raise ValueError(f"seed should be an integer, or of shape ({len(prompts)},), one a row, not {array.shape}")
-        seeds = [checks.size(f"seed[{i}]", one) for i, one in enumerate(array)]
+        of_rows = [_of_seed(checks.size(f"seed[{i}]", one)) for i, one in enumerate(array)]
     else:
-        seeds = [checks.seed("seed", seed)] * min(1, len(prompts))
-    of_seeds = [np.random.SeedSequence(one).generate_state(1, np.uint64)[0] for one in seeds]
+        of_rows = [_of_seed(checks.seed("seed", seed))] * len(prompts)
     seen: dict[bytes, int] = {}
     result = np.empty((len(prompts), copies), np.uint64)
     for i, prompt in enumerate(prompts):
@@ -166,11 +165,17 @@ def keys(prompts: list[Array], seed: Any, copies: int) -> Array:
             seen[symbols] = seen.get(symbols, 0) + 1
             digest = hashlib.blake2b(symbols + seen[symbols].to_bytes(8, "little"), digest_size=8).digest()
             result[i, copy] = int.from_bytes(digest, "little")
-    key = np.array(of_seeds if many else of_seeds * len(prompts), np.uint64)[:, None]
+    key = np.array(of_rows, np.uint64)[:, None]
     return numpy_decoding.mixed(key + numpy_decoding.mixed(result)).reshape(-1)
 
 
-def generated(model: Any, prompts: list[Array], alone: bool, max_new: Any, *, end: int | None, seed: Any, **settings: Any) -> Any:
+def _of_seed(seed: int | None) -> Any:
+    return np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
+
+
+def generated(
+    model: Any, prompts: list[Array], alone: bool, max_new: Any, *, end: int | None, seed: Any, **settings: Any
+) -> Any:
     """What `generate` of a model returns.
 
     Parameters
@@ -205,7 +210,9 @@ def generated(model: Any, prompts: list[Array], alone: bool, max_new: Any, *, en
     return formed, _formed([[p for _, p in each] for each in results], alone, of_search, as_lists, np.float64)
 
 
-def streamed(model: Any, prompts: list[Array], alone: bool, max_new: Any, *, end: int | None, seed: Any, **settings: Any) -> Iterator[Any]:
+def streamed(
+    model: Any, prompts: list[Array], alone: bool, max_new: Any, *, end: int | None, seed: Any, **settings: Any
+) -> Iterator[Any]:
     """What `stream` of a model returns; parameters as of `generated`. Arguments are checked before the first symbol."""
     of_search = checked(model.vocab_size if end is None else end, max_new, end=end, **settings)
     found = _search(model, prompts, of_search, end, seed)

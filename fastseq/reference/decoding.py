@@ -1,8 +1,8 @@
-"""From logits to the next symbol in plain NumPy: what the compiled search is compared with, and what there is to read.
+"""From logits to the next symbol in plain NumPy: what the compiled search is compared with, and what to read.
 
-Nothing here is shared with `fastseq._decode`, which has the same `search`. A search drives a decoder: its ``step`` takes
-one symbol of each row, (B,), and gives the logits (B, V) of what follows; its ``choose`` makes of its rows others: forked,
-in another order, without some. Decoders that are not compiled are driven by the searches of this module.
+Nothing here is shared with `fastseq._decode`, which has the same `search`. A search drives a decoder: its ``step``
+takes one symbol of each row, (B,), and gives the logits (B, V) of what follows; its ``choose`` makes of its rows
+others: forked, in another order, without some. Decoders that are not compiled are driven by the searches here.
 
 References
 ----------
@@ -32,7 +32,8 @@ _REACHED = 1 - 1e-11
 def penalised(logits: Array, seen: Array, penalty: float) -> Array:
     """Logits (V,) with the penalty on the symbols that were seen: they become less likely, if it is above 1 [3]_."""
     result = logits.copy()
-    result[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    with np.errstate(over="ignore"):
+        result[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     return result
 
 
@@ -103,12 +104,13 @@ def ends_with(symbols: Sequence[int], stop: Sequence[tuple[int, ...]]) -> bool:
 def _sound(logits: Array, prompt: int, step: int) -> Array:
     """Logits in float64, if there is something to choose from."""
     result = logits.astype(np.float64)
-    if not result.max() < np.inf:
-        raise ValueError(
-            f"the logits of prompt {prompt} at step {step} are NaN or infinite: the weights of the model should be looked at"
-        )
-    if result.max() == -np.inf:
-        raise ValueError(f"the logits of prompt {prompt} at step {step} are all -inf: nothing is left to choose from")
+    with np.errstate(invalid="ignore"):
+        largest = result.max()
+    where = f"the logits of prompt {prompt} at step {step} are"
+    if largest == -np.inf:
+        raise ValueError(f"{where} all -inf: nothing is left to choose from")
+    if not largest < np.inf:
+        raise ValueError(f"{where} NaN or infinite: the weights of the model should be looked at")
     return result
 
 
@@ -261,7 +263,8 @@ class Beams:
     def _go_on(self, prompt: int, first: int) -> list[Hypothesis]:
         """One step of the beams of one prompt, whose logits are `first` and those after it: what goes on."""
         width, power, max_new = self._settings.num_beams, self._settings.length_penalty, self._settings.max_new
-        ending, going = [], []
+        ending: list[Hypothesis] = []
+        going: list[Hypothesis] = []
         for row, beam in enumerate(self._running[prompt], first):
             for one in self._extended(prompt, beam, row):
                 (ending if ends_with(one.symbols, self._settings.stop) else going).append(one)
