@@ -1,0 +1,174 @@
+# One packed cell, and one step of it: what the layers and the decoders over recurrent layers have in common.
+
+from leaves cimport FS_BLEND, FS_IDENTITY, fs_finish, fs_leaves, fs_step, fs_weights
+from outer cimport fs_barrier, fs_barrier_wait
+
+cdef enum Kind:
+    RNN_CELL
+    LSTM_CELL
+    GRU_AFTER
+    GRU_BEFORE
+
+
+# The packed weights of one layer in one direction.
+cdef struct CellWeights:
+    const fs_leaves *leaves
+    Kind kind
+    fs_finish finish       # of the RNN
+    Py_ssize_t input_size
+    Py_ssize_t hidden_size
+    Py_ssize_t output_size
+    # All gates but for GRU_BEFORE, which has r and z here and n in `candidate`.
+    fs_weights main
+    int main_vectors
+    fs_weights candidate
+    fs_weights projection  # of no units where the LSTM has none
+
+
+# What one thread does of a step of a cell.
+cdef struct CellStep:
+    fs_step main
+    fs_step candidate      # GRU_BEFORE
+    fs_step projection     # where the LSTM has one
+
+
+cdef inline void take_share(fs_step *step, const fs_weights *weights, int share, int shares) noexcept nogil:
+    """The panels of some weights that are one thread's."""
+    step.weights = weights
+    step.first = weights.panels * share // shares
+    step.last = weights.panels * (share + 1) // shares
+
+
+cdef enum:
+    GATE_WORK = 32  # what a gate takes beside its sum, in multiply-adds
+
+
+# Arrays of pointers with one entry a row; see fs_step. What a cell does not have is not looked at.
+cdef struct CellPointers:
+    const void **x
+    const void **init
+    const void **candidate_init
+    const void **no_bias    # the bias of the projection
+    const void **h
+    const void **c_before
+    void **c
+    void **middle           # [hidden_size]: r * h, or the LSTM's output before its projection
+    void **z                # [hidden_size]
+    void **gates            # NULL: no tape
+    void **out
+
+
+cdef inline void set_init(const CellWeights *w, const CellPointers *at, Py_ssize_t row) noexcept nogil:
+    """One row starts from the biases."""
+    at.init[row] = w.main.bias
+    if w.kind == GRU_BEFORE:
+        at.candidate_init[row] = w.candidate.bias
+    if w.projection.units:
+        at.no_bias[row] = w.projection.bias
+
+
+cdef inline void set_cell_step(
+    CellStep *step, const CellWeights *w, const CellPointers *at, bint with_x, int share, int shares,
+) noexcept nogil:
+    """What one of some threads does of the panels; of how many rows, `do_cell` is told."""
+    cdef fs_step *main = &step.main
+    take_share(main, &w.main, share, shares)
+    main.with_x = with_x
+    main.finish = w.finish
+    main.init = at.init
+    main.x = at.x
+    main.h = at.h
+    main.carry = at.h
+    main.c_before = at.c_before
+    main.c = at.c
+    main.gates = at.gates
+    main.back = NULL
+    main.z = at.z
+    main.out = at.out
+    step.candidate = main[0]
+    step.projection = main[0]
+    if w.kind == GRU_BEFORE:
+        main.out = at.middle
+        take_share(&step.candidate, &w.candidate, share, shares)
+        step.candidate.finish = FS_BLEND
+        step.candidate.init = at.candidate_init
+        step.candidate.h = <const void **> at.middle
+    if w.projection.units:
+        main.out = at.middle
+        take_share(&step.projection, &w.projection, share, shares)
+        step.projection.with_x = 0
+        step.projection.finish = FS_IDENTITY
+        step.projection.init = at.no_bias
+        step.projection.h = <const void **> at.middle
+
+
+cdef inline void do_cell(
+    CellStep *step, const CellWeights *w, Py_ssize_t rows, int team, fs_barrier *barrier,
+) noexcept nogil:
+    """One step of `rows` rows; where a team shares the panels, it meets after every product."""
+    step.main.rows = step.candidate.rows = step.projection.rows = rows
+    if w.kind == RNN_CELL:
+        w.leaves.plain(&step.main)
+    elif w.kind == LSTM_CELL:
+        w.leaves.lstm(&step.main)
+    elif w.kind == GRU_AFTER:
+        w.leaves.gru(&step.main)
+    else:
+        w.leaves.gru_gates(&step.main)
+        if team > 1:
+            fs_barrier_wait(barrier, team)
+        w.leaves.plain(&step.candidate)
+    if w.projection.units:
+        if team > 1:
+            fs_barrier_wait(barrier, team)
+        w.leaves.plain(&step.projection)
+    if team > 1:
+        fs_barrier_wait(barrier, team)
+
+
+cdef inline void input_parts(
+    const CellStep *step, const CellWeights *w, Py_ssize_t rows, const void **x, const void **init, void **out,
+) noexcept nogil:
+    """The chains of some rows as far as their inputs go, of the panels of a step: those of `candidate` behind `main`.
+
+    `init` is room for a pointer a row; `out` stays as it is.
+    """
+    cdef fs_step product = step.main
+    cdef Py_ssize_t i, behind = init_bytes(w, &w.main, w.main_vectors)
+    product.rows = rows
+    product.with_x = 1
+    product.x = x
+    product.init = init
+    product.out = out
+    for i in range(rows):
+        init[i] = w.main.bias
+    w.leaves.panels_product(&product, w.main_vectors)
+    if w.kind == GRU_BEFORE:
+        for i in range(rows):
+            init[i] = w.candidate.bias
+            out[i] = <char *> out[i] + behind
+        product.weights = step.candidate.weights
+        product.first = step.candidate.first
+        product.last = step.candidate.last
+        w.leaves.panels_product(&product, 4)
+        for i in range(rows):
+            out[i] = <char *> out[i] - behind
+
+
+cdef inline Py_ssize_t init_bytes(const CellWeights *w, const fs_weights *weights, int vectors) noexcept nogil:
+    """Bytes of the pre-activations of one row."""
+    return weights.panels * vectors * w.leaves.lanes * w.leaves.item_size
+
+
+cdef inline Py_ssize_t work_of_part(const CellWeights *w, const fs_weights *weights, int vectors) noexcept nogil:
+    return weights.panels * vectors * w.leaves.lanes * (weights.x_size + weights.h_size + GATE_WORK)
+
+
+cdef inline Py_ssize_t cell_work(const CellWeights *w) noexcept nogil:
+    """Multiply-adds of one row in one step, those of padding included."""
+    cdef Py_ssize_t work = work_of_part(w, &w.main, w.main_vectors)
+    if w.kind == GRU_BEFORE:
+        work += work_of_part(w, &w.candidate, 4)
+    if w.projection.units:
+        work += work_of_part(w, &w.projection, 4)
+    return work
