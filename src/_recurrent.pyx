@@ -22,8 +22,8 @@ from cython.parallel cimport parallel, threadid
 from libc.string cimport memcpy, memset
 
 from cells cimport (
-    GATE_WORK, GRU_AFTER, GRU_BEFORE, LSTM_CELL, RNN_CELL, CellPointers, CellStep, CellWeights, Kind, cell_work,
-    do_cell, init_bytes, input_parts, set_cell_step, set_init, take_share,
+    GATE_WORK, GRU_AFTER, GRU_BEFORE, LSTM_CELL, RNN_CELL, CellPointers, CellStep, CellWeights, Kind, Split,
+    cell_work, do_cell, init_bytes, input_parts, set_cell_step, set_init, split_of, take_share, work_of,
 )
 from leaves cimport (
     FS_ADD, FS_BACK_GRU_AFTER, FS_BACK_GRU_OUTPUT, FS_BACK_GRU_RESET, FS_BACK_IDENTITY, FS_BACK_LSTM, FS_BACK_RELU,
@@ -61,17 +61,9 @@ KINDS = {
     "gru_reset_before": (GRU_BEFORE, FS_IDENTITY),
 }
 
-# Below this many multiply-adds a step, a barrier costs more than another thread gives.
-cdef Py_ssize_t STEP_WORK = 32 * 1024
-# Below this many multiply-adds in all, waking another thread does.
-cdef Py_ssize_t TEAM_WORK = 256 * 1024
 # Multiply-adds of a lane between two looks for Ctrl-C: tens of milliseconds on each processor.
 cdef Py_ssize_t CHUNK_WORK = 64 * 1024 * 1024
 cdef int PROCESSORS = os.cpu_count() or 1
-# What factors are cut to, so that a product of two stays within 64 bits; far beyond what any decision turns on.
-cdef Py_ssize_t BOUND = 1 << 30
-# Bytes of weights that a core's own cache holds.
-cdef Py_ssize_t CACHE = 1024 * 1024
 # The most rows walked at once, over all threads, and the most input parts computed ahead.
 cdef Py_ssize_t ROW_BLOCK = 4096
 cdef Py_ssize_t POINTER_ROWS = 16 * ROW_BLOCK
@@ -241,16 +233,12 @@ cdef struct Job:
 cdef void plan(Job *job, int n_threads) noexcept nogil:
     """Choose the number of threads, how they split the work, and what is computed ahead."""
     cdef int most = job.cell.leaves.tile_rows[job.cell.main_vectors]
-    cdef Py_ssize_t work = cell_work(job.cell)
-    cdef Py_ssize_t each
-    cdef Py_ssize_t by_rows = min(n_threads, job.rows)
-    cdef Py_ssize_t by_panels = min(n_threads, job.cell.main.panels, job.rows * work // STEP_WORK)
-    # Panels where there are few rows to split, and where all weights would not stay in a core's cache.
-    job.split_panels = (job.rows < 2 * most * n_threads and by_panels >= by_rows) or work * job.item > CACHE
-    cdef Py_ssize_t by_work = min(job.rows * work, BOUND) * min(job.time, BOUND) // TEAM_WORK
-    job.threads = <int> max(1, min(by_panels if job.split_panels else by_rows, by_work))
-    if job.threads == 1:
-        job.split_panels = True
+    cdef Py_ssize_t work = cell_work(job.cell), each
+    cdef Split split = split_of(
+        job.rows, work, work_of(job.rows, work, job.time), 1, job.cell.main.panels, most, job.item, n_threads,
+    )
+    job.threads = split.threads
+    job.split_panels = split.panels
     job.ahead = 0
     if job.rows < most and job.time > 1:
         each = job.rows * init_bytes(job.cell, &job.cell.main, job.cell.main_vectors)

@@ -656,16 +656,12 @@ cdef int undo(
     cdef Py_ssize_t limit = CHUNK_WORK * lanes
     job.row_block = min(job.rows, BACK_BLOCK, max(limit // work, 2 * job.leaves.tile_rows[4]))
     cdef Py_ssize_t rows = min(job.row_block, job.rows)
-    cdef Py_ssize_t by_panels = min(n_threads, weights.recurrent.panels, rows * step_work // STEP_WORK)
-    cdef Py_ssize_t by_rows = min(n_threads, rows)
-    cdef Py_ssize_t by_work = min(rows * work, BOUND) * min(job.time, BOUND) // TEAM_WORK
-    # As in `plan`.
-    job.split_panels = (
-        (rows < 2 * job.leaves.tile_rows[4] * n_threads and by_panels >= by_rows) or step_work * job.item > CACHE
+    cdef Split split = split_of(
+        rows, step_work, work_of(rows, work, job.time), 1, weights.recurrent.panels, job.leaves.tile_rows[4], job.item,
+        n_threads,
     )
-    job.threads = <int> max(1, min(by_panels if job.split_panels else by_rows, by_work))
-    if job.threads == 1:
-        job.split_panels = True
+    job.threads = split.threads
+    job.split_panels = split.panels
     cdef int region = fs_team_limit(n_threads) if job.threads > 1 else 1
     job.threads = min(job.threads, region)
     cdef Py_ssize_t chunk = max(1, min(OUTER_ROWS, limit // work) // job.row_block)

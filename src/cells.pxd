@@ -172,3 +172,38 @@ cdef inline Py_ssize_t cell_work(const CellWeights *w) noexcept nogil:
     if w.projection.units:
         work += work_of_part(w, &w.projection, 4)
     return work
+
+
+cdef enum:
+    STEP_WORK = 32 * 1024   # below this many multiply-adds, a barrier costs more than another thread gives
+    TEAM_WORK = 256 * 1024  # below this many in all, waking another thread does
+    CACHE = 1024 * 1024     # bytes of weights that a core's own cache holds
+    # What factors are cut to, so that a product of two stays within 64 bits; far beyond what any decision turns on.
+    BOUND = 1 << 30
+
+
+# How threads share steps of rows.
+cdef struct Split:
+    int threads
+    bint panels  # not rows
+
+
+cdef inline Py_ssize_t work_of(Py_ssize_t rows, Py_ssize_t work, Py_ssize_t time) noexcept nogil:
+    """The work of `time` steps of some rows, or something as good as that."""
+    return min(rows * work, BOUND) * min(time, BOUND)
+
+
+cdef inline Split split_of(
+    Py_ssize_t rows, Py_ssize_t step_work, Py_ssize_t all_work, Py_ssize_t meetings, Py_ssize_t panels, int tile,
+    int item, int n_threads,
+) noexcept nogil:
+    """`step_work` is that of one row in one step, in which threads meet some times where they split panels."""
+    cdef Split split
+    cdef Py_ssize_t by_rows = min(n_threads, rows)
+    cdef Py_ssize_t by_panels = min(n_threads, panels, rows * step_work // (STEP_WORK * meetings))
+    # Panels where there are few rows to split, and where all weights would not stay in a core's cache.
+    split.panels = (rows < 2 * tile * n_threads and by_panels >= by_rows) or step_work * item > CACHE
+    split.threads = <int> max(1, min(by_panels if split.panels else by_rows, all_work // TEAM_WORK))
+    if split.threads == 1:
+        split.panels = True
+    return split
