@@ -338,7 +338,7 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
                     at.h[i] = job.zeros
                     at.c_before[i] = job.zeros
                 reset[i] += -1 if job.reverse else 1
-        do_cell(&step, cell, n, shares, barrier)
+        do_cell(&step, cell, n, False, shares, barrier)
         for i in range(n):
             at.x[i] = <const char *> at.x[i] + x_step
             at.h[i] = at.out[i]

@@ -154,6 +154,7 @@ cdef struct Rows:
     Py_ssize_t middle_row
     Py_ssize_t *source       # [room]: the row of `before` that each row goes on from
     Py_ssize_t *spare        # [room]: room for others
+    bint backwards           # the next step takes the last panels first
     # One step.
     const int64_t *symbols
     char *logits
@@ -241,7 +242,7 @@ cdef void walk(Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shar
                     init[i] = network.table + job.symbols[row] * network.table_row
                     candidate_init[i] = <const char *> init[i] + network.table_main
             set_cell_step(&step, cell, &at, layer > 0 or network.table == NULL, share, shares)
-            do_cell(&step, cell, n, shares, job.barrier)
+            do_cell(&step, cell, n, job.backwards, shares, job.barrier)
         product(network, n, <const void **> out, job.logits + base * network.output.units * network.item, share, shares)
         base += BLOCK_ROWS
 
@@ -315,6 +316,7 @@ cdef int step(void *self, ptrdiff_t rows, const int64_t *symbols, void *logits) 
         with parallel(num_threads=region):
             walk_flushed(job, split, threadid(), min(fs_team_size(), split.threads))
     job.before, job.after = job.after, job.before
+    job.backwards = not job.backwards
     for row in range(rows):
         job.source[row] = row
     return FS_DONE

@@ -102,26 +102,49 @@ cdef inline void set_cell_step(
         step.projection.h = <const void **> at.middle
 
 
+ctypedef void (*cell_leaf)(const fs_step *step) noexcept nogil
+
+
+cdef inline void last_panels_first(cell_leaf leaf, const fs_step *step, int vectors) noexcept nogil:
+    """What a leaf does, but so many panels at once as it takes side by side for one row, the last of them first."""
+    cdef fs_step some = step[0]
+    cdef Py_ssize_t most = 12 // vectors
+    while some.last > step.first:
+        some.first = max(step.first, some.last - most)
+        leaf(&some)
+        some.last = some.first
+
+
+cdef inline void do_panels(cell_leaf leaf, const fs_step *step, int vectors, bint backwards) noexcept nogil:
+    if backwards:
+        last_panels_first(leaf, step, vectors)
+    else:
+        leaf(step)
+
+
 cdef inline void do_cell(
-    CellStep *step, const CellWeights *w, Py_ssize_t rows, int team, fs_barrier *barrier,
+    CellStep *step, const CellWeights *w, Py_ssize_t rows, bint backwards, int team, fs_barrier *barrier,
 ) noexcept nogil:
-    """One step of `rows` rows; where a team shares the panels, it meets after every product."""
+    """One step of `rows` rows; where a team shares the panels, it meets after every product.
+
+    Where every other step takes its panels backwards, it begins with those that the one before it left in the cache.
+    """
     step.main.rows = step.candidate.rows = step.projection.rows = rows
     if w.kind == RNN_CELL:
-        w.leaves.plain(&step.main)
+        do_panels(w.leaves.plain, &step.main, 4, backwards)
     elif w.kind == LSTM_CELL:
-        w.leaves.lstm(&step.main)
+        do_panels(w.leaves.lstm, &step.main, 4, backwards)
     elif w.kind == GRU_AFTER:
-        w.leaves.gru(&step.main)
+        do_panels(w.leaves.gru, &step.main, 3, backwards)
     else:
-        w.leaves.gru_gates(&step.main)
+        do_panels(w.leaves.gru_gates, &step.main, 4, backwards)
         if team > 1:
             fs_barrier_wait(barrier, team)
-        w.leaves.plain(&step.candidate)
+        do_panels(w.leaves.plain, &step.candidate, 4, backwards)
     if w.projection.units:
         if team > 1:
             fs_barrier_wait(barrier, team)
-        w.leaves.plain(&step.projection)
+        do_panels(w.leaves.plain, &step.projection, 4, backwards)
     if team > 1:
         fs_barrier_wait(barrier, team)
 
