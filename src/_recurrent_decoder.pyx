@@ -14,6 +14,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cython.parallel cimport parallel, threadid
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from cells cimport (
     GRU_BEFORE, CellPointers, CellStep, CellWeights, Split, cell_work, do_cell, init_bytes, input_parts, set_cell_step,
@@ -37,7 +38,11 @@ cdef enum:
     BLOCK_ROWS = 128           # rows whose pointers are made at once
     TABLE_BYTES = 1 << 23      # the largest table of inputs,
     TABLE_WORK = 1 << 29       # and the most multiply-adds that go into one
+    MEASURED = 2               # steps by one thread, before a team does one
+    LEAST_PAUSE = 8
+    MOST_PAUSE = 1024
 
+cdef double SLOW = 1.5         # a step of a team takes long if it takes so many times as long as by one thread alone
 cdef double MOST_BYTES = 1e18  # sizes below do not overflow
 
 
@@ -136,6 +141,16 @@ cdef class Weights:
         return 0
 
 
+# How long steps take. A team waits for whichever of its threads has no processor, so where others use them, steps by
+# one thread alone are the faster ones, by far.
+cdef struct Pace:
+    double alone             # the least seconds of a step by one thread,
+    int measured             # over so many steps,
+    Py_ssize_t rows          # of about so many rows
+    Py_ssize_t pause         # steps that one thread does alone until a team tries again,
+    Py_ssize_t next_pause    # and after the next step that took long
+
+
 # The rows of a decoder.
 cdef struct Rows:
     const Network *network
@@ -155,6 +170,7 @@ cdef struct Rows:
     Py_ssize_t *source       # [room]: the row of `before` that each row goes on from
     Py_ssize_t *spare        # [room]: room for others
     bint backwards           # the next step takes the last panels first
+    Pace pace
     # One step.
     const int64_t *symbols
     char *logits
@@ -298,23 +314,58 @@ cdef Split plan(const Rows *job) noexcept nogil:
     )
 
 
+cdef inline double now() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return t.tv_sec + 1e-9 * t.tv_nsec
+
+
+cdef bint pays(Pace *pace, Py_ssize_t rows) noexcept nogil:
+    """Whether a team is worth its while for a step of some rows."""
+    if rows > pace.rows or 2 * rows < pace.rows:
+        pace.rows = rows
+        pace.measured = 0
+    if pace.pause:
+        pace.pause -= 1
+    return pace.pause == 0 and pace.measured >= MEASURED
+
+
+cdef void learn(Pace *pace, bint team, double seconds) noexcept nogil:
+    """What a step took."""
+    if not team:
+        pace.alone = min(pace.alone, seconds) if pace.measured else seconds
+        pace.measured = min(MEASURED, pace.measured + 1)
+    elif seconds > SLOW * pace.alone:
+        pace.pause = pace.next_pause
+        pace.next_pause = min(MOST_PAUSE, 2 * pace.pause)
+    else:
+        pace.next_pause = max(LEAST_PAUSE, pace.next_pause // 2)
+
+
 cdef int step(void *self, ptrdiff_t rows, const int64_t *symbols, void *logits) noexcept nogil:
     """See decoder.h."""
     cdef Rows *job = <Rows *> self
     cdef Split split = plan(job)
-    cdef int region = fs_team_limit(job.n_threads) if split.threads > 1 else 1
+    cdef bint several = split.threads > 1
+    cdef int region = 1
+    cdef double start = now() if several else 0
     cdef Py_ssize_t row
     cdef fs_barrier barrier
+    if several and pays(&job.pace, rows):
+        region = fs_team_limit(job.n_threads)
     split.threads = min(split.threads, region)
     job.symbols = symbols
     job.logits = <char *> logits
     if split.threads == 1:
+        split.panels = True
         walk_flushed(job, split, 0, 1)
     else:
         fs_barrier_init(&barrier)
         job.barrier = &barrier
         with parallel(num_threads=region):
             walk_flushed(job, split, threadid(), min(fs_team_size(), split.threads))
+    if several:
+        learn(&job.pace, split.threads > 1, now() - start)
     job.before, job.after = job.after, job.before
     job.backwards = not job.backwards
     for row in range(rows):
@@ -380,6 +431,7 @@ cdef class Decoder:
         job.c_row = 0 if c is None else lines(cnp.PyArray_DIM(c, 2) * network.item)
         job.state_row = job.c_first + network.layers * job.c_row
         job.middle_row = lines(network.cells[0].hidden_size * network.item)
+        job.pace.next_pause = LEAST_PAUSE
         if room > MOST_BYTES or make_room(job, room) != FS_DONE:
             raise MemoryError(f"for the states of {room} rows")
         for row in range(job.rows):
