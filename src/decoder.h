@@ -12,14 +12,15 @@
 enum {
     FS_DONE = 0,
     FS_NO_MEMORY = -1, /* the decoder is as it was before the call */
-    FS_FULL = 1,       /* of step alone: nothing was done; `renew` of the object, with all symbols of all rows, is
-                          called with the GIL, and then the step is asked for again */
+    /* Of step alone: nothing was done. With the GIL, `renew` of the object is given all symbols of each row, the
+       prompt and what it was told after it, and then the step is asked for again. */
+    FS_FULL = 1,
 };
 
 typedef struct fs_decoder {
     void *self;
     ptrdiff_t vocab; /* V: logits a row */
-    int item_size;   /* of a logit; 4: float32, 8: float64 */
+    int item_size; /* of a logit; 4: float32, 8: float64 */
     /* One more symbol of each row, symbols [rows]: the logits of what follows, [rows][vocab], are written whole.
        `rows` is always the number of rows there are, at least 1; symbols are ids of the model, in range. */
     int (*step)(void *self, ptrdiff_t rows, const int64_t *symbols, void *logits);

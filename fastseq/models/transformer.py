@@ -18,6 +18,7 @@ from fastseq.layers.base import Layer, Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows, rows_of
 from fastseq.layers.transformer import ACTIVATIONS, NORMS, Context
 from fastseq.models.base import Model, SymbolModel, Symbols, is_list_of_rows, log_softmax_at, real_steps, sums, symbols
+from fastseq.models.decoding import Decoder
 from fastseq.training import Batch, History
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
@@ -588,14 +589,9 @@ class TransformerLM(SymbolModel):
                 result[some] = log_softmax_at(self._output(hidden[at : at + size]), given.ids[some])
         return result
 
-    def _begin(self, prompt: Symbols) -> tuple[Array, Any]:
-        begun = self._begun(prompt.ids, prompt.lengths)
-        rows = np.split(begun.ids, np.cumsum(begun.lengths)[:-1])
-        return self._last(rows), rows
-
-    def _go_on(self, chosen: Array, carried: Any) -> tuple[Array, Any]:
-        rows = [np.append(row, one) for row, one in zip(carried, chosen, strict=True)]
-        return self._last(rows), rows
+    def _decoder(self, prompts: list[Array], copies: int) -> tuple[Array, Decoder]:
+        rows = [np.concatenate([[self.begin], row]) for row in prompts]
+        return self._last(rows), _Recomputing(self, rows)
 
     def _last(self, sequences: list[Array]) -> Array:
         """The logits (B, V) after the last token of each sequence."""
@@ -608,6 +604,21 @@ class TransformerLM(SymbolModel):
         y, _ = _encode(self._encoder, self._embedded(np.concatenate(windows), rows), rows, True)
         logits: Array = self._output(y[rows.starts[1:] - 1])
         return logits
+
+
+class _Recomputing:
+    """A decoder that computes the whole window anew for every symbol."""
+
+    def __init__(self, model: TransformerLM, rows: list[Array]) -> None:
+        self._model = model
+        self._rows = rows
+
+    def step(self, symbols: Array) -> Array:
+        self._rows = [np.append(row, one) for row, one in zip(self._rows, symbols, strict=True)]
+        return self._model._last(self._rows)
+
+    def choose(self, rows: Array) -> None:
+        self._rows = [self._rows[row] for row in rows]
 
 
 class _EncoderKept(NamedTuple):
