@@ -5,6 +5,7 @@ Like the models of `fastseq.models.transformer` they see the real symbols of a b
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -44,7 +45,7 @@ class Pairs(NamedTuple):
         ends = np.maximum(self.source.rows.starts, starts)[1:]
         group = (ends - 1) // most
         cuts = [0, *(np.flatnonzero(np.diff(group)) + 1), len(ends)] if len(ends) else []
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in itertools.pairwise(cuts):
             yield np.arange(starts[first], starts[last]), self.some(int(first), int(last))
 
 
@@ -354,7 +355,7 @@ class SequencePairModel(Model):
         starts = pairs.begun.rows.starts
         return training.PairedBatches(
             np.split(pairs.source.ids, pairs.source.rows.starts[1:-1]),
-            [pairs.begun.ids[first + 1 : last] for first, last in zip(starts, starts[1:], strict=False)],
+            [pairs.begun.ids[first + 1 : last] for first, last in itertools.pairwise(starts)],
             batch_size=batch_size,
             seed=seed,
         )
@@ -535,9 +536,7 @@ class TransformerSeq2Seq(SequencePairModel):
             self._source_positions = self._target_positions = kinds.SinusoidalPositions(self.d_model, **of_type)
         children |= {"encoder": encoder, "decoder": decoder}
         if not self.tied:
-            children["output"] = kinds.Linear(
-                self.d_model, self.target_vocab_size + 1, False, seed=seeds[6], **of_type
-            )
+            children["output"] = kinds.Linear(self.d_model, self.target_vocab_size + 1, False, seed=seeds[6], **of_type)
         self._start(config, **children)
         self._source_embedding: Any = children["source_embedding"]
         self._target_embedding: Any = children["target_embedding"]
