@@ -298,7 +298,7 @@ def _learner(model: Any, loss: Any, truncate: Any, options: Any) -> _Learner:
         raise ValueError(f"truncate should be None where the backward of the model takes none: {model!r}")
     given = {} if options is None else checks.mapping("options", options)
     for name in given:
-        if not whole or name in ("batch", "state", "seed") or not _takes(model.training_forward, name):
+        if name in ("batch", "state", "seed") or not _takes(getattr(model, "training_forward", None), name):
             raise ValueError(f"options should have names that training_forward of the model takes, not {name!r}")
     if whole:
         if loss is not None:
