@@ -52,9 +52,9 @@ class _Tokens(NamedTuple):
         return self.rows.gather(array[None] if self.alone else array)
 
 
-def _tokens(name: str, value: Any, lengths: Any, count: int) -> _Tokens:
+def _tokens(name: str, value: Any, lengths: Any, count: int, lengths_name: str = "lengths") -> _Tokens:
     """Sequences of ids in any form: a list of them, an array (T,), or (B, T) with or without lengths."""
-    given = symbols(name, value, lengths, count)
+    given = symbols(name, value, lengths, count, lengths_name)
     is_list = lengths is None and is_list_of_rows(value)
     shape: tuple[int, ...] = () if is_list else np.shape(value)
     time = int(given.lengths.max(initial=0)) if is_list else shape[-1]
