@@ -16,8 +16,8 @@ from libc.string cimport memcpy, memset
 from decoder cimport FS_DONE, FS_FULL, FS_NO_MEMORY, fs_decoder
 from leaves cimport FS_GELU, FS_GELU_TANH, FS_PAGE, FS_RELU, fs_leaves, fs_page, fs_weights
 from pages cimport (
-    fs_first_kept, fs_page_kind, fs_page_layer, fs_table, fs_table_clear, fs_table_extend, fs_table_roll,
-    fs_table_share,
+    fs_page_kind, fs_page_layer, fs_table, fs_table_clear, fs_table_drop, fs_table_extend, fs_table_first,
+    fs_table_roll, fs_table_share,
 )
 from share cimport SHARE_CHUNK_WORK, fs_counter_set
 from stack cimport Layer, Mask, Norm, Plan, Task, plan_free, plan_make, walk_together
@@ -248,9 +248,9 @@ def run_blocks(
 
 
 cdef class Pages:
-    """Keys and values of a batch of sequences in all layers of a stack; see `fastseq.state.KeyValues`. Immutable.
+    """Keys and values of a batch of sequences in all layers of a stack; see `fastseq.reference.transformer_operations.Pages`.
 
-    Another one with some of the rows, or a beginning of them, shares the memory.
+    Immutable. Another one with some of the rows, or a beginning of them, shares the memory.
     """
 
     cdef fs_page_kind kind
@@ -270,9 +270,20 @@ cdef class Pages:
         return np.array([self.tables[i].length for i in range(self.rows)], np.int64)
 
     @property
-    def itemsize(self):
-        """Bytes of a number."""
-        return self.kind.leaves.item_size
+    def firsts(self):
+        """The first token of each row that is kept, (B,)."""
+        return np.array([fs_table_first(&self.tables[i]) for i in range(self.rows)], np.int64)
+
+    @property
+    def window(self):
+        """How many tokens the next one looks back on, itself among them; 0: all."""
+        return self.kind.window
+
+    @property
+    def form(self):
+        """What is the same for all rows: layers, key-value heads, elements of a head, and the dtype."""
+        dtype = np.dtype(f"f{self.kind.leaves.item_size}")
+        return self.kind.layers, self.kind.kv_heads, self.head_dim, dtype
 
     def take(self, rows, lengths=None):
         """Some rows, in any order and as often as they are named; up to `lengths` of their tokens."""
@@ -301,7 +312,7 @@ cdef class Pages:
         cdef const fs_table *table
         cdef cnp.ndarray k, v
         lengths = self.lengths
-        firsts = np.array([fs_first_kept(length, self.kind.window) for length in lengths], np.int64)
+        firsts = self.firsts
         shape = self.rows, self.kind.layers, self.kind.kv_heads, (lengths - firsts).max(initial=0), self.head_dim
         keys, values = (np.zeros(shape, f"f{self.kind.leaves.item_size}") for _ in range(2))
         for i in range(self.rows):
@@ -333,7 +344,7 @@ cdef class Pages:
         for i in range(len(lengths)):
             table = &result.tables[i]
             extend(table, &result.kind, lengths[i])
-            fs_table_roll(table, &result.kind)
+            fs_table_drop(table, firsts[i] // FS_PAGE)
             for layer in range(layers):
                 for token in range(firsts[i], lengths[i]):
                     k = np.ascontiguousarray(spread_keys[i, layer, :, token - firsts[i]])

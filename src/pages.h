@@ -130,14 +130,28 @@ static inline int64_t fs_first_kept(int64_t length, int64_t window)
     return window && length >= window ? (length - window + 1) / FS_PAGE * FS_PAGE : 0;
 }
 
-/* Lets go of the pages that are out of the window. */
-static inline void fs_table_roll(fs_table *table, const fs_page_kind *kind)
+/* Lets go of the first pages. */
+static inline void fs_table_drop(fs_table *table, ptrdiff_t count)
 {
-    const ptrdiff_t first = (ptrdiff_t)(fs_first_kept(table->length, kind->window) / FS_PAGE);
-    for (ptrdiff_t i = first - 1; i >= 0 && table->pages[i]; i--) {
+    for (ptrdiff_t i = count - 1; i >= 0 && table->pages[i]; i--) {
         fs_page_release(table->pages[i]);
         table->pages[i] = NULL;
     }
+}
+
+/* Lets go of the pages that are out of the window. */
+static inline void fs_table_roll(fs_table *table, const fs_page_kind *kind)
+{
+    fs_table_drop(table, (ptrdiff_t)(fs_first_kept(table->length, kind->window) / FS_PAGE));
+}
+
+/* The first token that is kept. */
+static inline int64_t fs_table_first(const fs_table *table)
+{
+    ptrdiff_t i = 0;
+    while (i < table->count && !table->pages[i])
+        i++;
+    return i * FS_PAGE;
 }
 
 #endif

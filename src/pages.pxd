@@ -22,5 +22,6 @@ cdef extern from "pages.h" nogil:
     void fs_table_clear(fs_table *table)
     int fs_table_share(fs_table *table, const fs_table *other, int64_t length)
     int fs_table_extend(fs_table *table, const fs_page_kind *kind, int64_t more)
-    int64_t fs_first_kept(int64_t length, int64_t window)
     void fs_table_roll(fs_table *table, const fs_page_kind *kind)
+    void fs_table_drop(fs_table *table, ptrdiff_t count)
+    int64_t fs_table_first(const fs_table *table)
