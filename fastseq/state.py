@@ -263,7 +263,7 @@ class AttentionState:
         memory_values: Any = None,
         tokens: Any = None,
     ) -> None:
-        window = checks.size("window", int(window))
+        window = checks.size("window", np.asarray(window).item())
         own = _pages_of("", window, lengths, firsts, keys, values)
         memory = None
         if memory_lengths is not None:
@@ -343,7 +343,7 @@ class AttentionState:
         """What makes such a state."""
         firsts, keys, values = self._own.arrays()
         arrays = {"lengths": self.lengths, "firsts": firsts, "keys": keys, "values": values}
-        arrays["window"] = np.array(self.window, np.int64)
+        arrays["window"] = np.array([self.window])
         if self._memory is not None:
             arrays["memory_lengths"] = self._memory.lengths
             _, arrays["memory_keys"], arrays["memory_values"] = self._memory.arrays()
@@ -396,7 +396,9 @@ class AttentionState:
         first = states[0]
         for state in states:
             if _kind(state) != _kind(first):
-                raise ValueError(f"states should agree in all but the batch and lengths, not be {first!r} and {state!r}")
+                raise ValueError(
+                    f"states should agree in all but the batch and lengths, not be {first!r} and {state!r}"
+                )
         own = _joined([state._own for state in states])
         memory = None if first._memory is None else _joined([state._memory for state in states])
         if first._tokens is None:
@@ -483,7 +485,9 @@ def _pages_of(prefix: str, window: int, lengths: Any, firsts: Any, keys: Any, va
                 f" not {arrays[0].shape} and {array.shape}"
             )
     batch, time = arrays[0].shape[0], arrays[0].shape[3]
-    counts = [checks.integers(f"{prefix}{name}", v).astype(np.int64) for name, v in (("lengths", lengths), ("firsts", firsts))]
+    counts = [
+        checks.integers(f"{prefix}{name}", v).astype(np.int64) for name, v in (("lengths", lengths), ("firsts", firsts))
+    ]
     for name, count in zip(("lengths", "firsts"), counts, strict=True):
         if count.shape != (batch,) or (count < 0).any():
             raise ValueError(f"{prefix}{name} should be of shape ({batch},), from 0 on, not {checks.describe(count)}")

@@ -179,7 +179,9 @@ class Runs(Stack):
     def _final_norm(self) -> tuple[str, float, Array, Array | None] | None:
         """The last norm as the operations want it."""
         norm = self._last_norm()
-        return None if norm is None else (self.norm, self.layer_norm_eps, norm._arrays["weight"], norm._arrays.get("bias"))
+        return (
+            None if norm is None else (self.norm, self.layer_norm_eps, norm._arrays["weight"], norm._arrays.get("bias"))
+        )
 
     def _started(self, batch: int, memory: Any = None, tokens: Array | None = None) -> AttentionState:
         """The state of rows without tokens."""
@@ -203,7 +205,9 @@ class Runs(Stack):
         own = pages_for(self._operations, own)
         return attention_state(own, None if memory is None else pages_for(self._operations, memory), state._tokens)
 
-    def _go_on(self, x: Array, starts: Array, state: AttentionState, tokens: Array | None) -> tuple[Array, AttentionState]:
+    def _go_on(
+        self, x: Array, starts: Array, state: AttentionState, tokens: Array | None
+    ) -> tuple[Array, AttentionState]:
         """Outputs (N, d_model) of more tokens of each row, as rows, and the state with them; `tokens` is its new ids."""
         own = state._own
         longest = int((own.lengths + np.diff(starts)).max(initial=1))
@@ -1348,7 +1352,6 @@ class Transformer(Stack):
         dtgt, dmemory = self.decoder._backward_rows(gradient, decoded, targets["decoder"])
         dsrc, _ = self.encoder._backward_rows(dmemory, encoded, targets["encoder"])
         return _single(source.scatter(dsrc), alone), _single(target.scatter(dtgt), alone)
-
 
     def initial_state(self, src: Any, *, src_mask: Any = None, src_lengths: Any = None) -> AttentionState:
         """The state before the first token of the target: the sources encoded.

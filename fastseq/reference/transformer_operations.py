@@ -20,7 +20,6 @@ from fastseq.checks import Array
 from fastseq.reference.attention_operations import attention, rotary
 from fastseq.reference.dense import activation_forward, layer_norm_forward, linear_forward, rms_norm_forward
 
-
 FinalNorm = tuple[str, float, Array | None, Array | None] | None
 PAGE = 64  # tokens that are let go of together, once they are out of the window
 
@@ -204,7 +203,9 @@ class Pages:
             np.concatenate([longer(array, time) for array in arrays])
             for arrays in ([one.keys for one in many], [one.values for one in many])
         )
-        lengths, firsts = (np.concatenate(arrays) for arrays in zip(*((p.lengths, p.firsts) for p in many), strict=True))
+        lengths, firsts = (
+            np.concatenate(arrays) for arrays in zip(*((p.lengths, p.firsts) for p in many), strict=True)
+        )
         return Pages(many[0].window, lengths, firsts, keys, values)
 
     def arrays(self) -> tuple[Array, Array, Array]:
