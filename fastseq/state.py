@@ -135,13 +135,13 @@ def _of_one_class(cls: type[Any], states: Any) -> list[Any]:
     """States to be joined, as a list; another class's are a `TypeError`."""
     if not isinstance(states, Iterable):
         raise TypeError(f"states should be an iterable of states, not {checks.describe(states)}")
-    states = list(states)
-    if not states:
+    some = list(states)
+    if not some:
         raise ValueError("states should hold at least one state")
-    for state in states:
+    for state in some:
         if type(state) is not cls:
             raise TypeError(f"states should hold only {cls.__name__}, not {checks.describe(state)}")
-    return states
+    return some
 
 
 def _row_indices(rows: Any, batch: int) -> Array:

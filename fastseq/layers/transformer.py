@@ -208,7 +208,7 @@ class Runs(Stack):
     def _go_on(
         self, x: Array, starts: Array, state: AttentionState, tokens: Array | None
     ) -> tuple[Array, AttentionState]:
-        """Outputs (N, d_model) of more tokens of each row, as rows, and the state with them; `tokens` is its new ids."""
+        """Outputs of more tokens of each row, (N, d_model), and the state with them; `tokens` are all its ids."""
         own = state._own
         longest = int((own.lengths + np.diff(starts)).max(initial=1))
         y, pages = self._operations.run_cached(

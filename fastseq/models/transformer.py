@@ -644,7 +644,8 @@ class TransformerLM(SymbolModel):
         full = np.flatnonzero(state.lengths >= self.context)
         if not len(full):
             return state
-        _, fresh = self._prefilled([state._tokens[row, : self.context] for row in full], 1)
+        tokens: Any = state._tokens
+        _, fresh = self._prefilled([tokens[row, : self.context] for row in full], 1)
         index = np.arange(state.batch_size)
         index[full] = state.batch_size + np.arange(len(full))
         return AttentionState.concatenate([state, fresh])[index]
