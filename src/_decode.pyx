@@ -27,10 +27,10 @@ ctypedef fused real:
     double
 
 cdef enum:
-    BLOCK = 512  # logits whose maximum is looked for at once,
-    LANES = 16   # side by side
-    FEW = 16     # a heap finds the k best if there are at least so many times k
-    ROOM = 256   # steps there is room for at first, if the end is not known
+    BLOCK = 1024  # logits whose maximum is looked for at once,
+    LANES = 64    # so many side by side: enough that the compiler has a loop left to make vectors of
+    FEW = 16      # a heap finds the k best if there are at least so many times k
+    ROOM = 256    # steps there is room for at first, if the end is not known
 
 # How a run of steps ends.
 cdef enum:
@@ -181,7 +181,8 @@ cdef Py_ssize_t best_few(const double *scores, Py_ssize_t n, Py_ssize_t k, Candi
 
 
 cdef inline bint before(const double *scores, int64_t a, int64_t b) noexcept nogil:
-    return scores[a] > scores[b] or (scores[a] == scores[b] and a < b)
+    # Without branches: half of them would be mispredicted.
+    return (scores[a] > scores[b]) | ((scores[a] == scores[b]) & (a < b))
 
 
 cdef int64_t best_until(
@@ -210,11 +211,14 @@ cdef int64_t best_until(
         ahead = 0
         for i in range(low + 1, high):
             one = places[i]
-            if before(scores, one, pivot):
-                ahead += 1 if weights == NULL else weights[one]
-                middle += 1
-                places[i] = places[middle]
-                places[middle] = one
+            places[i] = places[middle + 1]
+            places[middle + 1] = one
+            middle += before(scores, one, pivot)
+        if weights == NULL:
+            ahead = middle - low
+        else:
+            for i in range(low + 1, middle + 1):
+                ahead += weights[places[i]]
         places[low] = places[middle]
         places[middle] = pivot
         with_pivot = taken + ahead + (1 if weights == NULL else weights[pivot])
