@@ -107,7 +107,7 @@ class Recipe(NamedTuple):
     rate: float
 
 
-RECIPES = {"transformer": Recipe(transformer, 128, 0.1, 2e-3), "gru": Recipe(gru, 224, 0.2, 2e-3)}
+RECIPES = {"transformer": Recipe(transformer, 128, 0.1, 1.5e-3), "gru": Recipe(gru, 224, 0.2, 2e-3)}
 
 
 class Watch:
