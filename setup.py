@@ -129,6 +129,8 @@ MODULES = (
     "_losses",
     "_optimisers",
     "_models",
+    "_markov",
+    "_decode",
 )
 
 setup(

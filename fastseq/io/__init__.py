@@ -40,7 +40,7 @@ _LAYERS = (
     "Transformer",
     "Sequential",
 )
-_STATES = ("State", "LSTMState")
+_STATES = ("State", "LSTMState", "AttentionState")
 _MODELS = (
     "MarkovChain",
     "AutoRegressive",

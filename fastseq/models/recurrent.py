@@ -22,6 +22,7 @@ from fastseq.models.base import (
     spread_of,
     symbols,
 )
+from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.training import Batch, History
 
 CELLS = ("rnn", "lstm", "gru")
@@ -411,13 +412,11 @@ class RecurrentLM(SymbolModel):
                 result[places] = log_softmax_at(self._output(y[real]), given.ids[places])
         return result
 
-    def _begin(self, prompt: Symbols) -> tuple[Array, Any]:
-        ids = np.concatenate([np.full((len(prompt.lengths), 1), self.begin), prompt.padded()], axis=1)
-        y, state = self._recurrent(self._embedding(ids), lengths=prompt.lengths + 1)
-        return self._output(y[np.arange(len(ids)), prompt.lengths]), state
-
-    def _go_on(self, chosen: Array, carried: Any) -> tuple[Array, Any]:
-        return self.step(chosen, carried)
+    def _decoder(self, prompts: list[Array], copies: int) -> tuple[Array, Decoder]:
+        given = Symbols(np.concatenate(prompts), np.array([len(row) for row in prompts]))
+        ids = self._after_begin(given.padded())
+        y, state = self._recurrent(self._embedding(ids), lengths=given.lengths + 1)
+        return self._output(y[np.arange(len(ids)), given.lengths]), StateDecoder(self, state)
 
 
 def rollout(recurrent: Any, output: Any, x: Array, state: Any, steps: int) -> Array:

@@ -12,14 +12,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import checks, init, layers, losses, training
+from fastseq import _decode, checks, init, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows, rows_of
-from fastseq.layers.transformer import ACTIVATIONS, MOST_LAYERS, NORMS, Context
-from fastseq.models.base import Model, Uniforms, log_softmax_at, sample, sums
+from fastseq.layers.transformer import ACTIVATIONS, MOST_LAYERS, NORMS, Context, Tokens
+from fastseq.models import decoding
+from fastseq.models.base import Model, log_softmax_at, sums
+from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.transformer import POSITIONS, _Tied, _Tokens, _tokens
+from fastseq.reference.decoding import mixed, uniform
+from fastseq.state import AttentionState
 from fastseq.training import Batch, History
 
 _TOKENS = 1 << 13  # that go through the layers together where there is no batch to keep together
@@ -67,6 +71,7 @@ class SequencePairModel(Model):
     """
 
     _losses: ClassVar[Any] = losses
+    _decoding: ClassVar[Any] = _decode
 
     source_vocab_size: int
     target_vocab_size: int
@@ -230,6 +235,119 @@ class SequencePairModel(Model):
             result[places] = log_softmax_at(self._scores(some), some.following)
         rows = pairs.begun.rows
         return sums(np.repeat(np.arange(rows.batch), np.diff(rows.starts)), result, rows.batch)
+
+    def _decoder(self, sources: list[Array], copies: int) -> tuple[Array, Decoder]:
+        """The logits (B, V + 1) of the first symbol said of each source, and a decoder whose rows stand there."""
+        raise NotImplementedError
+
+    def generate(
+        self,
+        source: Any,
+        max_new: int,
+        *,
+        lengths: Any = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        num_results: int = 1,
+        stop: Any = None,
+        seed: Any = None,
+        return_log_probs: bool = False,
+    ) -> Any:
+        """Say a target of each source: drawn, the likeliest symbol after symbol, or by beam search.
+
+        Parameters
+        ----------
+        source : array of shape (B, S), (S,) for one sequence, or list of sequences
+            Ids in 0..S-1; no source may be empty.
+        max_new : int
+            How many symbols at most, the end among them.
+        lengths : array of shape (B,), optional
+            The real symbols of each row of source.
+        temperature, top_k, top_p, num_beams, length_penalty, num_results, stop, seed, return_log_probs
+            As of `fastseq.models.TransformerLM.generate`.
+        repetition_penalty : float
+            As there; what the source holds does not count.
+
+        Returns
+        -------
+        ids : list of B arrays of their own lengths, or one array for a source (S,)
+            int64, without the end. With `num_results` above 1 a list of results for each row, best first.
+        log_probs : of the same form, with `return_log_probs`
+            float64, of each symbol, and of the end where a row has one.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be; of a source and a step at which logits are NaN, or
+            nothing is left to choose from.
+        """
+        given = self._source("source", source, "lengths", lengths)
+        return decoding.generated(
+            self,
+            self._sequences(given),
+            given.alone,
+            max_new,
+            end=self.end,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            num_results=num_results,
+            stop=stop,
+            seed=seed,
+            return_log_probs=return_log_probs,
+        )
+
+    def stream(
+        self,
+        source: Any,
+        max_new: int,
+        *,
+        lengths: Any = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: Any = None,
+        seed: Any = None,
+    ) -> Iterator[Any]:
+        """The symbols of `generate`, one after another, each as soon as it is chosen and none before it is asked for.
+
+        Parameters
+        ----------
+        source, max_new, lengths, temperature, top_k, top_p, repetition_penalty, stop, seed
+            As of `generate`; looked at by the call, not when the first symbol is asked for.
+
+        Returns
+        -------
+        iterator of int, for a source (S,); else of ndarrays of shape (B,)
+            int64; -1 where a row has ended.
+        """
+        given = self._source("source", source, "lengths", lengths)
+        return decoding.streamed(
+            self,
+            self._sequences(given),
+            given.alone,
+            max_new,
+            end=self.end,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            seed=seed,
+        )
+
+    @staticmethod
+    def _sequences(tokens: _Tokens) -> list[Array]:
+        """The sequences one by one."""
+        return np.split(tokens.ids, tokens.rows.starts[1:-1]) if tokens.rows.batch else []
 
     def _batch(self, batch: Batch) -> Pairs:
         """The pairs of a batch."""
@@ -543,7 +661,7 @@ class TransformerSeq2Seq(SequencePairModel):
         self._source_embedding: Any = children["source_embedding"]
         self._target_embedding: Any = children["target_embedding"]
         self._encoder: Any = encoder
-        self._decoder: Any = decoder
+        self._decoder_layers: Any = decoder
         self._output: Any = children.get("output")
         if self.tied:
             operations = kinds.Linear._operations
@@ -604,7 +722,7 @@ class TransformerSeq2Seq(SequencePairModel):
         context = self._context(pairs, self._encoded(pairs.source))
         begun = pairs.begun
         x = self._embedded(self._target_embedding, self._target_positions, begun.ids, begun.rows)
-        y, weights = self._decoder._run(x, context, want_weights)
+        y, weights = self._decoder_layers._run(x, context, want_weights)
         return self._output(y), weights
 
     def _scores(self, pairs: Pairs) -> Array:
@@ -665,7 +783,7 @@ class TransformerSeq2Seq(SequencePairModel):
             (child_seed(seed, 0), child_seed(seed, 1)),
         )
         y, of_target = self._side_forward(
-            (self._target_embedding, self._target_positions, self._decoder),
+            (self._target_embedding, self._target_positions, self._decoder_layers),
             begun,
             self._context(pairs, memory),
             (child_seed(seed, 2), child_seed(seed, 3)),
@@ -692,7 +810,7 @@ class TransformerSeq2Seq(SequencePairModel):
         of_source, of_target, of_output = kept
         targets = self._child_targets(grads)
         dy = self._output.backward(dlogits, of_output, grads=targets["target_embedding" if self.tied else "output"])
-        dx, dmemory = self._decoder._backward_rows(dy, of_target.tower, targets["decoder"])
+        dx, dmemory = self._decoder_layers._backward_rows(dy, of_target.tower, targets["decoder"])
         self._entered_backward("target", self._target_embedding, self._target_positions, dx, of_target, targets)
         dx, _ = self._encoder._backward_rows(dmemory, of_source.tower, targets["encoder"])
         self._entered_backward("source", self._source_embedding, self._source_positions, dx, of_source, targets)
@@ -715,8 +833,83 @@ class TransformerSeq2Seq(SequencePairModel):
         .. [1] T. Mihaylova and A. F. T. Martins, "Scheduled sampling for Transformers", ACL SRW 2019.
         """
         begun = pairs.begun
-        numbers = Uniforms(seed, np.arange(len(begun.ids), dtype=np.uint64))
-        drawn = sample(self._scores(pairs), 1.0, numbers.draw(0))
-        replaced = (numbers.draw(1) < share) & (begun.rows.steps() > 0)
+        keys = mixed(np.uint64(seed) + mixed(np.arange(len(begun.ids), dtype=np.uint64)))
+        scores = self._scores(pairs).astype(np.float64)
+        cumulative = np.exp(scores - scores.max(axis=1, keepdims=True)).cumsum(axis=1)
+        drawn = (cumulative <= uniform(keys, 0)[:, None] * cumulative[:, -1:]).sum(axis=1)
+        replaced = (uniform(keys, 1) < share) & (begun.rows.steps() > 0)
         ids = np.where(replaced, np.concatenate([drawn[:1], drawn[:-1]]), begun.ids)
         return pairs._replace(begun=begun._replace(ids=ids))
+
+    def initial_state(self, source: Any, *, lengths: Any = None) -> AttentionState:
+        """The sources encoded, and nothing said yet.
+
+        Parameters
+        ----------
+        source, lengths
+            As of `generate`; a batch.
+        """
+        given = self._source("source", source, "lengths", lengths)
+        if given.alone:
+            raise ValueError(f"source should be a batch, (B, S) or a list of sequences, not {checks.describe(source)}")
+        return self._encoded_state(given)
+
+    def _encoded_state(self, source: _Tokens) -> AttentionState:
+        state: AttentionState = self._decoder_layers._remembering(Tokens(self._encoded(source), source.rows, False))
+        return state
+
+    def step(self, y_t: Any, state: Any) -> tuple[Array, AttentionState]:
+        """One symbol more of each target; the bits are those of a call over all symbols.
+
+        Parameters
+        ----------
+        y_t : array of shape (B,)
+            Ids in 0..V; the first is the boundary, `begin`.
+        state : AttentionState
+            What `initial_state` or an earlier step gave.
+
+        Returns
+        -------
+        logits : ndarray of shape (B, V + 1)
+            Of the symbol that follows.
+        state : AttentionState
+            For the next step. The one that was given still is what it was.
+        """
+        array = checks.as_array("y_t", y_t)
+        if array.ndim != 1:
+            raise ValueError(f"y_t should be of shape (B,), not {array.shape}")
+        ids = checks.ids("y_t", array, self.target_vocab_size + 1)
+        if state is None:
+            raise TypeError("state should be what initial_state or a step gave, not None")
+        state = self._decoder_layers._kept_by(state, len(ids))
+        self._check_room(int(state.lengths.max(initial=-1)) + 1)
+        x = self._target_embedding(ids) * self._scale
+        x = x if self._target_positions is None else self._target_positions(x, positions=state.lengths)
+        y, state = self._decoder_layers._go_on(x, np.arange(len(ids) + 1), state, None)
+        return self._output(y), state
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens > self.max_length:
+            raise ValueError(f"a target should have at most max_length={self.max_length} symbols, not {tokens}")
+
+    def _decoder(self, sources: list[Array], copies: int) -> tuple[Array, Decoder]:
+        lengths = np.array([len(row) for row in sources])
+        rows = rows_of(len(sources), int(lengths.max()), lengths)
+        state = self._encoded_state(_Tokens(np.concatenate(sources), rows, False))
+        logits, state = self.step(np.full(len(sources), self.begin), state)
+        operations = self._decoder_layers._operations
+        if not hasattr(operations, "Decoder"):
+            return logits, StateDecoder(self, state)
+        positions = self._target_positions
+        return logits, operations.Decoder(
+            self._decoder_layers._packed_blocks(self.max_length),
+            self._decoder_layers._final_norm(),
+            self._target_embedding._arrays["weight"] * self._scale,
+            None if positions is None else positions._table(self.max_length),
+            self._output._weights(),
+            state._own,
+            state._memory,
+            self.max_length,
+            lambda _: self._check_room(self.max_length + 1),
+            threads.get_num_threads(),
+        )

@@ -1,6 +1,6 @@
 """The models over the layers of `fastseq.reference`; they take any floating dtype.
 
-`MarkovChain` and `bert_state_dict` are the same here: one counts, the other renames.
+`bert_state_dict` is the same here: it renames.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from fastseq import models, reference
-from fastseq.models import MarkovChain, bert_state_dict
-from fastseq.reference import autoregression, losses
+from fastseq.models import bert_state_dict
+from fastseq.reference import autoregression, decoding, losses, markov
 
 __all__ = [
     "AutoRegressive",
@@ -31,8 +31,15 @@ class AutoRegressive(models.AutoRegressive):  # noqa: D101
     _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 
+class MarkovChain(models.MarkovChain):  # noqa: D101
+    __doc__ = models.MarkovChain.__doc__
+    _decoding: ClassVar[Any] = decoding
+    _operations: ClassVar[Any] = markov
+
+
 class RecurrentLM(models.RecurrentLM):  # noqa: D101
     __doc__ = models.RecurrentLM.__doc__
+    _decoding: ClassVar[Any] = decoding
     _layers: ClassVar[Any] = reference
     _losses: ClassVar[Any] = losses
     _dtypes: ClassVar[tuple[str, ...] | None] = None
@@ -47,6 +54,7 @@ class RecurrentForecaster(models.RecurrentForecaster):  # noqa: D101
 
 class TransformerLM(models.TransformerLM):  # noqa: D101
     __doc__ = models.TransformerLM.__doc__
+    _decoding: ClassVar[Any] = decoding
     _layers: ClassVar[Any] = reference
     _losses: ClassVar[Any] = losses
     _dtypes: ClassVar[tuple[str, ...] | None] = None
