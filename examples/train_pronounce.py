@@ -270,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FILE", help="write the trained model")
     parser.add_argument("--evaluate", metavar="FILE", help="judge a model that was written; nothing is trained")
     options = parser.parse_args(arguments)
-    if min(options.epochs, options.batch, options.count or 1, options.width or 1) < 1 or options.seed < 0:
+    whole = (options.epochs, options.batch, options.count, options.width)
+    if any(value is not None and value < 1 for value in whole) or options.seed < 0:
         parser.error("--epochs, --batch, --count and --width should be at least 1, --seed at least 0")
     if any(value is not None and not value > 0 for value in (options.minutes, options.rate)):
         parser.error("--minutes and --rate should be more than 0")

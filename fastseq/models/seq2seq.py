@@ -12,16 +12,16 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _decode, checks, layers, losses, threads, training
+from fastseq import _decode, checks, init, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows, rows_of
-from fastseq.layers.transformer import ACTIVATIONS, NORMS, Context, Tokens
+from fastseq.layers.transformer import ACTIVATIONS, MOST_LAYERS, NORMS, Context, Tokens
 from fastseq.models import decoding
 from fastseq.models.base import Model, log_softmax_at, sums
 from fastseq.models.decoding import Decoder, StateDecoder
-from fastseq.models.transformer import POSITIONS, _initialise, _Tied, _Tokens, _tokens
+from fastseq.models.transformer import POSITIONS, _Tied, _Tokens, _tokens
 from fastseq.reference.decoding import mixed, uniform
 from fastseq.state import AttentionState
 from fastseq.training import Batch, History
@@ -534,14 +534,13 @@ class TransformerSeq2Seq(SequencePairModel):
     dtype : {"float32", "float64"}
         Of parameters and logits.
     seed : int, optional
-        Fixes the initial parameters: normal, embeddings of deviation 1 / sqrt(d_model), others of 0.02; that divided
-        where a residual branch ends by the root of how many of them the encoder, or the decoder, has [3]_.
+        Fixes the initial parameters: embeddings are normal of deviation 1 / sqrt(d_model), linear maps as of
+        `fastseq.init.xavier_uniform`, their biases 0.
 
     References
     ----------
     .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
     .. [2] O. Press and L. Wolf, "Using the output embedding to improve language models", EACL 2017.
-    .. [3] A. Radford et al., "Language models are unsupervised multitask learners", 2019.
     """
 
     _layers: ClassVar[Any] = layers
@@ -590,6 +589,10 @@ class TransformerSeq2Seq(SequencePairModel):
         self.d_model = checks.size("d_model", d_model, 1)
         self.num_encoder_layers = checks.size("num_encoder_layers", num_encoder_layers, 1)
         self.num_decoder_layers = checks.size("num_decoder_layers", num_decoder_layers, 1)
+        counts = {"num_encoder_layers": self.num_encoder_layers, "num_decoder_layers": self.num_decoder_layers}
+        for name, count in counts.items():
+            if count > MOST_LAYERS:
+                raise ValueError(f"{name} should be at most {MOST_LAYERS}, not {count}")
         self.max_length = checks.size("max_length", max_length, 1)
         self.dropout = checks.fraction("dropout", dropout)
         self.activation = checks.choice("activation", activation, ACTIVATIONS)
@@ -623,8 +626,7 @@ class TransformerSeq2Seq(SequencePairModel):
             "target_vocab_size": self.target_vocab_size,
             "d_model": self.d_model,
             "nhead": self.nhead,
-            "num_encoder_layers": self.num_encoder_layers,
-            "num_decoder_layers": self.num_decoder_layers,
+            **counts,
             "dim_feedforward": self.dim_feedforward,
             "max_length": self.max_length,
             "dropout": self.dropout,
@@ -667,20 +669,13 @@ class TransformerSeq2Seq(SequencePairModel):
         self._drop = kinds.Dropout(self.dropout, **of_type)
         # What embeddings are multiplied by.
         self._scale = self.dtype.type(math.sqrt(self.d_model) if self.positions == "sinusoidal" else 1)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        _initialise(self, self.num_encoder_layers, 1.0)
-        rng = np.random.default_rng(None if self.seed is None else [self.seed, 1])
-        branches = {"encoder.": 2 * self.num_encoder_layers, "decoder.": 3 * self.num_decoder_layers}
-        changed: dict[str, Array] = {}
-        for name, old in self._arrays.items():
-            if name.endswith("_embedding.weight"):
-                changed[name] = np.asarray(rng.normal(0, 1 / math.sqrt(self.d_model), old.shape))
-            elif name.endswith(("out_proj.weight", "linear2.weight")):
-                side = name[: name.index(".") + 1]
-                changed[name] = old / math.sqrt(branches[side])
-        self._replace(changed)
+        # Attention that starts nearly uniform, as with weights much smaller, is long in finding out where to look.
+        for name, place in {"encoder": 0, "decoder": 1, "output": 6}.items():
+            if name in children:
+                init.initialise(children[name], "xavier_uniform", seed=seeds[place])
+        for place, name in enumerate(("source_embedding", "target_embedding"), 2):
+            rng, shape = np.random.default_rng(seeds[place]), children[name].parameters["weight"].shape
+            children[name].parameters["weight"] = rng.normal(0, 1 / math.sqrt(self.d_model), shape)
 
     def _check_fits(self, name: str, tokens: int) -> None:
         if tokens > self.max_length:

@@ -238,22 +238,18 @@ class PairedBatches(PaddedBatches):
         shuffle: bool = True,
         group: bool = True,
     ) -> None:
-        self._sources = _sequences_of_ids("sources", sources)
-        super().__init__(self._sources, targets, batch_size=batch_size, seed=seed, shuffle=shuffle, group=group)
-        assert self._targets is not None
-        for i, source in enumerate(self._sources):
+        inputs, outputs = _sequences_of_ids("sources", sources), _sequences_of_ids("targets", targets)
+        if len(outputs) != len(inputs):
+            raise ValueError(f"targets should have one for each of the {len(inputs)} sources, not {len(outputs)}")
+        for i, source in enumerate(inputs):
             if not len(source):
                 raise ValueError(f"sources[{i}] should have at least one symbol")
-        self._target_lengths = np.array([len(target) for target in self._targets])
+        super().__init__(inputs, outputs, batch_size=batch_size, seed=seed, shuffle=shuffle, group=group)
+        self._target_lengths = np.array([len(target) for target in outputs])
         self._sizes = self._lengths + self._target_lengths
 
     def _checked_targets(self, targets: Any) -> list[Array]:
-        arrays = _sequences_of_ids("targets", targets)
-        if len(arrays) != len(self._sequences):
-            raise ValueError(
-                f"targets should have one for each of the {len(self._sequences)} sources, not {len(arrays)}"
-            )
-        return arrays
+        return list(targets)
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         for rows, batch in zip(self._order(epoch)[start:], super()._batches(epoch, start), strict=True):
