@@ -131,6 +131,7 @@ MODULES = (
     "_models",
     "_markov",
     "_decode",
+    "_recurrent_decoder",
 )
 
 setup(

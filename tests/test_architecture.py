@@ -28,6 +28,7 @@ FLOORS = [
         "fastseq._models",
         "fastseq._markov",
         "fastseq._decode",
+        "fastseq._recurrent_decoder",
         "fastseq._attention",
         "fastseq._transformer",
     ],
@@ -156,6 +157,7 @@ COMPILED = [
     "_models",
     "_markov",
     "_decode",
+    "_recurrent_decoder",
     "_attention",
     "_transformer",
 ]

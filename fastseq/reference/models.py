@@ -40,6 +40,7 @@ class MarkovChain(models.MarkovChain):  # noqa: D101
 class RecurrentLM(models.RecurrentLM):  # noqa: D101
     __doc__ = models.RecurrentLM.__doc__
     _decoding: ClassVar[Any] = decoding
+    _decoders: ClassVar[Any] = None
     _layers: ClassVar[Any] = reference
     _losses: ClassVar[Any] = losses
     _dtypes: ClassVar[tuple[str, ...] | None] = None
