@@ -112,7 +112,7 @@ def is_list_of_rows(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(isinstance(row, list | tuple | np.ndarray) for row in value)
 
 
-def symbols(name: str, value: Any, lengths: Any, vocab_size: int) -> Symbols:
+def symbols(name: str, value: Any, lengths: Any, vocab_size: int, lengths_name: str = "lengths") -> Symbols:
     """Sequences of ids in any form they may be given in.
 
     A list of sequences; an array (T,), which is one; or (B, T), with `lengths` where the rows are padded.
@@ -133,7 +133,7 @@ def symbols(name: str, value: Any, lengths: Any, vocab_size: int) -> Symbols:
     if lengths is None:
         checked = checks.ids(name, value, vocab_size)
         return Symbols(checked.reshape(-1), np.full(batch, time, np.int64))
-    counts = checks.lengths(lengths, batch, time)
+    counts = checks.lengths(lengths, batch, time, lengths_name)
     real = np.arange(time) < counts[:, None]
     return Symbols(checks.ids(name, array, vocab_size, real)[real], counts)
 

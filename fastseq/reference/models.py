@@ -18,6 +18,7 @@ __all__ = [
     "RecurrentLM",
     "TransformerEncoderModel",
     "TransformerLM",
+    "TransformerSeq2Seq",
     "bert_state_dict",
 ]
 
@@ -62,6 +63,13 @@ class TransformerLM(models.TransformerLM):  # noqa: D101
 
 class TransformerEncoderModel(models.TransformerEncoderModel):  # noqa: D101
     __doc__ = models.TransformerEncoderModel.__doc__
+    _layers: ClassVar[Any] = reference
+    _losses: ClassVar[Any] = losses
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class TransformerSeq2Seq(models.TransformerSeq2Seq):  # noqa: D101
+    __doc__ = models.TransformerSeq2Seq.__doc__
     _layers: ClassVar[Any] = reference
     _losses: ClassVar[Any] = losses
     _dtypes: ClassVar[tuple[str, ...] | None] = None
