@@ -33,6 +33,7 @@ _LAYERS = (
     "LearnedPositions",
     "RotaryPositions",
     "MultiheadAttention",
+    "MultiplicativeAttention",
     "TransformerEncoderLayer",
     "TransformerEncoder",
     "TransformerDecoderLayer",
@@ -49,6 +50,7 @@ _MODELS = (
     "TransformerLM",
     "TransformerEncoderModel",
     "TransformerSeq2Seq",
+    "Seq2Seq",
 )
 _CLASSES = _LAYERS + _STATES + _MODELS
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}

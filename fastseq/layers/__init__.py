@@ -4,6 +4,7 @@ The function `attention` is in `fastseq.layers.attention`; here it would hide th
 """
 
 from fastseq.layers.activation import GELU, ReLU, Softmax
+from fastseq.layers.alignment import MultiplicativeAttention
 from fastseq.layers.attention import MultiheadAttention
 from fastseq.layers.dropout import Dropout
 from fastseq.layers.embedding import Embedding
@@ -31,6 +32,7 @@ __all__ = [
     "LearnedPositions",
     "Linear",
     "MultiheadAttention",
+    "MultiplicativeAttention",
     "RMSNorm",
     "ReLU",
     "RotaryPositions",

@@ -31,6 +31,7 @@ __all__ = [
     "LearnedPositions",
     "Linear",
     "MultiheadAttention",
+    "MultiplicativeAttention",
     "RMSNorm",
     "ReLU",
     "RotaryPositions",
@@ -140,6 +141,13 @@ class RotaryPositions(layers.RotaryPositions):  # noqa: D101
 
 class MultiheadAttention(layers.MultiheadAttention):  # noqa: D101
     __doc__ = layers.MultiheadAttention.__doc__
+    _operations: ClassVar[Any] = attention_operations
+    _dense: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class MultiplicativeAttention(layers.MultiplicativeAttention):  # noqa: D101
+    __doc__ = layers.MultiplicativeAttention.__doc__
     _operations: ClassVar[Any] = attention_operations
     _dense: ClassVar[Any] = dense
     _dtypes: ClassVar[tuple[str, ...] | None] = None

@@ -1,0 +1,365 @@
+"""Recurrent models from one sequence of symbols to another: a layer that reads, and one that writes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from fastseq import _alignment, checks, layers, losses, threads
+from fastseq.checks import Array
+from fastseq.layers.attention import Frame
+from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
+from fastseq.models.base import Uniforms
+from fastseq.models.recurrent import CELLS, recurrent_layer
+from fastseq.models.seq2seq import Pairs, SequencePairModel
+from fastseq.models.transformer import _Tokens
+from fastseq.state import State, adopt
+
+ATTENTIONS = ("additive", "multiplicative")
+
+
+class _Read(NamedTuple):
+    """What the decoder has of the sources."""
+
+    keys: Array  # the outputs of the encoder, as rows (M, K)
+    state: State  # where the decoder starts
+
+
+class _KeptRead(NamedTuple):
+    """Tapes of the encoder and of the bridge."""
+
+    embedding: Tape
+    entering: Tape | None  # of dropout
+    encoder: Tape
+    bridge: tuple[tuple[Tape, Array], ...]  # of each state array and layer: the linear map, and what tanh gave
+
+
+class _KeptSpoken(NamedTuple):
+    """Tapes of the decoder."""
+
+    embedding: Tape
+    entering: Tape | None
+    decoder: Tape
+    attention: Any
+    combine: tuple[Tape, Array] | None  # the linear map, and what tanh gave
+    leaving: Tape | None
+    output: Tape
+
+
+class Seq2Seq(SequencePairModel):
+    """A recurrent encoder and a recurrent decoder [1]_, with attention between them or not.
+
+    The decoder starts where the encoder ended. Of a bidirectional encoder, each state array of each layer goes through
+    a bridge: tanh(W [forward; reverse] + b). Of one that is not, the states are taken as they are.
+
+    - Without attention the logits are a linear map of the decoder's output h.
+    - ``"multiplicative"`` [2]_: scores h W k of the decoder's output and every encoder's output k give a context c;
+      the logits are a linear map of tanh(W_c [c; h]).
+    - ``"additive"`` [3]_: scores v tanh(W s + U k + b) of the decoder's state before the step give c, which enters the
+      decoder beside the symbol; the logits are a linear map of [s; c], s the state after the step.
+
+    Parameters
+    ----------
+    source_vocab_size, target_vocab_size : int
+        S and V.
+    embedding_dim, hidden_size : int
+        Of the vector of a symbol, and of the state of encoder and decoder.
+    num_layers : int
+        Recurrent layers of either, stacked.
+    cell : {"gru", "lstm", "rnn"}
+        Which recurrent layer.
+    bidirectional : bool
+        Whether the encoder reads the source from both ends.
+    attention : {"additive", "multiplicative"}, optional
+        What the decoder sees of the source beside its initial state.
+    dropout : float in [0, 1)
+        Share that training drops of the vectors of symbols, of what passes between layers, and of what the logits are
+        made from.
+    dtype : {"float32", "float64"}
+        Of parameters and logits.
+    seed : int, optional
+        Fixes the initial parameters.
+
+    Notes
+    -----
+    Scheduled sampling gives the decoder the likeliest symbol after what it was given before, of all but the end, found
+    without dropout.
+
+    References
+    ----------
+    .. [1] I. Sutskever, O. Vinyals and Q. V. Le, "Sequence to sequence learning with neural networks", NeurIPS 2014.
+    .. [2] M.-T. Luong, H. Pham and C. D. Manning, "Effective approaches to attention-based neural machine
+       translation", EMNLP 2015.
+    .. [3] D. Bahdanau, K. Cho and Y. Bengio, "Neural machine translation by jointly learning to align and translate",
+       ICLR 2015.
+    """
+
+    _layers: ClassVar[Any] = layers
+    _losses: ClassVar[Any] = losses
+    # The set of operations of what has no layer of its own.
+    _operations: ClassVar[Any] = _alignment
+    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+
+    embedding_dim: int
+    hidden_size: int
+    num_layers: int
+    cell: str
+    bidirectional: bool
+    attention: str | None
+    dropout: float
+    seed: int | None
+
+    def __init__(
+        self,
+        source_vocab_size: int,
+        target_vocab_size: int,
+        embedding_dim: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        cell: str = "gru",
+        bidirectional: bool = True,
+        attention: str | None = None,
+        dropout: float = 0.0,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        self.source_vocab_size = checks.size("source_vocab_size", source_vocab_size, 1)
+        self.target_vocab_size = checks.size("target_vocab_size", target_vocab_size, 1)
+        self.embedding_dim = checks.size("embedding_dim", embedding_dim, 1)
+        self.hidden_size = checks.size("hidden_size", hidden_size, 1)
+        self.num_layers = checks.size("num_layers", num_layers, 1)
+        self.cell = checks.choice("cell", cell, CELLS)
+        self.bidirectional = checks.flag("bidirectional", bidirectional)
+        self.attention = None if attention is None else checks.choice("attention", attention, ATTENTIONS)
+        self.dropout = checks.fraction("dropout", dropout)
+        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.seed = checks.seed("seed", seed)
+        config = {
+            "source_vocab_size": self.source_vocab_size,
+            "target_vocab_size": self.target_vocab_size,
+            "embedding_dim": self.embedding_dim,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "cell": self.cell,
+            "bidirectional": self.bidirectional,
+            "attention": self.attention,
+            "dropout": self.dropout,
+            "dtype": self.dtype.name,
+            "seed": self.seed,
+        }
+        kinds, of_type = self._layers, {"dtype": self.dtype}
+        hidden, keys = self.hidden_size, self.hidden_size * (2 if self.bidirectional else 1)
+        seeds = seeds_of(self.seed, 7)
+        more = {"dropout": self.dropout, **of_type}
+        context = keys if self.attention == "additive" else 0
+        children: dict[str, Any] = {
+            "source_embedding": kinds.Embedding(self.source_vocab_size, self.embedding_dim, seed=seeds[0], **of_type),
+            "target_embedding": kinds.Embedding(
+                self.target_vocab_size + 1, self.embedding_dim, seed=seeds[1], **of_type
+            ),
+            "encoder": recurrent_layer(
+                kinds,
+                self.cell,
+                self.embedding_dim,
+                hidden,
+                self.num_layers,
+                bidirectional=self.bidirectional,
+                seed=seeds[2],
+                **more,
+            ),
+        }
+        self._bridges = []
+        if self.bidirectional:
+            names = [f"bridge_{array}_l{layer}" for array in self._states() for layer in range(self.num_layers)]
+            of_bridges = [None] * len(names) if seeds[3] is None else seeds_of(seeds[3], len(names))
+            for name, own in zip(names, of_bridges, strict=True):
+                children[name] = kinds.Linear(keys, hidden, seed=own, **of_type)
+                self._bridges.append(name)
+        children["decoder"] = recurrent_layer(
+            kinds, self.cell, self.embedding_dim + context, hidden, self.num_layers, seed=seeds[4], **more
+        )
+        if self.attention == "multiplicative":
+            children["attention"] = kinds.MultiplicativeAttention(hidden, keys, seed=seeds[5], **of_type)
+            own = None if seeds[5] is None else child_seed(seeds[5], 0)
+            children["combine"] = kinds.Linear(keys + hidden, hidden, False, seed=own, **of_type)
+        elif self.attention == "additive":
+            children["attention"] = kinds.AdditiveAttention(hidden, keys, hidden, seed=seeds[5], **of_type)
+        children["output"] = kinds.Linear(hidden + context, self.target_vocab_size + 1, seed=seeds[6], **of_type)
+        self._start(config, **children)
+        self._source_embedding: Any = children["source_embedding"]
+        self._target_embedding: Any = children["target_embedding"]
+        self._encoder_layer: Any = children["encoder"]
+        self._decoder_layer: Any = children["decoder"]
+        self._attention: Any = children.get("attention")
+        self._combine: Any = children.get("combine")
+        self._output: Any = children["output"]
+        self._drop = kinds.Dropout(self.dropout, **of_type)
+
+    def _states(self) -> str:
+        """The names of the arrays of a recurrent state."""
+        return "hc" if self.cell == "lstm" else "h"
+
+    # The encoder and the bridge.
+
+    def _read(self, source: _Tokens) -> _Read:
+        """What the decoder has of the sources; inference."""
+        rows = source.rows
+        y, state = self._encoder_layer(rows.scatter(self._source_embedding(source.ids)), lengths=rows.lengths)
+        if self._bridges:
+            state = self._crossed([self._tanh(self._children[name](x)) for name, x in self._ends(state)])
+        return _Read(rows.gather(y), state)
+
+    def _read_forward(self, source: _Tokens, seeds: tuple[int, int]) -> tuple[_Read, _KeptRead]:
+        """`_read` for training."""
+        rows, entering = source.rows, None
+        x, of_embedding = self._source_embedding.forward(source.ids)
+        if self.dropout:
+            x, entering = self._drop.forward(x, seed=seeds[0])
+        y, state, of_encoder = self._encoder_layer.forward(rows.scatter(x), lengths=rows.lengths, seed=seeds[1])
+        of_bridge = []
+        if self._bridges:
+            for name, end in self._ends(state):
+                z, tape = self._children[name].forward(end)
+                of_bridge.append((tape, self._tanh(z)))
+            state = self._crossed([z for _, z in of_bridge])
+        kept = _KeptRead(of_embedding, entering, of_encoder, tuple(of_bridge))
+        return _Read(rows.gather(y), state), kept
+
+    def _read_backward(
+        self, dkeys: Array | None, dstate: State, source: _Tokens, kept: _KeptRead, targets: dict[str, Any]
+    ) -> None:
+        """`_read_forward`, from its end."""
+        rows = source.rows
+        width = self.hidden_size * (2 if self.bidirectional else 1)
+        dy = np.zeros((rows.batch, rows.time, width), self.dtype) if dkeys is None else rows.scatter(dkeys)
+        if self._bridges:
+            parts = [part for array in dstate for part in np.moveaxis(array, 1, 0)]
+            dends = []
+            for name, part, (tape, z) in zip(self._bridges, parts, kept.bridge, strict=True):
+                dz = self._operations.tanh_backward(z, np.ascontiguousarray(part), threads.get_num_threads())
+                dends.append(self._children[name].backward(dz, tape, grads=targets[name]))
+            dstate = self._parted(dends)
+        dx, _ = self._encoder_layer.backward(dy, kept.encoder, dstate=dstate, grads=targets["encoder"])
+        dx = rows.gather(dx)
+        if kept.entering is not None:
+            dx = self._drop.backward(dx, kept.entering)
+        self._source_embedding.backward(dx, kept.embedding, grads=targets["source_embedding"])
+
+    def _ends(self, state: State) -> list[tuple[str, Array]]:
+        """What enters each bridge: the last states of a layer, (B, 2 H)."""
+        ends = []
+        for array in state:
+            sides = array.reshape(len(array), self.num_layers, 2 * self.hidden_size)
+            ends += [np.ascontiguousarray(sides[:, layer]) for layer in range(self.num_layers)]
+        return list(zip(self._bridges, ends, strict=True))
+
+    def _crossed(self, ends: list[Array]) -> State:
+        """What left the bridges as the state of the decoder."""
+        count = self.num_layers
+        return _state([np.stack(ends[i : i + count], axis=1) for i in range(0, len(ends), count)])
+
+    def _parted(self, dends: list[Array]) -> State:
+        """Gradients of what entered the bridges as that of the encoder's last state."""
+        count, shape = self.num_layers, (len(dends[0]), 2 * self.num_layers, self.hidden_size)
+        return _state([np.stack(dends[i : i + count], axis=1).reshape(shape) for i in range(0, len(dends), count)])
+
+    def _tanh(self, x: Array) -> Array:
+        y: Array = self._operations.tanh_forward(x, threads.get_num_threads())
+        return y
+
+    # The decoder.
+
+    def _spoken(self, pairs: Pairs, read: _Read, want_weights: bool) -> tuple[Array, Any]:
+        """The logits (N, V + 1) of what follows each symbol, and if wanted the weights (B, T + 1, S); inference."""
+        rows = pairs.begun.rows
+        x = self._target_embedding(pairs.begun.ids)
+        y, _ = self._decoder_layer(rows.scatter(x), read.state, lengths=rows.lengths)
+        h, weights = rows.gather(y), None
+        if self._attention is not None:
+            projected = self._attention._projected(read.keys)
+            frame = Frame(rows, pairs.source.rows, False)
+            context, weights = self._attention._run(h, read.keys, projected, frame, want_weights)
+            h = self._tanh(self._combine(np.concatenate([context, h], axis=1)))
+        return self._output(h), weights
+
+    def _spoken_forward(
+        self, pairs: Pairs, read: _Read, seeds: tuple[int, int, int]
+    ) -> tuple[Array, _KeptSpoken]:
+        """`_spoken` for training."""
+        rows = pairs.begun.rows
+        entering = leaving = of_attention = of_combine = None
+        x, of_embedding = self._target_embedding.forward(pairs.begun.ids)
+        if self.dropout:
+            x, entering = self._drop.forward(x, seed=seeds[0])
+        y, _, of_decoder = self._decoder_layer.forward(
+            rows.scatter(x), read.state, lengths=rows.lengths, seed=seeds[1]
+        )
+        h = rows.gather(y)
+        if self._attention is not None:
+            frame = Frame(rows, pairs.source.rows, False)
+            context, of_attention = self._attention._run_forward(h, read.keys, frame)
+            z, tape = self._combine.forward(np.concatenate([context, h], axis=1))
+            h = self._tanh(z)
+            of_combine = tape, h
+        if self.dropout:
+            h, leaving = self._drop.forward(h, seed=seeds[2])
+        logits, of_output = self._output.forward(h)
+        return logits, _KeptSpoken(
+            of_embedding, entering, of_decoder, of_attention, of_combine, leaving, of_output
+        )
+
+    def _spoken_backward(
+        self, dlogits: Array, pairs: Pairs, kept: _KeptSpoken, targets: dict[str, Any]
+    ) -> tuple[Array | None, State]:
+        """`_spoken_forward`, from its end: the gradients of keys and of the initial state."""
+        rows, dkeys = pairs.begun.rows, None
+        dh = self._output.backward(dlogits, kept.output, grads=targets["output"])
+        if kept.leaving is not None:
+            dh = self._drop.backward(dh, kept.leaving)
+        if kept.combine is not None:
+            tape, h = kept.combine
+            dz = self._operations.tanh_backward(h, dh, threads.get_num_threads())
+            dboth = self._combine.backward(dz, tape, grads=targets["combine"])
+            width = dboth.shape[1] - self.hidden_size
+            dquery, dkeys = self._attention._run_backward(
+                np.ascontiguousarray(dboth[:, :width]), kept.attention, self._attention._targets(targets["attention"])
+            )
+            dh = dboth[:, width:] + dquery
+        dx, dstate = self._decoder_layer.backward(rows.scatter(dh), kept.decoder, grads=targets["decoder"])
+        dx = rows.gather(dx)
+        if kept.entering is not None:
+            dx = self._drop.backward(dx, kept.entering)
+        self._target_embedding.backward(dx, kept.embedding, grads=targets["target_embedding"])
+        return dkeys, dstate
+
+    def _scores(self, pairs: Pairs) -> Array:
+        return self._spoken(pairs, self._read(pairs.source), False)[0]
+
+    def _attended(self, pairs: Pairs) -> tuple[Array, Any]:
+        if self._attention is None:
+            raise ValueError("return_weights should be False where the model has no attention")
+        return self._spoken(pairs, self._read(pairs.source), True)
+
+    def _through(self, pairs: Pairs, seed: int | None, sampling: float) -> tuple[Array, Any]:
+        seed = mask_seed(seed)
+        if sampling:
+            pairs = self._resampled(pairs, child_seed(seed, 5), sampling)
+        read, of_read = self._read_forward(pairs.source, (child_seed(seed, 0), child_seed(seed, 1)))
+        seeds = child_seed(seed, 2), child_seed(seed, 3), child_seed(seed, 4)
+        logits, of_spoken = self._spoken_forward(pairs, read, seeds)
+        return logits, (pairs, of_read, of_spoken)
+
+    def _back(self, dlogits: Array, kept: Any, grads: Any) -> None:
+        pairs, of_read, of_spoken = kept
+        targets = self._child_targets(grads)
+        dkeys, dstate = self._spoken_backward(dlogits, pairs, of_spoken, targets)
+        self._read_backward(dkeys, dstate, pairs.source, of_read, targets)
+
+
+def _state(arrays: list[Array]) -> State:
+    """A state of the arrays h, and c where there is one."""
+    for array in arrays:
+        array.flags.writeable = False
+    return adopt(arrays[0], arrays[1] if len(arrays) > 1 else None)
