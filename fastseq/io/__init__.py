@@ -34,6 +34,7 @@ _LAYERS = (
     "RotaryPositions",
     "MultiheadAttention",
     "MultiplicativeAttention",
+    "AdditiveAttention",
     "TransformerEncoderLayer",
     "TransformerEncoder",
     "TransformerDecoderLayer",

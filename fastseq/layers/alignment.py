@@ -11,10 +11,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _attention, _dense, checks, threads
+from fastseq import _alignment, _attention, _dense, checks, threads
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
-from fastseq.layers.base import Layer, Tape
+from fastseq.layers.base import Composite, Layer, Tape, seeds_of
+from fastseq.layers.linear import Linear
 from fastseq.layers.rows import Rows, padded, rows_of
 
 
@@ -243,3 +244,130 @@ class MultiplicativeAttention(Alignment):
         dprojected = np.ascontiguousarray(dk[:, 0])
         dkeys = self._dense.linear_backward(weights, keys, dprojected, targets["weight"], None, n_threads)
         return dq[:, 0], dkeys + dv[:, 0]
+
+
+class AdditiveAttention(Alignment, Composite):
+    """Attention with scores v tanh(W s + U h + b) of a query s and a key h [1]_.
+
+    Parameters
+    ----------
+    query_size, key_size, hidden_size : int
+        Q, K and A: W is the parameter `query.weight` (A, Q), U is `key.weight` (A, K), b is `key.bias` (A,) and v is
+        `score.weight` (1, A).
+    bias : bool
+        Whether there is b.
+    dtype : {"float32", "float64"}
+        Of parameters and outputs. Inputs of another real dtype are converted.
+    seed : int, optional
+        Fixes the initial parameters, each uniform in ±1/sqrt(columns).
+
+    References
+    ----------
+    .. [1] D. Bahdanau, K. Cho and Y. Bengio, "Neural machine translation by jointly learning to align and translate",
+       ICLR 2015.
+    """
+
+    _operations: ClassVar[Any] = _alignment
+    _linear: ClassVar[Any] = Linear
+
+    hidden_size: int
+    bias: bool
+    seed: int | None
+
+    def __init__(
+        self,
+        query_size: int,
+        key_size: int,
+        hidden_size: int,
+        *,
+        bias: bool = True,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        self.query_size = checks.size("query_size", query_size, 1)
+        self.key_size = checks.size("key_size", key_size, 1)
+        self.hidden_size = checks.size("hidden_size", hidden_size, 1)
+        self.bias = checks.flag("bias", bias)
+        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.seed = checks.seed("seed", seed)
+        self._config = {
+            "query_size": self.query_size,
+            "key_size": self.key_size,
+            "hidden_size": self.hidden_size,
+            "bias": self.bias,
+            "dtype": self.dtype.name,
+            "seed": self.seed,
+        }
+        seeds, of_type = seeds_of(self.seed, 3), {"dtype": self.dtype}
+        self._query = self._linear(self.query_size, self.hidden_size, False, seed=seeds[0], **of_type)
+        self._key = self._linear(self.key_size, self.hidden_size, self.bias, seed=seeds[1], **of_type)
+        self._score = self._linear(self.hidden_size, 1, False, seed=seeds[2], **of_type)
+        self._children = {"query": self._query, "key": self._key, "score": self._score}
+
+    @staticmethod
+    def _places(frame: Frame) -> tuple[Array, Array, Array]:
+        """Where the queries of each sequence begin, and its keys, and how many those are."""
+        starts = frame.keys.starts
+        return frame.queries.starts, starts[:-1], np.diff(starts)
+
+    def _aligned(self, q: Array, projected: Array, keys: Array, firsts: Array, counts: Array) -> tuple[Array, Array]:
+        """Contexts of queries after their linear map, each with keys of its own, and weights."""
+        result: tuple[Array, Array] = self._operations.align(
+            q, projected, keys, self._score._arrays["weight"][0], firsts, counts, threads.get_num_threads()
+        )
+        return result
+
+    def _projected(self, keys: Array) -> Array:
+        projected: Array = self._key(keys)
+        return projected
+
+    def _run(self, query: Array, keys: Array, projected: Array, frame: Frame, want: bool) -> tuple[Array, Any]:
+        context, weights = self._all(self._query(query), projected, keys, frame)
+        if not want:
+            return context, None
+        whole = np.zeros((frame.queries.batch, frame.queries.time, frame.keys.time), weights.dtype)
+        whole[:, :, : weights.shape[1]] = frame.queries.scatter(weights)
+        return context, whole
+
+    def _all(self, q: Array, projected: Array, keys: Array, frame: Frame) -> tuple[Array, Array]:
+        starts, firsts, counts = self._places(frame)
+        many = np.diff(starts)
+        return self._aligned(q, projected, keys, np.repeat(firsts, many), np.repeat(counts, many))
+
+    def _step(self, query: Array, keys: Array, projected: Array, lengths: Array, want: bool) -> tuple[Array, Any]:
+        batch, time = keys.shape[:2]
+        flat, of_keys = projected.reshape(batch * time, -1), keys.reshape(batch * time, -1)
+        context, weights = self._aligned(self._query(query), flat, of_keys, np.arange(batch) * time, lengths)
+        if not want:
+            return context, None
+        whole = np.zeros((batch, time), weights.dtype)
+        whole[:, : weights.shape[1]] = weights
+        return context, whole
+
+    def _run_forward(self, query: Array, keys: Array, frame: Frame) -> tuple[Array, Any]:
+        q, of_query = self._query.forward(query)
+        projected, of_keys = self._key.forward(keys)
+        score = self._score._arrays["weight"][0]
+        context, weights = self._all(q, projected, keys, frame)
+        return context, (q, projected, keys, score, weights, self._places(frame), of_query, of_keys)
+
+    def _run_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
+        q, projected, keys, score, weights, places, of_query, of_keys = kept
+        of_children = self._child_targets(targets)
+        dprojected, dkeys = np.zeros_like(projected), np.zeros_like(keys)
+        dscore = of_children["score"]["weight"][0]
+        dq = self._operations.align_backward(
+            q,
+            projected,
+            keys,
+            score,
+            *places,
+            weights,
+            dcontext,
+            dprojected,
+            dkeys,
+            dscore,
+            threads.get_num_threads(),
+        )
+        dquery = self._query.backward(dq, of_query, grads=of_children["query"])
+        return dquery, dkeys + self._key.backward(dprojected, of_keys, grads=of_children["key"])

@@ -16,7 +16,7 @@ from fastseq.checks import Array
 from fastseq.io import load_into
 from fastseq.layers import attention as _layers_attention
 from fastseq.layers.attention import AttentionTape, Engine
-from fastseq.reference import attention_operations, dense, losses, operations, transformer_operations
+from fastseq.reference import alignment_operations, attention_operations, dense, losses, operations, transformer_operations
 from fastseq.state import LSTMState, State
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
     "Dropout",
     "Embedding",
     "LSTMState",
@@ -143,6 +144,13 @@ class MultiheadAttention(layers.MultiheadAttention):  # noqa: D101
     __doc__ = layers.MultiheadAttention.__doc__
     _operations: ClassVar[Any] = attention_operations
     _dense: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class AdditiveAttention(layers.AdditiveAttention):  # noqa: D101
+    __doc__ = layers.AdditiveAttention.__doc__
+    _operations: ClassVar[Any] = alignment_operations
+    _linear: ClassVar[Any] = Linear
     _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 
