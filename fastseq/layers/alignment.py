@@ -28,6 +28,16 @@ class _Given(NamedTuple):
     flat: bool  # one query a sequence, without the axis of queries
 
 
+class AllSteps(NamedTuple):
+    """What the steps of a walk have together in a backward."""
+
+    projected: Array  # (M, A)
+    keys: Array  # (M, K)
+    score: Array  # (A,)
+    dprojected: Array  # sums so far
+    dkeys: Array
+
+
 class Alignment(Layer):
     """What both kinds share: shapes."""
 
@@ -337,12 +347,49 @@ class AdditiveAttention(Alignment, Composite):
     def _step(self, query: Array, keys: Array, projected: Array, lengths: Array, want: bool) -> tuple[Array, Any]:
         batch, time = keys.shape[:2]
         flat, of_keys = projected.reshape(batch * time, -1), keys.reshape(batch * time, -1)
-        context, weights = self._aligned(self._query(query), flat, of_keys, np.arange(batch) * time, lengths)
+        context, weights = self._at(query, flat, of_keys, np.arange(batch) * time, lengths)
         if not want:
             return context, None
         whole = np.zeros((batch, time), weights.dtype)
         whole[:, : weights.shape[1]] = weights
         return context, whole
+
+    def _at(
+        self, query: Array, projected: Array, keys: Array, firsts: Array, counts: Array
+    ) -> tuple[Array, Array]:
+        """Contexts of queries (B, Q), each with keys of its own among the rows, and weights."""
+        return self._aligned(self._query(query), projected, keys, firsts, counts)
+
+    def _at_forward(
+        self, query: Array, projected: Array, keys: Array, firsts: Array, counts: Array
+    ) -> tuple[Array, Any]:
+        """`_at` for training."""
+        q, of_query = self._query.forward(query)
+        context, weights = self._aligned(q, projected, keys, firsts, counts)
+        return context, (q, weights, counts, of_query)
+
+    def _at_backward(
+        self, dcontext: Array, kept: Any, of_all: AllSteps, firsts: Array, targets: Mapping[str, Any]
+    ) -> Array:
+        """The gradient of the queries; that of the keys is added to what all steps have together."""
+        q, weights, counts, of_query = kept
+        dq = self._operations.align_backward(
+            q,
+            of_all.projected,
+            of_all.keys,
+            of_all.score,
+            None,
+            firsts,
+            counts,
+            weights,
+            np.ascontiguousarray(dcontext),
+            of_all.dprojected,
+            of_all.dkeys,
+            targets["score"]["weight"][0],
+            threads.get_num_threads(),
+        )
+        dquery: Array = self._query.backward(dq, of_query, grads=targets["query"])
+        return dquery
 
     def _run_forward(self, query: Array, keys: Array, frame: Frame) -> tuple[Array, Any]:
         q, of_query = self._query.forward(query)
@@ -363,7 +410,7 @@ class AdditiveAttention(Alignment, Composite):
             score,
             *places,
             weights,
-            dcontext,
+            np.ascontiguousarray(dcontext),
             dprojected,
             dkeys,
             dscore,

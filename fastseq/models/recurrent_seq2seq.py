@@ -8,6 +8,7 @@ import numpy as np
 
 from fastseq import _alignment, checks, layers, losses, threads
 from fastseq.checks import Array
+from fastseq.layers.alignment import AllSteps
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.models.base import Uniforms
@@ -40,11 +41,22 @@ class _KeptSpoken(NamedTuple):
 
     embedding: Tape
     entering: Tape | None
-    decoder: Tape
+    decoder: Any  # a tape, or what `_walk_backward` needs
     attention: Any
     combine: tuple[Tape, Array] | None  # the linear map, and what tanh gave
     leaving: Tape | None
     output: Tape
+
+
+class _KeptWalk(NamedTuple):
+    """Tapes of the steps of a decoder with additive attention."""
+
+    projected: Array
+    key: Tape
+    keys: Array
+    score: Array
+    firsts: Array
+    steps: list[tuple[Any, Tape]]  # of each step: of the attention, and of the recurrent layer
 
 
 class Seq2Seq(SequencePairModel):
@@ -273,16 +285,82 @@ class Seq2Seq(SequencePairModel):
 
     def _spoken(self, pairs: Pairs, read: _Read, want_weights: bool) -> tuple[Array, Any]:
         """The logits (N, V + 1) of what follows each symbol, and if wanted the weights (B, T + 1, S); inference."""
-        rows = pairs.begun.rows
-        x = self._target_embedding(pairs.begun.ids)
-        y, _ = self._decoder_layer(rows.scatter(x), read.state, lengths=rows.lengths)
-        h, weights = rows.gather(y), None
+        rows, weights = pairs.begun.rows, None
+        x = rows.scatter(self._target_embedding(pairs.begun.ids))
+        if self.attention == "additive":
+            h, weights = self._walk(pairs, read, x, want_weights)
+            return self._output(rows.gather(h)), weights
+        h = rows.gather(self._decoder_layer(x, read.state, lengths=rows.lengths)[0])
         if self._attention is not None:
             projected = self._attention._projected(read.keys)
             frame = Frame(rows, pairs.source.rows, False)
             context, weights = self._attention._run(h, read.keys, projected, frame, want_weights)
             h = self._tanh(self._combine(np.concatenate([context, h], axis=1)))
         return self._output(h), weights
+
+    def _walk(self, pairs: Pairs, read: _Read, x: Array, want_weights: bool) -> tuple[Array, Any]:
+        """Steps of additive attention and the decoder one after another: [s; c] (B, T, H + K), and the weights."""
+        rows, (firsts, counts, lengths) = pairs.begun.rows, _places(pairs)
+        projected, state = self._attention._projected(read.keys), read.state
+        width = read.keys.shape[1]
+        both = np.zeros((rows.batch, rows.time, self.hidden_size + width), self.dtype)
+        maps = np.zeros((rows.batch, rows.time, pairs.source.rows.time), self.dtype) if want_weights else None
+        for t in range(rows.longest):
+            running = lengths > t
+            context, weights = self._attention._at(
+                _top(state), projected, read.keys, firsts, np.where(running, counts, 0)
+            )
+            entering = np.concatenate([x[:, t], context], axis=1)[:, None]
+            y, state = self._decoder_layer(entering, state, lengths=_running(running))
+            both[:, t, : self.hidden_size] = y[:, 0]
+            both[:, t, self.hidden_size :] = context
+            if maps is not None:
+                maps[:, t, : weights.shape[1]] = weights
+        return both, maps
+
+    def _walk_forward(self, pairs: Pairs, read: _Read, x: Array, seed: int) -> tuple[Array, _KeptWalk]:
+        """`_walk` for training."""
+        rows, (firsts, counts, lengths) = pairs.begun.rows, _places(pairs)
+        projected, of_key = self._attention._key.forward(read.keys)
+        state, steps = read.state, []
+        both = np.zeros((rows.batch, rows.time, self.hidden_size + read.keys.shape[1]), self.dtype)
+        for t in range(rows.longest):
+            running = lengths > t
+            context, of_attention = self._attention._at_forward(
+                _top(state), projected, read.keys, firsts, np.where(running, counts, 0)
+            )
+            entering = np.concatenate([x[:, t], context], axis=1)[:, None]
+            y, state, of_step = self._decoder_layer.forward(
+                entering, state, lengths=_running(running), seed=child_seed(seed, t)
+            )
+            both[:, t, : self.hidden_size] = y[:, 0]
+            both[:, t, self.hidden_size :] = context
+            steps.append((of_attention, of_step))
+        score = self._attention._score._arrays["weight"][0]
+        return both, _KeptWalk(projected, of_key, read.keys, score, firsts, steps)
+
+    def _walk_backward(
+        self, dboth: Array, kept: _KeptWalk, targets: dict[str, Any]
+    ) -> tuple[Array, Array, State]:
+        """`_walk_forward`, from its end: the gradients of x, of the keys and of the initial state."""
+        batch, time, width = *dboth.shape[:2], self.embedding_dim
+        of_attention = self._attention._child_targets(self._attention._targets(targets["attention"]))
+        of_all = AllSteps(
+            kept.projected, kept.keys, kept.score, np.zeros_like(kept.projected), np.zeros_like(kept.keys)
+        )
+        dx = np.zeros((batch, time, width), self.dtype)
+        dstate: State | None = None
+        for t in reversed(range(len(kept.steps))):
+            of_alignment, of_step = kept.steps[t]
+            dentering, dstate = self._decoder_layer.backward(
+                dboth[:, t : t + 1, : self.hidden_size], of_step, dstate=dstate, grads=targets["decoder"]
+            )
+            dx[:, t] = dentering[:, 0, :width]
+            dcontext = dentering[:, 0, width:] + dboth[:, t, self.hidden_size :]
+            dquery = self._attention._at_backward(dcontext, of_alignment, of_all, kept.firsts, of_attention)
+            dstate = _added(dstate, dquery)
+        dkeys = of_all.dkeys + self._attention._key.backward(of_all.dprojected, kept.key, grads=of_attention["key"])
+        return dx, dkeys, self._decoder_layer.initial_state(batch) if dstate is None else dstate
 
     def _spoken_forward(
         self, pairs: Pairs, read: _Read, seeds: tuple[int, int, int]
@@ -293,11 +371,16 @@ class Seq2Seq(SequencePairModel):
         x, of_embedding = self._target_embedding.forward(pairs.begun.ids)
         if self.dropout:
             x, entering = self._drop.forward(x, seed=seeds[0])
-        y, _, of_decoder = self._decoder_layer.forward(
-            rows.scatter(x), read.state, lengths=rows.lengths, seed=seeds[1]
-        )
-        h = rows.gather(y)
-        if self._attention is not None:
+        of_decoder: Any
+        if self.attention == "additive":
+            both, of_decoder = self._walk_forward(pairs, read, rows.scatter(x), seeds[1])
+            h = rows.gather(both)
+        else:
+            y, _, of_decoder = self._decoder_layer.forward(
+                rows.scatter(x), read.state, lengths=rows.lengths, seed=seeds[1]
+            )
+            h = rows.gather(y)
+        if self.attention == "multiplicative":
             frame = Frame(rows, pairs.source.rows, False)
             context, of_attention = self._attention._run_forward(h, read.keys, frame)
             z, tape = self._combine.forward(np.concatenate([context, h], axis=1))
@@ -327,7 +410,10 @@ class Seq2Seq(SequencePairModel):
                 np.ascontiguousarray(dboth[:, :width]), kept.attention, self._attention._targets(targets["attention"])
             )
             dh = dboth[:, width:] + dquery
-        dx, dstate = self._decoder_layer.backward(rows.scatter(dh), kept.decoder, grads=targets["decoder"])
+        if self.attention == "additive":
+            dx, dkeys, dstate = self._walk_backward(rows.scatter(dh), kept.decoder, targets)
+        else:
+            dx, dstate = self._decoder_layer.backward(rows.scatter(dh), kept.decoder, grads=targets["decoder"])
         dx = rows.gather(dx)
         if kept.entering is not None:
             dx = self._drop.backward(dx, kept.entering)
@@ -363,3 +449,26 @@ def _state(arrays: list[Array]) -> State:
     for array in arrays:
         array.flags.writeable = False
     return adopt(arrays[0], arrays[1] if len(arrays) > 1 else None)
+
+
+def _top(state: State) -> Array:
+    """The output of the last layer, (B, H)."""
+    return np.ascontiguousarray(state.h[:, -1])
+
+
+def _added(dstate: State, dtop: Array) -> State:
+    """The gradient of a state, and one more of the output of its last layer."""
+    arrays = [np.array(array) for array in dstate]
+    arrays[0][:, -1] += dtop
+    return _state(arrays)
+
+
+def _places(pairs: Pairs) -> tuple[Array, Array, Array]:
+    """Of each pair the first of its keys among all, how many those are, and how many symbols the decoder is given."""
+    starts = pairs.source.rows.starts
+    return starts[:-1], np.diff(starts), np.diff(pairs.begun.rows.starts)
+
+
+def _running(running: Array) -> Array | None:
+    """Lengths for one step that some rows take."""
+    return None if running.all() else running.astype(np.int64)
