@@ -37,7 +37,7 @@ from fastseq.layers import (
 )
 from fastseq.layers.attention import attention, attention_backward, attention_forward
 from fastseq.reference import models as _reference_models  # noqa: F401  so that it is there
-from fastseq.state import LSTMState, State
+from fastseq.state import LSTMState, Seq2SeqState, State
 from fastseq.threads import get_num_threads, set_num_threads
 from fastseq.version import __version__
 
@@ -58,6 +58,7 @@ __all__ = [
     "RMSNorm",
     "ReLU",
     "RotaryPositions",
+    "Seq2SeqState",
     "Sequential",
     "SinusoidalPositions",
     "Softmax",

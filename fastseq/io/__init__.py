@@ -42,7 +42,7 @@ _LAYERS = (
     "Transformer",
     "Sequential",
 )
-_STATES = ("State", "LSTMState")
+_STATES = ("State", "LSTMState", "Seq2SeqState")
 _MODELS = (
     "MarkovChain",
     "AutoRegressive",

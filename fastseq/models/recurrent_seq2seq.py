@@ -11,11 +11,10 @@ from fastseq.checks import Array
 from fastseq.layers.alignment import AllSteps
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
-from fastseq.models.base import Uniforms
 from fastseq.models.recurrent import CELLS, recurrent_layer
 from fastseq.models.seq2seq import Pairs, SequencePairModel
 from fastseq.models.transformer import _Tokens
-from fastseq.state import State, adopt
+from fastseq.state import Seq2SeqState, State, adopt, adopt_pair
 
 ATTENTIONS = ("additive", "multiplicative")
 
@@ -442,6 +441,119 @@ class Seq2Seq(SequencePairModel):
         targets = self._child_targets(grads)
         dkeys, dstate = self._spoken_backward(dlogits, pairs, of_spoken, targets)
         self._read_backward(dkeys, dstate, pairs.source, of_read, targets)
+
+    def _resampled(self, pairs: Pairs, seed: int, share: float) -> Pairs:
+        """Pairs in which about this share of what the decoder is given is the likeliest symbol after what came before.
+
+        The end is none of them: the target goes on.
+        """
+        rows = pairs.begun.rows
+        ids = rows.scatter(pairs.begun.ids[:, None])[:, :, 0].copy()
+        replaced = np.random.default_rng(seed).random((rows.longest, rows.batch)) < share
+        state = self._start_of(pairs.source)
+        for t in range(1, rows.longest):
+            logits, state = self._said(ids[:, t - 1], state)
+            likeliest = logits[:, : self.target_vocab_size].argmax(axis=1)
+            ids[:, t] = np.where(replaced[t], likeliest, ids[:, t])
+        return pairs._replace(begun=pairs.begun._replace(ids=rows.gather(ids[:, :, None])[:, 0]))
+
+    # Steps.
+
+    def initial_state(self, source: Any, *, lengths: Any = None) -> Seq2SeqState:
+        """The state before the first symbol: the source is read, and nothing said.
+
+        Parameters
+        ----------
+        source : array of shape (B, S), (S,) for one sequence, or list of sequences
+            Ids in 0..S-1; no source may be empty.
+        lengths : array of shape (B,), optional
+            The real symbols of each row.
+
+        Returns
+        -------
+        Seq2SeqState
+            For `step`, whose first symbol is `begin`.
+        """
+        return self._start_of(self._source("source", source, "lengths", lengths))
+
+    def _start_of(self, source: _Tokens) -> Seq2SeqState:
+        read, rows = self._read(source), source.rows
+        h, c = read.state.h, getattr(read.state, "c", None)
+        if self._attention is None:
+            return adopt_pair(h, c, None, None, None)
+        projected = self._attention._projected(read.keys)
+        # Rows without padding are not copied, and an output of the encoder is nobody else's.
+        return adopt_pair(h, c, rows.scatter(read.keys), rows.scatter(projected), np.diff(rows.starts))
+
+    def step(self, y_t: Any, state: Any) -> tuple[Array, Seq2SeqState]:
+        """The logits of what follows one symbol of each row.
+
+        Parameters
+        ----------
+        y_t : array of shape (B,)
+            Ids in 0..V-1, or V, the boundary, with which every target begins.
+        state : Seq2SeqState
+            What `initial_state` or the step before returned.
+
+        Returns
+        -------
+        logits : ndarray of shape (B, V + 1)
+        state : Seq2SeqState
+            To be given to the next step.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be.
+        """
+        array = checks.as_array("y_t", y_t)
+        if array.ndim != 1:
+            raise ValueError(f"y_t should be of shape (B,), not {array.shape}")
+        ids = checks.ids("y_t", array, self.target_vocab_size + 1)
+        return self._said(ids, self._own_state(state, len(ids)))
+
+    def _own_state(self, state: Any, batch: int) -> Seq2SeqState:
+        """A state that was given, looked at, in the dtype of the model."""
+        if not isinstance(state, Seq2SeqState):
+            raise TypeError(f"state should be a Seq2SeqState, not {checks.describe(state)}")
+        wanted: dict[str, tuple[int, ...]] = {
+            name: (batch, self.num_layers, self.hidden_size) for name in self._states()
+        }
+        if self._attention is not None:
+            time = 0 if state.keys is None else state.keys.shape[1]
+            wanted["keys"] = batch, time, self._attention.key_size
+            wanted["projected"] = batch, time, self.hidden_size
+            wanted["lengths"] = (batch,)
+        found = state._named()
+        for name in state._fields:
+            if (name in found) != (name in wanted):
+                should = f"an array of shape {wanted[name]}" if name in wanted else "None"
+                was = f"an array of shape {found[name].shape}" if name in found else "None"
+                raise ValueError(f"state.{name} should be {should} for this model, not {was}")
+            if name in wanted and found[name].shape != wanted[name]:
+                raise ValueError(f"state.{name} should be of shape {wanted[name]}, not {found[name].shape}")
+        if state.dtype == self.dtype:
+            return state
+        arrays = [
+            array if array is None or name == "lengths" else checks.real_array(f"state.{name}", array, self.dtype)
+            for name, array in zip(state._fields, state._all(), strict=True)
+        ]
+        return adopt_pair(*arrays)
+
+    def _said(self, ids: Array, state: Seq2SeqState) -> tuple[Array, Seq2SeqState]:
+        """`step` with arguments that are checked."""
+        keys, projected, lengths = state.keys, state.projected, state.lengths
+        before, x = adopt(state.h, state.c), self._target_embedding(ids)
+        if self.attention == "additive":
+            context, _ = self._attention._step(_top(before), keys, projected, lengths, False)
+            y, after = self._decoder_layer.step(np.concatenate([x, context], axis=1), before)
+            h = np.concatenate([y, context], axis=1)
+        else:
+            h, after = self._decoder_layer.step(x, before)
+            if self._attention is not None:
+                context, _ = self._attention._step(h, keys, projected, lengths, False)
+                h = self._tanh(self._combine(np.concatenate([context, h], axis=1)))
+        return self._output(h), adopt_pair(after.h, getattr(after, "c", None), keys, projected, lengths)
 
 
 def _state(arrays: list[Array]) -> State:

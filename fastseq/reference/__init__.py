@@ -17,7 +17,7 @@ from fastseq.io import load_into
 from fastseq.layers import attention as _layers_attention
 from fastseq.layers.attention import AttentionTape, Engine
 from fastseq.reference import alignment_operations, attention_operations, dense, losses, operations, transformer_operations
-from fastseq.state import LSTMState, State
+from fastseq.state import LSTMState, Seq2SeqState, State
 
 __all__ = [
     "GELU",
@@ -36,6 +36,7 @@ __all__ = [
     "RMSNorm",
     "ReLU",
     "RotaryPositions",
+    "Seq2SeqState",
     "Sequential",
     "SinusoidalPositions",
     "Softmax",
