@@ -325,7 +325,7 @@ class Seq2SeqState(State):
                 return False
         return True
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}={array.shape}" for name, array in self._named().items())

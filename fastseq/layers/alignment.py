@@ -138,9 +138,7 @@ class Alignment(Layer):
         context = given.frame.queries.scatter(rows)
         return (context[:, 0] if given.flat else context), Tape(self, (kept, given.frame, given.flat))
 
-    def backward(
-        self, dcontext: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None
-    ) -> tuple[Array, Array]:
+    def backward(self, dcontext: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> tuple[Array, Array]:
         """Gradients, given that of the contexts.
 
         Parameters
@@ -354,9 +352,7 @@ class AdditiveAttention(Alignment, Composite):
         whole[:, : weights.shape[1]] = weights
         return context, whole
 
-    def _at(
-        self, query: Array, projected: Array, keys: Array, firsts: Array, counts: Array
-    ) -> tuple[Array, Array]:
+    def _at(self, query: Array, projected: Array, keys: Array, firsts: Array, counts: Array) -> tuple[Array, Array]:
         """Contexts of queries (B, Q), each with keys of its own among the rows, and weights."""
         return self._aligned(self._query(query), projected, keys, firsts, counts)
 
@@ -400,9 +396,8 @@ class AdditiveAttention(Alignment, Composite):
 
     def _run_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
         q, projected, keys, score, weights, places, of_query, of_keys = kept
-        of_children = self._child_targets(targets)
+        of_children: Mapping[str, Any] = self._child_targets(targets)
         dprojected, dkeys = np.zeros_like(projected), np.zeros_like(keys)
-        dscore = of_children["score"]["weight"][0]
         dq = self._operations.align_backward(
             q,
             projected,
@@ -413,7 +408,7 @@ class AdditiveAttention(Alignment, Composite):
             np.ascontiguousarray(dcontext),
             dprojected,
             dkeys,
-            dscore,
+            of_children["score"]["weight"][0],
             threads.get_num_threads(),
         )
         dquery = self._query.backward(dq, of_query, grads=of_children["query"])

@@ -181,13 +181,13 @@ class Seq2Seq(SequencePairModel):
                 **more,
             ),
         }
-        self._bridges = []
+        self._bridges: dict[str, Any] = {}
         if self.bidirectional:
             names = [f"bridge_{array}_l{layer}" for array in self._states() for layer in range(self.num_layers)]
             of_bridges = [None] * len(names) if seeds[3] is None else seeds_of(seeds[3], len(names))
             for name, own in zip(names, of_bridges, strict=True):
-                children[name] = kinds.Linear(keys, hidden, seed=own, **of_type)
-                self._bridges.append(name)
+                self._bridges[name] = kinds.Linear(keys, hidden, seed=own, **of_type)
+            children |= self._bridges
         children["decoder"] = recurrent_layer(
             kinds, self.cell, self.embedding_dim + context, hidden, self.num_layers, seed=seeds[4], **more
         )
@@ -219,7 +219,7 @@ class Seq2Seq(SequencePairModel):
         rows = source.rows
         y, state = self._encoder_layer(rows.scatter(self._source_embedding(source.ids)), lengths=rows.lengths)
         if self._bridges:
-            state = self._crossed([self._tanh(self._children[name](x)) for name, x in self._ends(state)])
+            state = self._crossed([self._tanh(bridge(x)) for bridge, x in self._ends(state)])
         return _Read(rows.gather(y), state)
 
     def _read_forward(self, source: _Tokens, seeds: tuple[int, int]) -> tuple[_Read, _KeptRead]:
@@ -231,8 +231,8 @@ class Seq2Seq(SequencePairModel):
         y, state, of_encoder = self._encoder_layer.forward(rows.scatter(x), lengths=rows.lengths, seed=seeds[1])
         of_bridge = []
         if self._bridges:
-            for name, end in self._ends(state):
-                z, tape = self._children[name].forward(end)
+            for bridge, end in self._ends(state):
+                z, tape = bridge.forward(end)
                 of_bridge.append((tape, self._tanh(z)))
             state = self._crossed([z for _, z in of_bridge])
         kept = _KeptRead(of_embedding, entering, of_encoder, tuple(of_bridge))
@@ -248,9 +248,9 @@ class Seq2Seq(SequencePairModel):
         if self._bridges:
             parts = [part for array in dstate for part in np.moveaxis(array, 1, 0)]
             dends = []
-            for name, part, (tape, z) in zip(self._bridges, parts, kept.bridge, strict=True):
+            for (name, bridge), part, (tape, z) in zip(self._bridges.items(), parts, kept.bridge, strict=True):
                 dz = self._operations.tanh_backward(z, np.ascontiguousarray(part), threads.get_num_threads())
-                dends.append(self._children[name].backward(dz, tape, grads=targets[name]))
+                dends.append(bridge.backward(dz, tape, grads=targets[name]))
             dstate = self._parted(dends)
         dx, _ = self._encoder_layer.backward(dy, kept.encoder, dstate=dstate, grads=targets["encoder"])
         dx = rows.gather(dx)
@@ -258,13 +258,13 @@ class Seq2Seq(SequencePairModel):
             dx = self._drop.backward(dx, kept.entering)
         self._source_embedding.backward(dx, kept.embedding, grads=targets["source_embedding"])
 
-    def _ends(self, state: State) -> list[tuple[str, Array]]:
-        """What enters each bridge: the last states of a layer, (B, 2 H)."""
+    def _ends(self, state: State) -> list[tuple[Any, Array]]:
+        """Each bridge and what enters it: the last states of a layer, (B, 2 H)."""
         ends = []
         for array in state:
             sides = array.reshape(len(array), self.num_layers, 2 * self.hidden_size)
             ends += [np.ascontiguousarray(sides[:, layer]) for layer in range(self.num_layers)]
-        return list(zip(self._bridges, ends, strict=True))
+        return list(zip(self._bridges.values(), ends, strict=True))
 
     def _crossed(self, ends: list[Array]) -> State:
         """What left the bridges as the state of the decoder."""
@@ -338,11 +338,9 @@ class Seq2Seq(SequencePairModel):
         score = self._attention._score._arrays["weight"][0]
         return both, _KeptWalk(projected, of_key, read.keys, score, firsts, steps)
 
-    def _walk_backward(
-        self, dboth: Array, kept: _KeptWalk, targets: dict[str, Any]
-    ) -> tuple[Array, Array, State]:
+    def _walk_backward(self, dboth: Array, kept: _KeptWalk, targets: dict[str, Any]) -> tuple[Array, Array, State]:
         """`_walk_forward`, from its end: the gradients of x, of the keys and of the initial state."""
-        batch, time, width = *dboth.shape[:2], self.embedding_dim
+        (batch, time, _), width = dboth.shape, self.embedding_dim
         of_attention = self._attention._child_targets(self._attention._targets(targets["attention"]))
         of_all = AllSteps(
             kept.projected, kept.keys, kept.score, np.zeros_like(kept.projected), np.zeros_like(kept.keys)
@@ -361,9 +359,7 @@ class Seq2Seq(SequencePairModel):
         dkeys = of_all.dkeys + self._attention._key.backward(of_all.dprojected, kept.key, grads=of_attention["key"])
         return dx, dkeys, self._decoder_layer.initial_state(batch) if dstate is None else dstate
 
-    def _spoken_forward(
-        self, pairs: Pairs, read: _Read, seeds: tuple[int, int, int]
-    ) -> tuple[Array, _KeptSpoken]:
+    def _spoken_forward(self, pairs: Pairs, read: _Read, seeds: tuple[int, int, int]) -> tuple[Array, _KeptSpoken]:
         """`_spoken` for training."""
         rows = pairs.begun.rows
         entering = leaving = of_attention = of_combine = None
@@ -388,9 +384,7 @@ class Seq2Seq(SequencePairModel):
         if self.dropout:
             h, leaving = self._drop.forward(h, seed=seeds[2])
         logits, of_output = self._output.forward(h)
-        return logits, _KeptSpoken(
-            of_embedding, entering, of_decoder, of_attention, of_combine, leaving, of_output
-        )
+        return logits, _KeptSpoken(of_embedding, entering, of_decoder, of_attention, of_combine, leaving, of_output)
 
     def _spoken_backward(
         self, dlogits: Array, pairs: Pairs, kept: _KeptSpoken, targets: dict[str, Any]
@@ -516,9 +510,7 @@ class Seq2Seq(SequencePairModel):
         """A state that was given, looked at, in the dtype of the model."""
         if not isinstance(state, Seq2SeqState):
             raise TypeError(f"state should be a Seq2SeqState, not {checks.describe(state)}")
-        wanted: dict[str, tuple[int, ...]] = {
-            name: (batch, self.num_layers, self.hidden_size) for name in self._states()
-        }
+        wanted: dict[str, tuple[int, ...]] = dict.fromkeys(self._states(), (batch, self.num_layers, self.hidden_size))
         if self._attention is not None:
             time = 0 if state.keys is None else state.keys.shape[1]
             wanted["keys"] = batch, time, self._attention.key_size

@@ -16,7 +16,14 @@ from fastseq.checks import Array
 from fastseq.io import load_into
 from fastseq.layers import attention as _layers_attention
 from fastseq.layers.attention import AttentionTape, Engine
-from fastseq.reference import alignment_operations, attention_operations, dense, losses, operations, transformer_operations
+from fastseq.reference import (
+    alignment_operations,
+    attention_operations,
+    dense,
+    losses,
+    operations,
+    transformer_operations,
+)
 from fastseq.state import LSTMState, Seq2SeqState, State
 
 __all__ = [
