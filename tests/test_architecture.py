@@ -27,6 +27,7 @@ FLOORS = [
         "fastseq._optimisers",
         "fastseq._models",
         "fastseq._attention",
+        "fastseq._alignment",
         "fastseq._transformer",
     ],
     [
@@ -37,6 +38,7 @@ FLOORS = [
         "fastseq.reference.optimisers",
         "fastseq.reference.autoregression",
         "fastseq.reference.dense",
+        "fastseq.reference.alignment_operations",
     ],
     ["fastseq.state", "fastseq.losses", "fastseq.reference.loss_operations", "fastseq.reference.attention_operations"],
     ["fastseq.layers", "fastseq.reference.transformer_operations"],
@@ -143,7 +145,7 @@ def test_no_flag_lets_the_compiler_change_the_arithmetic():
     assert not re.search("fast-math|Ofast|unsafe-math|associative-math|reciprocal-math|finite-math", text)
 
 
-COMPILED = ["_simd", "_recurrent", "_dense", "_losses", "_optimisers", "_models", "_attention", "_transformer"]
+COMPILED = ["_simd", "_recurrent", "_dense", "_losses", "_optimisers", "_models", "_attention", "_alignment", "_transformer"]
 
 
 @pytest.mark.parametrize("module", COMPILED)
