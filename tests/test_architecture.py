@@ -145,7 +145,17 @@ def test_no_flag_lets_the_compiler_change_the_arithmetic():
     assert not re.search("fast-math|Ofast|unsafe-math|associative-math|reciprocal-math|finite-math", text)
 
 
-COMPILED = ["_simd", "_recurrent", "_dense", "_losses", "_optimisers", "_models", "_attention", "_alignment", "_transformer"]
+COMPILED = [
+    "_simd",
+    "_recurrent",
+    "_dense",
+    "_losses",
+    "_optimisers",
+    "_models",
+    "_attention",
+    "_alignment",
+    "_transformer",
+]
 
 
 @pytest.mark.parametrize("module", COMPILED)
