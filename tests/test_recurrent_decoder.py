@@ -33,9 +33,9 @@ class Network:
         return self.output(y), state
 
     def decoder(self, state: Any, copies: int, n_threads: int) -> Any:
-        weights = _recurrent_decoder.Weights(
-            self.recurrent._cells(), self.output._weights(), self.embedding.parameters["weight"], n_threads
-        )
+        cells = [cell for (cell,) in self.recurrent._cells()]
+        embedding = self.embedding.parameters["weight"]
+        weights = _recurrent_decoder.Weights(embedding, cells[0], cells, self.output._weights(), n_threads)
         return _recurrent_decoder.Decoder(weights, state.h, getattr(state, "c", None), copies, n_threads)
 
     def decoders(self, rows: int, copies: int, n_threads: int) -> tuple[Any, StateDecoder]:
@@ -192,12 +192,12 @@ def test_new_parameters_are_seen(layer: str) -> None:
 def test_weights_are_packed_once() -> None:
     model = fs.models.RecurrentLM(20, 8, 30, seed=1)
     model.generate([1], 2, seed=1)
-    kept = model._kept_weights
+    kept = model._for_decoders.get(lambda: None)
     model.generate([1], 2, seed=1)
-    assert model._kept_weights is kept
+    assert kept is not None and model._for_decoders.get(lambda: None) is kept
     model.parameters["output.bias"] = np.zeros(20)
     model.generate([1], 2, seed=1)
-    assert model._kept_weights is not kept
+    assert model._for_decoders.get(lambda: None) is not kept
 
 
 def test_memory_that_cannot_be_had() -> None:
