@@ -161,12 +161,101 @@ def test_generate_is_what_steps_in_python_generate(cell: str, dtype: str) -> Non
     ):
         found = model.generate(prompts, 30, return_log_probs=True, **settings)
         expected = in_python.generate(prompts, 30, return_log_probs=True, **settings)
-        for one, other in zip(found, expected, strict=True):
-            for row, wanted in zip(one, other, strict=True):
-                for a, b in zip(_flat(row), _flat(wanted), strict=True):
-                    np.testing.assert_allclose(a, b, rtol=1e-12)
+        assert_alike(found, expected)
     alone = list(model.stream([4], 10, seed=3))
     np.testing.assert_array_equal(alone, in_python.generate([4], 10, seed=3))
+
+
+ATTENTIONS = (None, "multiplicative", "additive")
+SOURCES = (4, 1, 9)  # lengths
+
+
+def decoders_of(model: Any, lengths: tuple[int, ...], copies: int = 2) -> tuple[Any, StateDecoder]:
+    """The compiled decoder of a model from sequence to sequence, and one that takes its steps; they begin alike."""
+    rng = np.random.default_rng(1)
+    sources = [rng.integers(0, model.source_vocab_size, n) for n in lengths]
+    logits, compiled = model._decoder(sources, copies)
+    expected, state = model.step(np.full(len(sources), model.begin), model.initial_state(sources))
+    assert_same_bits(logits, expected)
+    return compiled, StateDecoder(model, state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", ["gru", "lstm", "rnn"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_attending_has_the_bits_of_steps(attention: str | None, cell: str, dtype: str) -> None:
+    """Rows of other sources side by side, and forked ones that share theirs."""
+    for hidden, layers, bidirectional in ((1, 1, True), (17, 2, True), (40, 3, False)):
+        model = fs.models.Seq2Seq(
+            9, 7, 5, hidden, layers, cell=cell, bidirectional=bidirectional, attention=attention, dtype=dtype, seed=1
+        )
+        walk(*decoders_of(model, SOURCES), 7, len(SOURCES), 12, 8)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_long_sources_and_many_rows(attention: str | None) -> None:
+    model = fs.models.Seq2Seq(9, 7, 5, 12, attention=attention, seed=1)
+    walk(*decoders_of(model, (300, 2, 700)), 7, 3, 5, 200)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_targets_too_many_for_a_table(attention: str | None, cell: str) -> None:
+    model = fs.models.Seq2Seq(9, 50_000, 5, 17, cell=cell, attention=attention, seed=1)
+    walk(*decoders_of(model, SOURCES), 50_000, 3, 5, 6)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_threads_change_no_bit_of_what_attends(attention: str | None, n_threads: int) -> None:
+    for hidden, sources in ((200, SOURCES), (60, 40 * SOURCES), (120, SOURCES)):
+        model = fs.models.Seq2Seq(9, 70, 8, hidden, 2, attention=attention, seed=1)
+        with threads(n_threads):
+            compiled, generic = decoders_of(model, sources)
+        with threads(1):
+            walk(compiled, generic, 70, len(sources), 5, len(sources), len(sources))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_what_is_said_of_a_source_is_what_steps_in_python_say(attention: str | None) -> None:
+    model = fs.models.Seq2Seq(9, 7, 5, 17, 2, attention=attention, seed=1)
+    in_python = fs.models.Seq2Seq(9, 7, 5, 17, 2, attention=attention, seed=1)
+    in_python._decoders = None
+    sources = [[1, 2, 3], [4], [1, 2, 3], [8, 7, 6, 5, 4, 3]]
+    for settings in (
+        {"seed": 1},
+        {"temperature": 0},
+        {"num_beams": 4, "num_results": 2},
+        {"num_results": 3, "seed": 2},
+    ):
+        assert_alike(
+            model.generate(sources, 20, return_log_probs=True, **settings),
+            in_python.generate(sources, 20, return_log_probs=True, **settings),
+        )
+
+
+NAMES = ("target_embedding.weight", "decoder.weight_ih_l0", "decoder.bias_hh_l1", "output.weight")
+NAMES_OF = {
+    "multiplicative": (*NAMES, "attention.weight", "combine.weight"),
+    "additive": (*NAMES, "attention.query.weight", "attention.key.bias", "attention.score.weight"),
+}
+
+
+@pytest.mark.parametrize(("attention", "name"), [(a, name) for a in NAMES_OF for name in NAMES_OF[a]])
+def test_new_parameters_of_what_attends_are_seen(attention: str, name: str) -> None:
+    model = fs.models.Seq2Seq(9, 7, 5, 17, 2, attention=attention, seed=1)
+    model.generate([1, 2, 3], 2, seed=1)
+    old = model.parameters[name]
+    model.parameters[name] = 0.5 * old[::-1] if old.ndim == 1 or len(old) > 1 else 0.5 * old[:, ::-1]
+    walk(*decoders_of(model, SOURCES), 7, 3, 3, 3)
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    """Results of `generate`: the same symbols, and log-probabilities that are as good as the same."""
+    for one, other in zip(found, expected, strict=True):
+        for row, wanted in zip(one, other, strict=True):
+            for a, b in zip(_flat(row), _flat(wanted), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
 def _flat(row: Any) -> list[Array]:
@@ -215,16 +304,18 @@ def test_memory_that_cannot_be_had() -> None:
     compiled, generic = Network("lstm", 5, 4, 512, 6, layers=2).decoders(2, 1, 1)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    many = np.zeros(20_000, np.int64)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), hard))
+    many = np.zeros(6_000, np.int64)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), hard))
     try:
         compiled.choose(many)
     except MemoryError:
         print("refused")
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-    ids = np.array([1, 2])
+    ids = np.array([1, 0])
     assert_same_bits(compiled.step(ids), generic.step(ids))
-    compiled.choose(many)
-    assert_same_bits(compiled.step(many)[:3], np.repeat(generic.step(np.array([0, 0]))[:1], 3, axis=0))
+    for rows in (many, ids):
+        compiled.choose(rows)
+        generic.choose(rows)
+    assert_same_bits(compiled.step(ids), generic.step(ids))
     """
     assert run_python(code, OPENBLAS_NUM_THREADS="1", FASTSEQ_NUM_THREADS="1").stdout == "refused\n"
