@@ -210,10 +210,12 @@ class Seq2Seq(SequencePairModel):
         self._combine: Any = children.get("combine")
         self._output: Any = children["output"]
         self._drop = kinds.Dropout(self.dropout, **of_type)
-        walked = [self._target_embedding, self._decoder_layer, self._output, self._combine]
-        if self.attention == "additive":
-            walked += [self._attention._query, self._attention._score]
-        self._for_decoders = OfParameters(*(layer for layer in walked if layer is not None))
+        walked = [self._target_embedding, self._decoder_layer, self._output]
+        if self.attention == "multiplicative":
+            walked.append(self._combine)
+        elif self.attention == "additive":
+            walked += [children["attention"]._query, children["attention"]._score]
+        self._for_decoders = OfParameters(*walked)
 
     def _states(self) -> str:
         """The names of the arrays of a recurrent state."""
