@@ -125,6 +125,7 @@ MODULES = (
     "_recurrent",
     "_dense",
     "_attention",
+    "_alignment",
     "_transformer",
     "_losses",
     "_optimisers",

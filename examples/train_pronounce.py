@@ -94,7 +94,7 @@ def transformer(phonemes: int, width: int, dropout: float, seed: int) -> fs.mode
 
 def gru(phonemes: int, width: int, dropout: float, seed: int) -> Any:
     return fs.models.Seq2Seq(
-        len(LETTERS), phonemes, width // 2, width, cell="gru", attention="additive", dropout=dropout, seed=seed
+        len(LETTERS), phonemes, width // 2, width, cell="gru", attention="multiplicative", dropout=dropout, seed=seed
     )
 
 
@@ -107,7 +107,7 @@ class Recipe(NamedTuple):
     rate: float
 
 
-RECIPES = {"transformer": Recipe(transformer, 128, 0.1, 1.5e-3), "gru": Recipe(gru, 224, 0.2, 2e-3)}
+RECIPES = {"transformer": Recipe(transformer, 128, 0.1, 1.5e-3), "gru": Recipe(gru, 256, 0.2, 2e-3)}
 
 
 class Watch:

@@ -15,12 +15,14 @@ from fastseq.layers import (
     GRU,
     LSTM,
     RNN,
+    AdditiveAttention,
     Dropout,
     Embedding,
     LayerNorm,
     LearnedPositions,
     Linear,
     MultiheadAttention,
+    MultiplicativeAttention,
     ReLU,
     RMSNorm,
     RotaryPositions,
@@ -35,7 +37,7 @@ from fastseq.layers import (
 )
 from fastseq.layers.attention import attention, attention_backward, attention_forward
 from fastseq.reference import models as _reference_models  # noqa: F401  so that it is there
-from fastseq.state import AttentionState, LSTMState, State
+from fastseq.state import AttentionState, LSTMState, Seq2SeqState, State
 from fastseq.threads import get_num_threads, set_num_threads
 from fastseq.version import __version__
 
@@ -44,6 +46,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
     "AttentionState",
     "Dropout",
     "Embedding",
@@ -52,9 +55,11 @@ __all__ = [
     "LearnedPositions",
     "Linear",
     "MultiheadAttention",
+    "MultiplicativeAttention",
     "RMSNorm",
     "ReLU",
     "RotaryPositions",
+    "Seq2SeqState",
     "Sequential",
     "SinusoidalPositions",
     "Softmax",

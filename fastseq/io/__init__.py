@@ -33,6 +33,8 @@ _LAYERS = (
     "LearnedPositions",
     "RotaryPositions",
     "MultiheadAttention",
+    "MultiplicativeAttention",
+    "AdditiveAttention",
     "TransformerEncoderLayer",
     "TransformerEncoder",
     "TransformerDecoderLayer",
@@ -40,7 +42,7 @@ _LAYERS = (
     "Transformer",
     "Sequential",
 )
-_STATES = ("State", "LSTMState", "AttentionState")
+_STATES = ("State", "LSTMState", "AttentionState", "Seq2SeqState")
 _MODELS = (
     "MarkovChain",
     "AutoRegressive",
@@ -49,6 +51,7 @@ _MODELS = (
     "TransformerLM",
     "TransformerEncoderModel",
     "TransformerSeq2Seq",
+    "Seq2Seq",
 )
 _CLASSES = _LAYERS + _STATES + _MODELS
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}

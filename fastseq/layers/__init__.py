@@ -4,6 +4,7 @@ The function `attention` is in `fastseq.layers.attention`; here it would hide th
 """
 
 from fastseq.layers.activation import GELU, ReLU, Softmax
+from fastseq.layers.alignment import AdditiveAttention, MultiplicativeAttention
 from fastseq.layers.attention import MultiheadAttention
 from fastseq.layers.dropout import Dropout
 from fastseq.layers.embedding import Embedding
@@ -25,12 +26,14 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
     "Dropout",
     "Embedding",
     "LayerNorm",
     "LearnedPositions",
     "Linear",
     "MultiheadAttention",
+    "MultiplicativeAttention",
     "RMSNorm",
     "ReLU",
     "RotaryPositions",

@@ -6,6 +6,7 @@
 from fastseq.models.autoregressive import AutoRegressive
 from fastseq.models.markov import MarkovChain
 from fastseq.models.recurrent import RecurrentForecaster, RecurrentLM
+from fastseq.models.recurrent_seq2seq import Seq2Seq
 from fastseq.models.seq2seq import TransformerSeq2Seq
 from fastseq.models.transformer import TransformerEncoderModel, TransformerLM, bert_state_dict
 
@@ -14,6 +15,7 @@ __all__ = [
     "MarkovChain",
     "RecurrentForecaster",
     "RecurrentLM",
+    "Seq2Seq",
     "TransformerEncoderModel",
     "TransformerLM",
     "TransformerSeq2Seq",

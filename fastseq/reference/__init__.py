@@ -16,14 +16,22 @@ from fastseq.checks import Array
 from fastseq.io import load_into
 from fastseq.layers import attention as _layers_attention
 from fastseq.layers.attention import AttentionTape, Engine
-from fastseq.reference import attention_operations, dense, losses, operations, transformer_operations
-from fastseq.state import AttentionState, LSTMState, State
+from fastseq.reference import (
+    alignment_operations,
+    attention_operations,
+    dense,
+    losses,
+    operations,
+    transformer_operations,
+)
+from fastseq.state import AttentionState, LSTMState, Seq2SeqState, State
 
 __all__ = [
     "GELU",
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
     "AttentionState",
     "Dropout",
     "Embedding",
@@ -32,9 +40,11 @@ __all__ = [
     "LearnedPositions",
     "Linear",
     "MultiheadAttention",
+    "MultiplicativeAttention",
     "RMSNorm",
     "ReLU",
     "RotaryPositions",
+    "Seq2SeqState",
     "Sequential",
     "SinusoidalPositions",
     "Softmax",
@@ -141,6 +151,20 @@ class RotaryPositions(layers.RotaryPositions):  # noqa: D101
 
 class MultiheadAttention(layers.MultiheadAttention):  # noqa: D101
     __doc__ = layers.MultiheadAttention.__doc__
+    _operations: ClassVar[Any] = attention_operations
+    _dense: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class AdditiveAttention(layers.AdditiveAttention):  # noqa: D101
+    __doc__ = layers.AdditiveAttention.__doc__
+    _operations: ClassVar[Any] = alignment_operations
+    _linear: ClassVar[Any] = Linear
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class MultiplicativeAttention(layers.MultiplicativeAttention):  # noqa: D101
+    __doc__ = layers.MultiplicativeAttention.__doc__
     _operations: ClassVar[Any] = attention_operations
     _dense: ClassVar[Any] = dense
     _dtypes: ClassVar[tuple[str, ...] | None] = None

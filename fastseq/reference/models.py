@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 from fastseq import models, reference
 from fastseq.models import bert_state_dict
-from fastseq.reference import autoregression, decoding, losses, markov
+from fastseq.reference import alignment_operations, autoregression, decoding, losses, markov
 
 __all__ = [
     "AutoRegressive",
     "MarkovChain",
     "RecurrentForecaster",
     "RecurrentLM",
+    "Seq2Seq",
     "TransformerEncoderModel",
     "TransformerLM",
     "TransformerSeq2Seq",
@@ -72,4 +73,12 @@ class TransformerSeq2Seq(models.TransformerSeq2Seq):  # noqa: D101
     __doc__ = models.TransformerSeq2Seq.__doc__
     _layers: ClassVar[Any] = reference
     _losses: ClassVar[Any] = losses
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class Seq2Seq(models.Seq2Seq):  # noqa: D101
+    __doc__ = models.Seq2Seq.__doc__
+    _layers: ClassVar[Any] = reference
+    _losses: ClassVar[Any] = losses
+    _operations: ClassVar[Any] = alignment_operations
     _dtypes: ClassVar[tuple[str, ...] | None] = None

@@ -1,0 +1,293 @@
+"""What a recurrent decoder needs beside its cells, compiled; `fastseq.reference.alignment_operations` has it in NumPy.
+
+Arguments were checked at the door. Threads split queries, and in the backward the sequences of a batch; never a sum.
+"""
+
+cimport numpy as cnp
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.stdint cimport int64_t
+from libc.string cimport memset
+
+from leaves cimport fs_leaves
+from share cimport share_out, take_out
+
+import numpy as np
+
+from fastseq import _simd
+
+cnp.import_array()
+
+ctypedef fused real:
+    float
+    double
+
+# What an element takes, in multiply-adds, and how many of them are an item.
+cdef double TANH_WORK = 16
+cdef Py_ssize_t LINE = 256
+
+cdef enum:
+    CHAINS = 16  # partial sums of a dot product: vectors of any width add in the same order
+
+
+cdef const fs_leaves *table(cnp.ndarray x) except NULL:
+    return <const fs_leaves *> PyCapsule_GetPointer(_simd.leaves[x.itemsize], "fastseq.leaves")
+
+
+cdef struct Elements:
+    const fs_leaves *leaves
+    Py_ssize_t n
+    const char *x
+    const char *dy
+    char *out
+
+
+cdef void tanh_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    cdef const Elements *e = <const Elements *> job
+    cdef Py_ssize_t start = first * LINE, n = min(e.n, last * LINE) - start, at = start * e.leaves.item_size
+    e.leaves.tanh(n, e.x + at, e.out + at)
+
+
+cdef void slope(Py_ssize_t n, const real *y, const real *dy, real *dx) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        dx[i] = dy[i] * (1 - y[i] * y[i])
+
+
+cdef void tanh_dx_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    cdef const Elements *e = <const Elements *> job
+    cdef Py_ssize_t start = first * LINE, n = min(e.n, last * LINE) - start, at = start * e.leaves.item_size
+    if e.leaves.item_size == 4:
+        slope(n, <const float *> (e.x + at), <const float *> (e.dy + at), <float *> (e.out + at))
+    else:
+        slope(n, <const double *> (e.x + at), <const double *> (e.dy + at), <double *> (e.out + at))
+
+
+def tanh_forward(cnp.ndarray x not None, int n_threads):
+    """tanh(x), elementwise, of a contiguous array."""
+    cdef Elements job
+    cdef cnp.ndarray y = np.empty_like(x)
+    job.leaves = table(x)
+    job.n = cnp.PyArray_SIZE(x)
+    job.x = cnp.PyArray_BYTES(x)
+    job.out = cnp.PyArray_BYTES(y)
+    share_out(tanh_part, &job, (job.n + LINE - 1) // LINE, TANH_WORK * LINE, n_threads)
+    return y
+
+
+def tanh_backward(cnp.ndarray y not None, cnp.ndarray dy not None, int n_threads):
+    """dx = dy (1 - y^2), of what `tanh_forward` gave."""
+    cdef Elements job
+    cdef cnp.ndarray dx = np.empty_like(y)
+    job.leaves = table(y)
+    job.n = cnp.PyArray_SIZE(y)
+    job.x = cnp.PyArray_BYTES(y)
+    job.dy = cnp.PyArray_BYTES(dy)
+    job.out = cnp.PyArray_BYTES(dx)
+    share_out(tanh_dx_part, &job, (job.n + LINE - 1) // LINE, LINE, n_threads)
+    return dx
+
+
+cdef struct Alignment:
+    const fs_leaves *leaves
+    Py_ssize_t units        # A
+    Py_ssize_t width        # K
+    Py_ssize_t most         # of a row of weights
+    # Rows, contiguous, in bytes of the arrays; the last axis of each as above.
+    const char *query       # [N][A]
+    const char *projected   # [M][A]
+    const char *keys        # [M][K]
+    const char *score       # [A]
+    const int64_t *starts   # backward: of the queries of each sequence; NULL: one a sequence
+    const int64_t *firsts   # the first key of each query, or of each sequence
+    const int64_t *counts   # and how many there are
+    char *weights           # [N][most], zeros past the counts
+    char *context           # [N][K]
+    # Backward.
+    const char *dcontext    # [N][K]
+    char *dquery            # [N][A]
+    char *dprojected        # [M][A], added to
+    char *dkeys             # [M][K], added to
+    char *dscores           # [sequences][A]
+
+
+cdef inline real dot(Py_ssize_t n, const real *a, const real *b) noexcept nogil:
+    """The sum of products, in an order that no vector width changes."""
+    cdef real[CHAINS] sums
+    cdef Py_ssize_t i = 0, j, half = CHAINS // 2
+    for j in range(CHAINS):
+        sums[j] = 0
+    while i + CHAINS <= n:
+        for j in range(CHAINS):
+            sums[j] += a[i + j] * b[i + j]
+        i += CHAINS
+    for j in range(n - i):
+        sums[j] += a[i + j] * b[i + j]
+    while half:
+        for j in range(half):
+            sums[j] += sums[j + half]
+        half //= 2
+    return sums[0]
+
+
+cdef inline void add_times(Py_ssize_t n, real factor, const real *x, real *y) noexcept nogil:
+    """y += factor x"""
+    cdef Py_ssize_t i
+    for i in range(n):
+        y[i] += factor * x[i]
+
+
+cdef inline void hidden(
+    const fs_leaves *leaves, Py_ssize_t n, const real *query, const real *projected, real *u,
+) noexcept nogil:
+    """u = tanh(query + projected)"""
+    cdef Py_ssize_t i
+    for i in range(n):
+        u[i] = query[i] + projected[i]
+    leaves.tanh(n, u, u)
+
+
+cdef inline void align_query(
+    const Alignment *job, Py_ssize_t n, Py_ssize_t first, Py_ssize_t count, const real *kind, real *scratch,
+) noexcept nogil:
+    """Scores, softmax and context of query n; `kind` says of which real type."""
+    cdef Py_ssize_t units = job.units, width = job.width, j
+    cdef const real *query = <const real *> job.query + n * units
+    cdef const real *projected = <const real *> job.projected + first * units
+    cdef const real *keys = <const real *> job.keys + first * width
+    cdef real *weights = <real *> job.weights + n * job.most
+    cdef real *context = <real *> job.context + n * width
+    cdef real *scores = scratch + units
+    for j in range(count):
+        hidden(job.leaves, units, query, projected + j * units, scratch)
+        scores[j] = dot(units, <const real *> job.score, <const real *> scratch)
+    job.leaves.softmax(1, count, scores, weights)
+    memset(weights + count, 0, (job.most - count) * sizeof(real))
+    memset(context, 0, width * sizeof(real))
+    for j in range(count):
+        add_times(width, weights[j], keys + j * width, context)
+
+
+cdef void align_part(const void *job, Py_ssize_t item, void *scratch) noexcept nogil:
+    cdef const Alignment *a = <const Alignment *> job
+    if a.leaves.item_size == 4:
+        align_query(a, item, a.firsts[item], a.counts[item], <const float *> NULL, <float *> scratch)
+    else:
+        align_query(a, item, a.firsts[item], a.counts[item], <const double *> NULL, <double *> scratch)
+
+
+cdef inline void align_back_query(
+    const Alignment *job, Py_ssize_t n, Py_ssize_t first, Py_ssize_t count, real *dscore, real *scratch,
+) noexcept nogil:
+    """`align_query`, its last line first; what was thrown away is computed again."""
+    cdef Py_ssize_t units = job.units, width = job.width, i, j
+    cdef const real *query = <const real *> job.query + n * units
+    cdef const real *projected = <const real *> job.projected + first * units
+    cdef const real *keys = <const real *> job.keys + first * width
+    cdef const real *score = <const real *> job.score
+    cdef const real *weights = <const real *> job.weights + n * job.most
+    cdef const real *dcontext = <const real *> job.dcontext + n * width
+    cdef real *dquery = <real *> job.dquery + n * units
+    cdef real *dprojected = <real *> job.dprojected + first * units
+    cdef real *dkeys = <real *> job.dkeys + first * width
+    cdef real *u = scratch
+    cdef real *dweights = u + units
+    cdef real *dscores = dweights + job.most
+    cdef real d
+    for j in range(count):
+        dweights[j] = dot(width, dcontext, keys + j * width)
+        add_times(width, weights[j], dcontext, dkeys + j * width)
+    job.leaves.softmax_dx(1, count, weights, dweights, dscores)
+    memset(dquery, 0, units * sizeof(real))
+    for j in range(count):
+        hidden(job.leaves, units, query, projected + j * units, u)
+        add_times(units, dscores[j], <const real *> u, dscore)
+        for i in range(units):
+            d = dscores[j] * score[i] * (1 - u[i] * u[i])
+            dprojected[j * units + i] += d
+            dquery[i] += d
+
+
+cdef inline void align_back_sequence(const Alignment *job, Py_ssize_t item, real *scratch) noexcept nogil:
+    """All queries of a sequence, in their order."""
+    cdef Py_ssize_t n = item if job.starts == NULL else job.starts[item]
+    cdef Py_ssize_t last = item + 1 if job.starts == NULL else job.starts[item + 1]
+    cdef real *dscore = <real *> job.dscores + item * job.units
+    memset(dscore, 0, job.units * sizeof(real))
+    while n < last:
+        align_back_query(job, n, job.firsts[item], job.counts[item], dscore, scratch)
+        n += 1
+
+
+cdef void align_back_part(const void *job, Py_ssize_t item, void *scratch) noexcept nogil:
+    cdef const Alignment *a = <const Alignment *> job
+    if a.leaves.item_size == 4:
+        align_back_sequence(a, item, <float *> scratch)
+    else:
+        align_back_sequence(a, item, <double *> scratch)
+
+
+cdef int set_arrays(
+    Alignment *job, cnp.ndarray query, cnp.ndarray projected, cnp.ndarray keys, cnp.ndarray score, cnp.ndarray firsts,
+    cnp.ndarray counts,
+) except -1:
+    memset(job, 0, sizeof(Alignment))
+    job.leaves = table(query)
+    job.units = cnp.PyArray_DIM(query, 1)
+    job.width = cnp.PyArray_DIM(keys, 1)
+    job.query = cnp.PyArray_BYTES(query)
+    job.projected = cnp.PyArray_BYTES(projected)
+    job.keys = cnp.PyArray_BYTES(keys)
+    job.score = cnp.PyArray_BYTES(score)
+    job.firsts = <const int64_t *> cnp.PyArray_DATA(firsts)
+    job.counts = <const int64_t *> cnp.PyArray_DATA(counts)
+    return 0
+
+
+def align(
+    cnp.ndarray query not None, cnp.ndarray projected not None, cnp.ndarray keys not None, cnp.ndarray score not None,
+    cnp.ndarray firsts not None, cnp.ndarray counts not None, int n_threads,
+):
+    """Additive attention of every query; see `fastseq.reference.alignment_operations.align`."""
+    cdef Alignment job
+    cdef Py_ssize_t n = cnp.PyArray_DIM(query, 0), most = counts.max(initial=0)
+    cdef cnp.ndarray context = np.empty((n, keys.shape[1]), query.dtype)
+    cdef cnp.ndarray weights = np.empty((n, most), query.dtype)
+    set_arrays(&job, query, projected, keys, score, firsts, counts)
+    job.most = most
+    job.context = cnp.PyArray_BYTES(context)
+    job.weights = cnp.PyArray_BYTES(weights)
+    cdef double work = <double> most * (job.units * TANH_WORK + job.width)
+    take_out(align_part, &job, n, max(1.0, work), (job.units + most) * job.leaves.item_size, n_threads)
+    return context, weights
+
+
+def align_backward(
+    cnp.ndarray query not None, cnp.ndarray projected not None, cnp.ndarray keys not None, cnp.ndarray score not None,
+    cnp.ndarray starts, cnp.ndarray firsts not None, cnp.ndarray counts not None, cnp.ndarray weights not None,
+    cnp.ndarray dcontext not None, cnp.ndarray dprojected not None, cnp.ndarray dkeys not None,
+    cnp.ndarray dscore not None, int n_threads,
+):
+    """The gradients; see `fastseq.reference.alignment_operations.align_backward`."""
+    cdef Alignment job
+    cdef Py_ssize_t sequences = cnp.PyArray_DIM(counts, 0), n = cnp.PyArray_DIM(query, 0), i
+    cdef cnp.ndarray dquery = np.empty_like(query)
+    cdef cnp.ndarray dscores = np.empty((sequences, query.shape[1]), query.dtype)
+    cdef const void *row
+    set_arrays(&job, query, projected, keys, score, firsts, counts)
+    job.most = cnp.PyArray_DIM(weights, 1)
+    if starts is not None:
+        job.starts = <const int64_t *> cnp.PyArray_DATA(starts)
+    job.weights = cnp.PyArray_BYTES(weights)
+    job.dcontext = cnp.PyArray_BYTES(dcontext)
+    job.dquery = cnp.PyArray_BYTES(dquery)
+    job.dprojected = cnp.PyArray_BYTES(dprojected)
+    job.dkeys = cnp.PyArray_BYTES(dkeys)
+    job.dscores = cnp.PyArray_BYTES(dscores)
+    cdef double work = <double> job.most * (job.units * (TANH_WORK + 4) + 2 * job.width) * n / max(1, sequences)
+    take_out(
+        align_back_part, &job, sequences, max(1.0, work), (job.units + 2 * job.most) * job.leaves.item_size, n_threads,
+    )
+    for i in range(sequences):
+        row = job.dscores + i * job.units * job.leaves.item_size
+        job.leaves.sum_rows(&row, 1, 0, job.units, cnp.PyArray_DATA(dscore))
+    return dquery
