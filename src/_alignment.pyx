@@ -50,7 +50,7 @@ cdef void tanh_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept
 cdef void slope(Py_ssize_t n, const real *y, const real *dy, real *dx) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):
-        dx[i] = dy[i] * (1 - y[i] * y[i])
+        dx[i] = dy[i] * (<real> 1 - y[i] * y[i])
 
 
 cdef void tanh_dx_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -202,7 +202,7 @@ cdef inline void align_back_query(
         hidden(job.leaves, units, query, projected + j * units, u)
         add_times(units, dscores[j], <const real *> u, dscore)
         for i in range(units):
-            d = dscores[j] * score[i] * (1 - u[i] * u[i])
+            d = dscores[j] * score[i] * (<real> 1 - u[i] * u[i])
             dprojected[j * units + i] += d
             dquery[i] += d
 

@@ -30,6 +30,7 @@ FLOORS = [
         "fastseq._decode",
         "fastseq._recurrent_decoder",
         "fastseq._attention",
+        "fastseq._alignment",
         "fastseq._transformer",
     ],
     [
@@ -42,6 +43,7 @@ FLOORS = [
         "fastseq.reference.dense",
         "fastseq.reference.decoding",
         "fastseq.reference.markov",
+        "fastseq.reference.alignment_operations",
     ],
     ["fastseq.state", "fastseq.losses", "fastseq.reference.loss_operations", "fastseq.reference.attention_operations"],
     ["fastseq.layers", "fastseq.reference.transformer_operations"],
@@ -159,6 +161,7 @@ COMPILED = [
     "_decode",
     "_recurrent_decoder",
     "_attention",
+    "_alignment",
     "_transformer",
 ]
 
