@@ -129,6 +129,9 @@ MODULES = (
     "_losses",
     "_optimisers",
     "_models",
+    "_markov",
+    "_decode",
+    "_recurrent_decoder",
 )
 
 setup(

@@ -35,7 +35,7 @@ from fastseq.layers import (
 )
 from fastseq.layers.attention import attention, attention_backward, attention_forward
 from fastseq.reference import models as _reference_models  # noqa: F401  so that it is there
-from fastseq.state import LSTMState, State
+from fastseq.state import AttentionState, LSTMState, State
 from fastseq.threads import get_num_threads, set_num_threads
 from fastseq.version import __version__
 
@@ -44,6 +44,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AttentionState",
     "Dropout",
     "Embedding",
     "LSTMState",

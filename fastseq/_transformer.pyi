@@ -1,4 +1,4 @@
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastseq.checks import Array
@@ -20,3 +20,48 @@ def run_blocks(
     want_weights: bool,
     n_threads: int,
 ) -> tuple[Array, list[Any] | None]: ...
+
+class Pages:
+    @property
+    def window(self) -> int: ...
+    @property
+    def lengths(self) -> Array: ...
+    @property
+    def firsts(self) -> Array: ...
+    @property
+    def form(self) -> tuple[int, int, int, Any]: ...
+    def take(self, rows: Any, lengths: Array | None = None) -> Pages: ...
+    @staticmethod
+    def join(many: list[Pages]) -> Pages: ...
+    def arrays(self) -> tuple[Array, Array, Array]: ...
+    @staticmethod
+    def of(window: int, lengths: Array, firsts: Array, keys: Array, values: Array) -> Pages: ...
+
+class Decoder:
+    def __init__(
+        self,
+        blocks: list[Block],
+        final_norm: tuple[str, float, Array | None, Array | None] | None,
+        embedding: Array,
+        positions: Array | None,
+        output: Any,
+        pages: Pages,
+        memory: Pages | None,
+        most: int,
+        prefill: Callable[[list[Array]], Pages],
+        n_threads: int,
+    ) -> None: ...
+    def capsule(self) -> Any: ...
+    def renew(self, symbols: list[Array]) -> None: ...
+
+def no_pages(blocks: list[Block], dtype: Any, rows: int) -> Pages: ...
+def memory_pages(blocks: list[Block], memory: Array, starts: Array, n_threads: int) -> Pages: ...
+def run_cached(
+    blocks: list[Block],
+    x: Array,
+    starts: Array,
+    pages: Pages,
+    memory: Pages | None,
+    final_norm: tuple[str, float, Array | None, Array | None] | None,
+    n_threads: int,
+) -> tuple[Array, Pages]: ...

@@ -17,13 +17,17 @@ fill a tile, ahead of it for a chunk of time. No choice changes a bit of the res
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cython.parallel cimport parallel, threadid
 from libc.string cimport memcpy, memset
 
+from cells cimport (
+    GATE_WORK, GRU_AFTER, GRU_BEFORE, LSTM_CELL, RNN_CELL, CellPointers, CellStep, CellWeights, Kind, Split,
+    cell_work, do_cell, init_bytes, input_parts, set_cell_step, set_init, split_of, take_share, work_of,
+)
 from leaves cimport (
     FS_ADD, FS_BACK_GRU_AFTER, FS_BACK_GRU_OUTPUT, FS_BACK_GRU_RESET, FS_BACK_IDENTITY, FS_BACK_LSTM, FS_BACK_RELU,
-    FS_BACK_SIGMOID, FS_BACK_TANH, FS_BLEND, FS_IDENTITY, FS_RELU, FS_SIGMOID, FS_TANH, fs_back, fs_finish, fs_leaves,
+    FS_BACK_SIGMOID, FS_BACK_TANH, FS_IDENTITY, FS_RELU, FS_SIGMOID, FS_TANH, fs_back, fs_finish, fs_leaves,
     fs_step, fs_weights,
 )
 from outer cimport (
@@ -47,12 +51,6 @@ cdef extern from "team.h" nogil:
     unsigned long long fs_flush_denormals()
     void fs_restore_denormals(unsigned long long before)
 
-cdef enum Kind:
-    RNN_CELL
-    LSTM_CELL
-    GRU_AFTER
-    GRU_BEFORE
-
 KINDS = {
     "linear": (RNN_CELL, FS_IDENTITY),  # no cell, but what `rollout` makes of its outputs
     "rnn_tanh": (RNN_CELL, FS_TANH),
@@ -63,19 +61,9 @@ KINDS = {
     "gru_reset_before": (GRU_BEFORE, FS_IDENTITY),
 }
 
-# What a gate takes beside its sum, in multiply-adds.
-cdef Py_ssize_t GATE_WORK = 32
-# Below this many multiply-adds a step, a barrier costs more than another thread gives.
-cdef Py_ssize_t STEP_WORK = 32 * 1024
-# Below this many multiply-adds in all, waking another thread does.
-cdef Py_ssize_t TEAM_WORK = 256 * 1024
 # Multiply-adds of a lane between two looks for Ctrl-C: tens of milliseconds on each processor.
 cdef Py_ssize_t CHUNK_WORK = 64 * 1024 * 1024
 cdef int PROCESSORS = os.cpu_count() or 1
-# What factors are cut to, so that a product of two stays within 64 bits; far beyond what any decision turns on.
-cdef Py_ssize_t BOUND = 1 << 30
-# Bytes of weights that a core's own cache holds.
-cdef Py_ssize_t CACHE = 1024 * 1024
 # The most rows walked at once, over all threads, and the most input parts computed ahead.
 cdef Py_ssize_t ROW_BLOCK = 4096
 cdef Py_ssize_t POINTER_ROWS = 16 * ROW_BLOCK
@@ -99,21 +87,17 @@ cdef struct Transposed:
 cdef class Cell:
     """The packed weights of one layer in one direction. Immutable."""
 
-    cdef const fs_leaves *leaves
-    cdef Kind kind
-    cdef fs_finish finish
+    cdef CellWeights w
     cdef int item
-    cdef Py_ssize_t input_size, hidden_size, output_size
-    # All gates but for GRU_BEFORE, which has r and z here and n in `candidate`.
-    cdef fs_weights main
-    cdef int main_vectors
-    cdef fs_weights candidate
-    cdef fs_weights projection
     cdef list buffers  # keeps what the pointers above point into
     # For `backward`, which packs them its own way when it first runs.
     cdef cnp.ndarray weight_ih, weight_hh, weight_hr
     cdef Transposed transposed
     cdef bint has_transposed
+
+    def weights(self):
+        """The weights, for the other compiled modules: a capsule that is good as long as this is."""
+        return PyCapsule_New(<void *> &self.w, "fastseq.cell", NULL)
 
 
 cdef cnp.ndarray aligned(Cell cell, Py_ssize_t count):
@@ -130,7 +114,7 @@ cdef const void *packed(Cell cell, cnp.ndarray weight, tuple gates, int blocks, 
     """Panels of some gates of a weight matrix of shape (gates * units, k)."""
     cdef ptrdiff_t[4] gate_rows
     cdef int n_gates = len(gates)
-    cdef Py_ssize_t per_panel = blocks * cell.leaves.lanes
+    cdef Py_ssize_t per_panel = blocks * cell.w.leaves.lanes
     cdef Py_ssize_t panels = (units + per_panel - 1) // per_panel
     cdef Py_ssize_t k = weight.shape[1]
     for i in range(n_gates):
@@ -139,7 +123,7 @@ cdef const void *packed(Cell cell, cnp.ndarray weight, tuple gates, int blocks, 
     cdef const void *source = cnp.PyArray_DATA(weight)
     cdef void *target = cnp.PyArray_DATA(array)
     with nogil:
-        cell.leaves.pack(source, gate_rows, n_gates, blocks, units, k, target)
+        cell.w.leaves.pack(source, gate_rows, n_gates, blocks, units, k, target)
     return target
 
 
@@ -148,8 +132,8 @@ cdef fs_weights packed_part(
 ):
     """The weights of one fused step over the hidden units."""
     cdef fs_weights part
-    cdef Py_ssize_t units = cell.hidden_size
-    cdef Py_ssize_t per_panel = blocks * cell.leaves.lanes
+    cdef Py_ssize_t units = cell.w.hidden_size
+    cdef Py_ssize_t per_panel = blocks * cell.w.leaves.lanes
     part.units = units
     part.panels = (units + per_panel - 1) // per_panel
     part.x_size = weight_ih.shape[1]
@@ -166,49 +150,43 @@ def pack(str kind, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr):
     cdef Cell cell = Cell()
     cell.buffers = []
     cell.item = weight_ih.itemsize
-    cell.leaves = <const fs_leaves *> PyCapsule_GetPointer(_simd.leaves[cell.item], "fastseq.leaves")
-    cell.kind, cell.finish = KINDS[kind]
-    cdef int gates = 4 if cell.kind == LSTM_CELL else 1 if cell.kind == RNN_CELL else 3
-    cell.input_size = weight_ih.shape[1]
-    cell.hidden_size = weight_ih.shape[0] // gates
-    cell.output_size = weight_hh.shape[1]
+    cell.w.leaves = <const fs_leaves *> PyCapsule_GetPointer(_simd.leaves[cell.item], "fastseq.leaves")
+    cell.w.kind, cell.w.finish = KINDS[kind]
+    cdef int gates = 4 if cell.w.kind == LSTM_CELL else 1 if cell.w.kind == RNN_CELL else 3
+    cell.w.input_size = weight_ih.shape[1]
+    cell.w.hidden_size = weight_ih.shape[0] // gates
+    cell.w.output_size = weight_hh.shape[1]
     cell.weight_ih, cell.weight_hh, cell.weight_hr = weight_ih, weight_hh, weight_hr
     if bias_ih is None:
         bias_ih = bias_hh = np.zeros(len(weight_ih), weight_ih.dtype)
     with np.errstate(all="ignore"):  # inf and NaN are the user's
         bias = bias_ih + bias_hh
-    units = cell.hidden_size
-    cell.main_vectors = 3 if cell.kind == GRU_AFTER else 4
-    if cell.kind == RNN_CELL:
-        cell.main = packed_part(cell, weight_ih, weight_hh, bias, (0,), 4)
-    elif cell.kind == LSTM_CELL:
-        cell.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1, 2, 3), 1)
-    elif cell.kind == GRU_AFTER:
+    units = cell.w.hidden_size
+    cell.w.main_vectors = 3 if cell.w.kind == GRU_AFTER else 4
+    if cell.w.kind == RNN_CELL:
+        cell.w.main = packed_part(cell, weight_ih, weight_hh, bias, (0,), 4)
+    elif cell.w.kind == LSTM_CELL:
+        cell.w.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1, 2, 3), 1)
+    elif cell.w.kind == GRU_AFTER:
         bias[2 * units:] = bias_ih[2 * units:]
-        cell.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1, 2), 1)
-        cell.main.h_bias = packed(cell, bias_hh.reshape(-1, 1), (2,), 1, units)
+        cell.w.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1, 2), 1)
+        cell.w.main.h_bias = packed(cell, bias_hh.reshape(-1, 1), (2,), 1, units)
     else:
-        cell.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1), 2)
-        cell.candidate = packed_part(cell, weight_ih, weight_hh, bias, (2,), 4)
+        cell.w.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1), 2)
+        cell.w.candidate = packed_part(cell, weight_ih, weight_hh, bias, (2,), 4)
     if weight_hr is not None:
-        no_bias = np.zeros((cell.output_size, 1), weight_hr.dtype)
-        cell.projection.units = cell.output_size
-        cell.projection.panels = (cell.output_size + 4 * cell.leaves.lanes - 1) // (4 * cell.leaves.lanes)
-        cell.projection.x_size = 0
-        cell.projection.h_size = units
-        cell.projection.h = packed(cell, weight_hr, (0,), 4, cell.output_size)
-        cell.projection.bias = packed(cell, no_bias, (0,), 4, cell.output_size)
+        no_bias = np.zeros((cell.w.output_size, 1), weight_hr.dtype)
+        cell.w.projection.units = cell.w.output_size
+        cell.w.projection.panels = (cell.w.output_size + 4 * cell.w.leaves.lanes - 1) // (4 * cell.w.leaves.lanes)
+        cell.w.projection.x_size = 0
+        cell.w.projection.h_size = units
+        cell.w.projection.h = packed(cell, weight_hr, (0,), 4, cell.w.output_size)
+        cell.w.projection.bias = packed(cell, no_bias, (0,), 4, cell.w.output_size)
     return cell
 
 
 cdef struct Job:
-    const fs_leaves *leaves
-    Kind kind
-    fs_finish finish
-    const fs_weights *main
-    int main_vectors
-    const fs_weights *candidate   # GRU_BEFORE, else NULL
-    const fs_weights *projection  # where the LSTM has one, else NULL
+    const CellWeights *cell
     Py_ssize_t item
     # Arrays by row and time, strides in bytes, the last axis contiguous.
     const char *x
@@ -252,79 +230,53 @@ cdef struct Job:
     fs_barrier barrier
 
 
-cdef inline Py_ssize_t panel_row(const Job *job, const fs_weights *weights, int vectors) noexcept nogil:
-    """Bytes of the pre-activations of one row."""
-    return weights.panels * vectors * job.leaves.lanes * job.item
-
-
-cdef inline Py_ssize_t work_of_part(const Job *job, const fs_weights *weights, int vectors) noexcept nogil:
-    return weights.panels * vectors * job.leaves.lanes * (weights.x_size + weights.h_size + GATE_WORK)
-
-
-cdef Py_ssize_t work_of_step(const Job *job) noexcept nogil:
-    """Multiply-adds of one row in one step, those of padding included."""
-    cdef Py_ssize_t work = work_of_part(job, job.main, job.main_vectors)
-    if job.candidate != NULL:
-        work += work_of_part(job, job.candidate, 4)
-    if job.projection != NULL:
-        work += work_of_part(job, job.projection, 4)
-    return work
-
-
 cdef void plan(Job *job, int n_threads) noexcept nogil:
     """Choose the number of threads, how they split the work, and what is computed ahead."""
-    cdef int most = job.leaves.tile_rows[job.main_vectors]
-    cdef Py_ssize_t work = work_of_step(job)
-    cdef Py_ssize_t each
-    cdef Py_ssize_t by_rows = min(n_threads, job.rows)
-    cdef Py_ssize_t by_panels = min(n_threads, job.main.panels, job.rows * work // STEP_WORK)
-    # Panels where there are few rows to split, and where all weights would not stay in a core's cache.
-    job.split_panels = (job.rows < 2 * most * n_threads and by_panels >= by_rows) or work * job.item > CACHE
-    cdef Py_ssize_t by_work = min(job.rows * work, BOUND) * min(job.time, BOUND) // TEAM_WORK
-    job.threads = <int> max(1, min(by_panels if job.split_panels else by_rows, by_work))
-    if job.threads == 1:
-        job.split_panels = True
+    cdef int most = job.cell.leaves.tile_rows[job.cell.main_vectors]
+    cdef Py_ssize_t work = cell_work(job.cell), each
+    cdef Split split = split_of(
+        job.rows, work, work_of(job.rows, work, job.time), 1, job.cell.main.panels, most, job.item, n_threads,
+    )
+    job.threads = split.threads
+    job.split_panels = split.panels
     job.ahead = 0
     if job.rows < most and job.time > 1:
-        each = job.rows * panel_row(job, job.main, job.main_vectors)
+        each = job.rows * init_bytes(job.cell, &job.cell.main, job.cell.main_vectors)
         job.ahead = max(1, min(job.time, AHEAD_ROWS // job.rows, AHEAD_BYTES // each))
-
-
-cdef inline void take_share(fs_step *step, const fs_weights *weights, int share, int shares) noexcept nogil:
-    """The panels of some weights that are one thread's."""
-    step.weights = weights
-    step.first = weights.panels * share // shares
-    step.last = weights.panels * (share + 1) // shares
 
 
 cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from_step, Py_ssize_t to_step,
                int thread, int team, fs_barrier *barrier) noexcept nogil:
     """What one thread does of the steps [from_step, to_step) for the `rows` rows from place `base` on."""
-    cdef const fs_leaves *leaves = job.leaves
+    cdef const CellWeights *cell = job.cell
     cdef Py_ssize_t stride = 1 if job.split_panels else team
     cdef Py_ssize_t lane = 0 if job.split_panels else thread
     cdef Py_ssize_t x_step = -job.x_time if job.reverse else job.x_time
     cdef Py_ssize_t y_step = -job.y_time if job.reverse else job.y_time
     cdef Py_ssize_t c_step = -job.c_out_time if job.reverse else job.c_out_time
     cdef Py_ssize_t gates_step = -job.gates_time if job.reverse else job.gates_time
-    cdef bint meet = job.split_panels and team > 1
+    cdef int share = thread if job.split_panels else 0
+    cdef int shares = team if job.split_panels else 1
     cdef Py_ssize_t n = 0, place, at_block, row, t, i, s, m
-    cdef char *at
-    cdef const void **x = <const void **> (job.pointers + thread * job.pointers_each)
-    cdef const void **h = x + job.row_block
-    cdef const void **init = h + job.row_block
-    cdef const void **candidate_init = init + job.row_block
-    cdef void **c = <void **> (candidate_init + job.row_block)
-    cdef void **out = c + job.row_block
-    cdef void **middle = out + job.row_block
-    cdef void **z = middle + job.row_block
-    cdef const void **no_bias = <const void **> (z + job.row_block)
-    cdef const void **c_before = no_bias + job.row_block
-    cdef const char **reset = <const char **> (c_before + job.row_block)
-    cdef void **gates = <void **> (reset + job.row_block)
-    cdef const void **ahead_x = <const void **> (gates + job.row_block)
-    cdef const void **ahead_init
-    cdef void **ahead_out
+    cdef char *y
+    cdef const void **pointers = <const void **> (job.pointers + thread * job.pointers_each)
+    cdef const char **reset = <const char **> pointers
+    cdef const void **ahead_x = pointers + POINTERS * job.row_block
+    cdef const void **ahead_init = ahead_x + job.ahead * job.row_block
+    cdef void **ahead_out = <void **> (ahead_init + job.ahead * job.row_block)
+    cdef CellPointers at
+    at.x = pointers + job.row_block
+    at.init = at.x + job.row_block
+    at.candidate_init = at.init + job.row_block
+    at.no_bias = at.candidate_init + job.row_block
+    at.h = at.no_bias + job.row_block
+    at.c_before = at.h + job.row_block
+    at.c = <void **> (at.c_before + job.row_block)
+    at.middle = at.c + job.row_block
+    at.z = at.middle + job.row_block
+    at.out = at.z + job.row_block
+    cdef void **gates = at.out + job.row_block
+    at.gates = NULL if job.gates == NULL else gates
 
     # The rows of this thread that run at from_step.
     i = lane
@@ -336,94 +288,42 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
         t = from_step
         if job.reverse:
             t = (job.time if job.steps == NULL else job.steps[place]) - 1 - from_step
-        at = job.y + row * job.y_row + t * job.y_time
-        x[n] = job.x + row * job.x_row + t * job.x_time
-        out[n] = at
-        h[n] = job.h + row * job.h_row if from_step == 0 else at - y_step
-        c[n] = job.c_out + row * job.c_out_row + t * job.c_out_time
-        c_before[n] = job.c + row * job.c_row if from_step == 0 else <char *> c[n] - c_step
+        y = job.y + row * job.y_row + t * job.y_time
+        at.x[n] = job.x + row * job.x_row + t * job.x_time
+        at.out[n] = y
+        at.h[n] = job.h + row * job.h_row if from_step == 0 else y - y_step
+        at.c[n] = job.c_out + row * job.c_out_row + t * job.c_out_time
+        at.c_before[n] = job.c + row * job.c_row if from_step == 0 else <char *> at.c[n] - c_step
         gates[n] = job.gates + row * job.gates_row + t * job.gates_time
         if job.resets != NULL:
             reset[n] = job.resets + row * job.resets_row + t
-        middle[n] = job.middle + i * job.middle_row
-        z[n] = job.z + i * job.middle_row
-        init[n] = job.main.bias
-        if job.candidate != NULL:
-            candidate_init[n] = job.candidate.bias
-        if job.projection != NULL:
-            no_bias[n] = job.projection.bias
+        at.middle[n] = job.middle + i * job.middle_row
+        at.z[n] = job.z + i * job.middle_row
+        set_init(cell, &at, n)
         n += 1
         i += stride
     if n == 0:
         return
 
-    cdef int share = thread if job.split_panels else 0
-    cdef int shares = team if job.split_panels else 1
-    cdef fs_step main, candidate, projection
-    take_share(&main, job.main, share, shares)
-    main.with_x = job.ahead == 0
-    main.finish = job.finish
-    main.init = init
-    main.x = x
-    main.h = h
-    main.carry = h
-    main.c_before = c_before
-    main.c = c
-    main.gates = gates if job.gates != NULL else NULL
-    main.back = NULL
-    main.z = z
-    main.out = out
-    candidate = main
-    if job.candidate != NULL:
-        main.out = middle
-        take_share(&candidate, job.candidate, share, shares)
-        candidate.finish = FS_BLEND
-        candidate.init = candidate_init
-        candidate.h = <const void **> middle
-    projection = main
-    if job.projection != NULL:
-        main.out = middle
-        take_share(&projection, job.projection, share, shares)
-        projection.with_x = 0
-        projection.finish = FS_IDENTITY
-        projection.init = no_bias
-        projection.h = <const void **> middle
-        projection.out = out
+    cdef CellStep step
+    set_cell_step(&step, cell, &at, job.ahead == 0, share, shares)
 
     # The input part of these steps, ahead of them. Each thread computes what it will itself read.
-    cdef fs_step product
     if job.ahead:
-        ahead_init = ahead_x + job.ahead * job.row_block
-        ahead_out = <void **> (ahead_init + job.ahead * job.row_block)
         m = 0
         for s in range(to_step - from_step):
             for i in range(n):
                 at_block = lane + i * stride
                 if job.steps != NULL and job.steps[base + at_block] <= from_step + s:
                     break
-                ahead_x[m] = <const char *> x[i] + s * x_step
-                ahead_init[m] = job.main.bias
+                ahead_x[m] = <const char *> at.x[i] + s * x_step
                 ahead_out[m] = job.input_part + (s * job.row_block + at_block) * job.input_part_row
                 m += 1
-        product = main
-        product.rows = m
-        product.with_x = 1
-        product.x = ahead_x
-        product.init = ahead_init
-        product.out = ahead_out
-        leaves.panels_product(&product, job.main_vectors)
+        input_parts(&step, cell, m, ahead_x, ahead_init, ahead_out)
         for i in range(n):
-            init[i] = job.input_part + (lane + i * stride) * job.input_part_row
-        if job.candidate != NULL:
-            for i in range(m):
-                ahead_init[i] = job.candidate.bias
-                ahead_out[i] = <char *> ahead_out[i] + job.input_part_main
-            product.weights = job.candidate
-            product.first = candidate.first
-            product.last = candidate.last
-            leaves.panels_product(&product, 4)
-            for i in range(n):
-                candidate_init[i] = <const char *> init[i] + job.input_part_main
+            at.init[i] = job.input_part + (lane + i * stride) * job.input_part_row
+            if cell.kind == GRU_BEFORE:
+                at.candidate_init[i] = <const char *> at.init[i] + job.input_part_main
 
     cdef Py_ssize_t init_step = job.row_block * job.input_part_row if job.ahead else 0
     for s in range(from_step, to_step):
@@ -435,40 +335,21 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
         if job.resets != NULL:
             for i in range(n):
                 if reset[i][0]:
-                    h[i] = job.zeros
-                    c_before[i] = job.zeros
+                    at.h[i] = job.zeros
+                    at.c_before[i] = job.zeros
                 reset[i] += -1 if job.reverse else 1
-        main.rows = n
-        if job.kind == RNN_CELL:
-            leaves.plain(&main)
-        elif job.kind == LSTM_CELL:
-            leaves.lstm(&main)
-        elif job.kind == GRU_AFTER:
-            leaves.gru(&main)
-        else:
-            leaves.gru_gates(&main)
-            if meet:
-                fs_barrier_wait(barrier, team)
-            candidate.rows = n
-            leaves.plain(&candidate)
-        if job.projection != NULL:
-            if meet:
-                fs_barrier_wait(barrier, team)
-            projection.rows = n
-            leaves.plain(&projection)
-        if meet:
-            fs_barrier_wait(barrier, team)
+        do_cell(&step, cell, n, False, shares, barrier)
         for i in range(n):
-            x[i] = <const char *> x[i] + x_step
-            h[i] = out[i]
-            out[i] = <char *> out[i] + y_step
-            c_before[i] = c[i]
-            c[i] = <char *> c[i] + c_step
+            at.x[i] = <const char *> at.x[i] + x_step
+            at.h[i] = at.out[i]
+            at.out[i] = <char *> at.out[i] + y_step
+            at.c_before[i] = at.c[i]
+            at.c[i] = <char *> at.c[i] + c_step
             gates[i] = <char *> gates[i] + gates_step
-            init[i] = <const char *> init[i] + init_step
-        if job.candidate != NULL:
+            at.init[i] = <const char *> at.init[i] + init_step
+        if cell.kind == GRU_BEFORE:
             for i in range(n):
-                candidate_init[i] = <const char *> candidate_init[i] + init_step
+                at.candidate_init[i] = <const char *> at.candidate_init[i] + init_step
 
 
 cdef void walk_flushed(Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from_step, Py_ssize_t to_step,
@@ -486,23 +367,23 @@ cdef int execute(Job *job, int n_threads) except -1:
     # Every region is opened with all threads, or none: the runtime ends and starts threads when their number changes.
     cdef int region = fs_team_limit(n_threads) if job.threads > 1 else 1
     job.threads = min(job.threads, region)
-    cdef Py_ssize_t work = work_of_step(job)
-    cdef Py_ssize_t limit = CHUNK_WORK * job.leaves.lanes * min(job.threads, PROCESSORS)
+    cdef Py_ssize_t work = cell_work(job.cell)
+    cdef Py_ssize_t limit = CHUNK_WORK * job.cell.leaves.lanes * min(job.threads, PROCESSORS)
     # Blocks of even height, such that one step of one is done within the limit.
     cdef Py_ssize_t most = min(ROW_BLOCK, POINTER_ROWS // job.threads, limit // work)
-    most = max(most, job.leaves.tile_rows[job.main_vectors] * min(job.threads, PROCESSORS))
+    most = max(most, job.cell.leaves.tile_rows[job.cell.main_vectors] * min(job.threads, PROCESSORS))
     cdef Py_ssize_t blocks = (job.rows + most - 1) // most
     job.row_block = (job.rows + blocks - 1) // blocks
     job.pointers_each = <Py_ssize_t> sizeof(void *) * job.row_block * (POINTERS + AHEAD * job.ahead)
     # Rows of scratch start on cache lines of their own.
-    job.middle_row = (job.main.units * job.item + 63) // 64 * 64
-    job.input_part_main = panel_row(job, job.main, job.main_vectors)
+    job.middle_row = (job.cell.main.units * job.item + 63) // 64 * 64
+    job.input_part_main = init_bytes(job.cell, &job.cell.main, job.cell.main_vectors)
     job.input_part_row = job.input_part_main
-    if job.candidate != NULL:
-        job.input_part_row += panel_row(job, job.candidate, 4)
+    if job.cell.kind == GRU_BEFORE:
+        job.input_part_row += init_bytes(job.cell, &job.cell.candidate, 4)
     cdef Py_ssize_t pointer_bytes = (job.threads * job.pointers_each + 63) // 64 * 64
     cdef Py_ssize_t middle_bytes = 0
-    if job.candidate != NULL or job.projection != NULL:
+    if job.cell.kind == GRU_BEFORE or job.cell.projection.units:
         middle_bytes = job.row_block * job.middle_row
     cdef Py_ssize_t n_bytes = 64 + pointer_bytes + 2 * middle_bytes + job.ahead * job.row_block * job.input_part_row
     cdef char[SMALL] small
@@ -544,14 +425,8 @@ cdef int execute(Job *job, int n_threads) except -1:
 
 
 cdef void set_cell(Job *job, Cell cell) noexcept:
-    job.leaves = cell.leaves
-    job.kind = cell.kind
-    job.finish = cell.finish
+    job.cell = &cell.w
     job.item = cell.item
-    job.main = &cell.main
-    job.main_vectors = cell.main_vectors
-    job.candidate = &cell.candidate if cell.kind == GRU_BEFORE else NULL
-    job.projection = &cell.projection if cell.projection.units else NULL
 
 
 cdef cnp.ndarray state_copy(cnp.ndarray state):
@@ -711,17 +586,17 @@ def fits(tuple cells not None, x, int dims, state, out):
     if (dims == 2 and len(first) != 1) or not is_usual(x, dims, dtype):
         return False
     batch = cnp.PyArray_DIM(<cnp.ndarray> x, 0)
-    if cnp.PyArray_DIM(<cnp.ndarray> x, dims - 1) != cell.input_size:
+    if cnp.PyArray_DIM(<cnp.ndarray> x, dims - 1) != cell.w.input_size:
         return False
-    if not is_state(state.h, dtype, batch, slots, cell.output_size):
+    if not is_state(state.h, dtype, batch, slots, cell.w.output_size):
         return False
-    if cell.kind == LSTM_CELL and not is_state(state.c, dtype, batch, slots, cell.hidden_size):
+    if cell.w.kind == LSTM_CELL and not is_state(state.c, dtype, batch, slots, cell.w.hidden_size):
         return False
     return out is None or (
         is_usual(out, 2, dtype)
         and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out)
         and cnp.PyArray_DIM(<cnp.ndarray> out, 0) == batch
-        and cnp.PyArray_DIM(<cnp.ndarray> out, 1) == cell.output_size
+        and cnp.PyArray_DIM(<cnp.ndarray> out, 1) == cell.w.output_size
     )
 
 

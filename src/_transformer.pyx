@@ -1,32 +1,26 @@
 """Whole stacks of Transformer blocks, compiled, for inference; `fastseq.reference.transformer_operations` has the same.
 
-Arguments were checked at the door. A run is a list of steps over the rows of all sequences, and a team of threads walks
-it together. Steps that need no more than their own row stand in one segment, which is done in one of two ways:
-
-* rows: threads take blocks of rows, and go through all steps of the segment with a block while it is in their cache;
-* panels: where rows are few, each step is a segment of its own, and threads take panels of its weights.
-
-Attention is a segment of its own. The threads meet after every segment. No choice changes a bit of the result: an
-output is one chain over k, whoever computes it.
+Arguments were checked at the door. How a run is laid out and shared among threads is in stack.pxd, how keys and values
+are kept in pages.h; here is what Python calls: whole runs, runs that go on from what was kept, and the decoder that
+the loop of _decode.pyx steps without Python.
 """
 
 cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from cpython.pycapsule cimport PyCapsule_GetPointer
-from cython.parallel cimport parallel, threadid
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from libc.stdint cimport int64_t
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-from leaves cimport (
-    FS_ADD, FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_attention, fs_finish, fs_leaves, fs_step, fs_weights,
+from decoder cimport FS_DONE, FS_FULL, FS_NO_MEMORY, fs_decoder
+from leaves cimport FS_GELU, FS_GELU_TANH, FS_PAGE, FS_RELU, fs_leaves, fs_page, fs_weights
+from pages cimport (
+    fs_page_kind, fs_page_layer, fs_table, fs_table_clear, fs_table_drop, fs_table_extend, fs_table_first,
+    fs_table_roll, fs_table_share,
 )
-from outer cimport fs_barrier, fs_barrier_wait
-from share cimport (
-    SHARE_CHUNK_WORK, SHARE_LINE, fs_counter, fs_counter_set, fs_flush_denormals, fs_restore_denormals, fs_take,
-    fs_team_limit, fs_team_size, lines, threads_for,
-)
+from share cimport SHARE_CHUNK_WORK, fs_counter_set
+from stack cimport Layer, Mask, Norm, Plan, Task, plan_free, plan_make, walk_together
 
 import numpy as np
 
@@ -34,227 +28,16 @@ from fastseq import _simd
 
 cnp.import_array()
 
-cdef extern from "team.h" nogil:
-    void fs_barrier_init(fs_barrier *barrier)
-
-cdef enum Kind:
-    PRODUCT  # y = f(x W^T + b), or y += that
-    NORM
-    TURN     # queries and keys by their positions, in place
-    COPY     # heads of one width into heads of another, zeros behind them
-    ATTEND
-
-cdef enum:
-    ROW_BLOCK = 192      # rows of a block: they read all weights of a segment once, and stay in a core's cache
-    FEW_ROWS = 64        # so many rows a thread, and each reads the weights as fast as it multiplies
-    POINTER_ROWS = 128   # rows whose pointers are made at once
-    NORM_ROWS = 16       # rows of an item where a norm is a segment of its own
-    MOST_STEPS = 20      # of a block
-    ITEMS = 4            # items each thread finds at least, where there are so many
-
-# What an element of a norm, of a copy, and a weight of attention takes beside the products, in multiply-adds.
-cdef double NORM_WORK = 24
-cdef double COPY_WORK = 8
-cdef double WEIGHT_WORK = 32
-
 cdef dict ACTIVATIONS = {"relu": FS_RELU, "gelu": FS_GELU, "gelu_tanh": FS_GELU_TANH}
 
 
-cdef struct Norm:
-    bint rms
-    double eps
-    const char *weight
-    const char *bias
+cdef const fs_leaves *leaves_of(Py_ssize_t item) except NULL:
+    return <const fs_leaves *> PyCapsule_GetPointer(_simd.leaves[item], "fastseq.leaves")
 
 
-# Rows: the first, and the bytes from one to the next. Where there is only room for a block of them, which each thread
-# has for itself, the first row of a block is that many bytes from where a thread's own rows begin.
-cdef struct Place:
-    char *data
-    Py_ssize_t row
-    Py_ssize_t own             # -1: none of that
-
-
-cdef struct Step:
-    Kind kind
-    Py_ssize_t rows
-    Place x
-    Place y
-    const fs_weights *weights  # PRODUCT
-    fs_finish finish
-    Norm norm                  # NORM, of `width` elements
-    Py_ssize_t width           # or of a head, TURN and COPY
-    Py_ssize_t heads
-    Py_ssize_t y_width         # COPY
-    Py_ssize_t turned          # TURN
-    bint interleaved
-    const char *cos
-    const char *sin
-    const int64_t *positions
-    fs_attention attention     # ATTEND
-    double work                # multiply-adds, of all of it
-
-
-cdef struct Segment:
-    Py_ssize_t first           # steps [first, last)
-    Py_ssize_t last
-    Py_ssize_t items
-    Py_ssize_t rows_each       # rows of an item, or
-    Py_ssize_t panels_each     # panels of an item; 0: rows
-    double work                # of an item
-    fs_counter counter
-
-
-cdef struct Run:
-    const fs_leaves *leaves
-    Step *steps
-    Segment *segments
-    char *scratch              # of each thread
-    Py_ssize_t scratch_each
-    Py_ssize_t attend_bytes    # of them, for attention; then for norms; then the rows of its own
-    Py_ssize_t norm_bytes
-    fs_barrier barrier
-
-
-cdef inline char *row_of(const Place *place, char *own, Py_ssize_t row, Py_ssize_t first) noexcept nogil:
-    if place.own >= 0:
-        return own + place.own + (row - first) * place.row
-    return place.data + row * place.row
-
-
-cdef void product(
-    const fs_leaves *leaves, const Step *s, char *own, Py_ssize_t first, Py_ssize_t last, Py_ssize_t panel,
-    Py_ssize_t panel_end,
-) noexcept nogil:
-    cdef const void *x[POINTER_ROWS]
-    cdef const void *init[POINTER_ROWS]
-    cdef void *out[POINTER_ROWS]
-    cdef fs_step step
-    cdef Py_ssize_t row = first, i
-    memset(&step, 0, sizeof(step))
-    step.weights = s.weights
-    step.first = panel
-    step.last = panel_end
-    step.finish = s.finish
-    step.init = init
-    step.h = x
-    step.out = out
-    while row < last:
-        step.rows = min(POINTER_ROWS, last - row)
-        for i in range(step.rows):
-            x[i] = row_of(&s.x, own, row + i, first)
-            init[i] = s.weights.bias
-            out[i] = row_of(&s.y, own, row + i, first)
-        leaves.plain(&step)
-        row += POINTER_ROWS
-
-
-cdef void norm(
-    const fs_leaves *leaves, const Step *s, char *sums, char *own, Py_ssize_t first, Py_ssize_t last,
-) noexcept nogil:
-    cdef const char *x = row_of(&s.x, own, first, first)
-    cdef char *y = row_of(&s.y, own, first, first)
-    if s.norm.rms:
-        leaves.rms_norm(last - first, s.width, s.norm.eps, x, s.norm.weight, y, sums)
-    else:
-        leaves.layer_norm(
-            last - first, s.width, s.norm.eps, x, s.norm.weight, s.norm.bias, y, sums,
-            sums + (last - first) * leaves.item_size,
-        )
-
-
-cdef void turn(const fs_leaves *leaves, const Step *s, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
-    cdef Py_ssize_t row, angles
-    cdef char *heads
-    for row in range(first, last):
-        heads = s.x.data + row * s.x.row
-        angles = s.positions[row] * (s.turned // 2) * leaves.item_size
-        leaves.rotary(
-            s.heads, s.width, s.width, s.turned, s.interleaved, 0, heads, s.cos + angles, s.sin + angles, heads,
-        )
-
-
-cdef void copy(Py_ssize_t item, const Step *s, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
-    cdef Py_ssize_t row, head, n_bytes = min(s.width, s.y_width) * item
-    cdef char *y
-    for row in range(first, last):
-        for head in range(s.heads):
-            y = s.y.data + row * s.y.row + head * s.y_width * item
-            memcpy(y, s.x.data + row * s.x.row + head * s.width * item, n_bytes)
-            memset(y + n_bytes, 0, s.y_width * item - n_bytes)
-
-
-cdef void do_item(const Run *run, const Segment *segment, Py_ssize_t item, char *scratch) noexcept nogil:
-    """What one thread does of a segment."""
-    cdef const Step *s = &run.steps[segment.first]
-    cdef Py_ssize_t first = item * segment.rows_each, last = min(s.rows, first + segment.rows_each), i
-    cdef char *sums = scratch + run.attend_bytes
-    cdef char *own = sums + run.norm_bytes
-    if s.kind == ATTEND:
-        run.leaves.attend(&s.attention, item, scratch)
-        return
-    if segment.panels_each:
-        first = item * segment.panels_each
-        product(run.leaves, s, NULL, 0, s.rows, first, min(s.weights.panels, first + segment.panels_each))
-        return
-    for i in range(segment.first, segment.last):
-        s = &run.steps[i]
-        if s.kind == PRODUCT:
-            product(run.leaves, s, own, first, last, 0, s.weights.panels)
-        elif s.kind == NORM:
-            norm(run.leaves, s, sums, own, first, last)
-        elif s.kind == TURN:
-            turn(run.leaves, s, first, last)
-        else:
-            copy(run.leaves.item_size, s, first, last)
-
-
-cdef void walk(
-    Run *run, Py_ssize_t segment, Py_ssize_t last_segment, Py_ssize_t last_item, int thread, int team,
-) noexcept nogil:
-    """What one thread of a team takes: from where the counters stand through `last_item` of the last segment."""
-    cdef unsigned long long before = fs_flush_denormals()
-    cdef char *scratch = run.scratch + thread * run.scratch_each
-    cdef Segment *s
-    cdef Py_ssize_t item, end
-    while segment <= last_segment:
-        s = &run.segments[segment]
-        end = last_item if segment == last_segment else s.items
-        if run.steps[s.first].kind == ATTEND:
-            (<int64_t *> scratch)[0] = -1  # whose keys are packed there
-        item = fs_take(&s.counter)
-        while item < end:
-            do_item(run, s, item, scratch)
-            item = fs_take(&s.counter)
-        if team > 1:
-            fs_barrier_wait(&run.barrier, team)
-        segment += 1
-    fs_restore_denormals(before)
-
-
-cdef class Block:
-    """One block: its settings, and the weights that others packed and it keeps. Immutable."""
-
-    cdef list kept
-    cdef const fs_leaves *leaves
-    cdef int item
-    cdef Py_ssize_t heads, kv_heads, head_dim, window
-    cdef fs_finish activation
-    cdef bint norm_first, rms, cross, interleaved
-    cdef double eps
-    cdef const fs_weights *in_proj
-    cdef const fs_weights *out_proj
-    cdef const fs_weights *linear1
-    cdef const fs_weights *linear2
-    cdef const fs_weights *cross_q
-    cdef const fs_weights *cross_kv
-    cdef const fs_weights *cross_out
-    cdef Norm norms[3]
-    cdef cnp.ndarray cos, sin
-
-    cdef const fs_weights *weights(self, packed) except NULL:
-        self.kept.append(packed)
-        return <const fs_weights *> PyCapsule_GetPointer(packed.panels(), "fastseq.weights")
+cdef const fs_weights *weights_of(packed) except NULL:
+    """The panels of a `Packed`, good as long as it is."""
+    return <const fs_weights *> PyCapsule_GetPointer(packed.panels(), "fastseq.weights")
 
 
 cdef Norm norm_of(bint rms, double eps, cnp.ndarray weight, cnp.ndarray bias) noexcept:
@@ -266,144 +49,96 @@ cdef Norm norm_of(bint rms, double eps, cnp.ndarray weight, cnp.ndarray bias) no
     return norm
 
 
+cdef class Block:
+    """One block: its settings, and the weights that others packed and it keeps. Immutable."""
+
+    cdef list kept
+    cdef Layer layer
+
+    cdef const fs_weights *weights(self, packed) except NULL:
+        self.kept.append(packed)
+        return weights_of(packed)
+
+
 def block_pack(settings, parts):
     """A block as `run_blocks` wants it; see `fastseq.reference.transformer_operations.block_pack`."""
     cdef Block block = Block()
+    cdef Layer *layer = &block.layer
+    cdef cnp.ndarray cos, sin
     cdef int i
     block.kept = []
-    block.heads = settings["heads"]
-    block.kv_heads = settings["kv_heads"]
-    block.head_dim = settings["head_dim"]
-    block.activation = ACTIVATIONS[settings["activation"]]
-    block.norm_first = settings["norm_first"]
-    block.rms = settings["norm"] == "rms"
-    block.eps = settings["eps"]
-    block.cross = settings["cross"]
-    block.window = settings["window"] or 0
+    layer.heads = settings["heads"]
+    layer.kv_heads = settings["kv_heads"]
+    layer.head_dim = settings["head_dim"]
+    layer.activation = ACTIVATIONS[settings["activation"]]
+    layer.norm_first = settings["norm_first"]
+    layer.cross = settings["cross"]
+    layer.window = settings["window"] or 0
     if settings["rotary"] is not None:
-        block.cos, block.sin, block.interleaved = settings["rotary"]
-    block.in_proj = block.weights(parts["in_proj"])
-    block.out_proj = block.weights(parts["out_proj"])
-    block.linear1 = block.weights(parts["linear1"])
-    block.linear2 = block.weights(parts["linear2"])
-    if block.cross:
-        block.cross_q = block.weights(parts["cross_q"])
-        block.cross_kv = block.weights(parts["cross_kv"])
-        block.cross_out = block.weights(parts["cross_out"])
-    for i in range(3 if block.cross else 2):
+        cos, sin, layer.interleaved = settings["rotary"]
+        block.kept += [cos, sin]
+        layer.cos = cnp.PyArray_BYTES(cos)
+        layer.sin = cnp.PyArray_BYTES(sin)
+        layer.turned = 2 * cnp.PyArray_DIM(cos, 1)
+    layer.in_proj = block.weights(parts["in_proj"])
+    layer.out_proj = block.weights(parts["out_proj"])
+    layer.linear1 = block.weights(parts["linear1"])
+    layer.linear2 = block.weights(parts["linear2"])
+    if layer.cross:
+        layer.cross_q = block.weights(parts["cross_q"])
+        layer.cross_kv = block.weights(parts["cross_kv"])
+        layer.cross_out = block.weights(parts["cross_out"])
+    for i in range(3 if layer.cross else 2):
         weight, bias = parts[f"norm{i + 1}"]
         block.kept += [weight, bias]
-        block.norms[i] = norm_of(block.rms, block.eps, weight, bias)
+        layer.norms[i] = norm_of(settings["norm"] == "rms", settings["eps"], weight, bias)
     return block
 
 
 @cython.internal
-cdef class Builder:
-    """Lays out the steps of a run, and the memory that they share."""
+cdef class Stack:
+    """Some blocks and the norm after the last, as a run wants them."""
 
-    cdef const fs_leaves *leaves
-    cdef int item
-    cdef bint few                   # rows: panels are split
-    cdef Py_ssize_t count, room     # steps
-    cdef Step *steps
-    cdef char *memory               # NULL while its size is being counted
-    cdef Py_ssize_t n_bytes
-    cdef Py_ssize_t own_bytes       # of a thread's own rows
+    cdef list kept
+    cdef Layer **layers
+    cdef Py_ssize_t n_layers
+    cdef bint has_final
+    cdef Norm final
 
-    cdef Place place(self, Py_ssize_t rows, Py_ssize_t width) noexcept:
-        """Room for some rows."""
-        cdef Place place
-        place.row = width * self.item
-        place.own = -1
-        place.data = self.memory + self.n_bytes
-        self.n_bytes += lines(rows * place.row)
-        return place
+    def __cinit__(self, list blocks, final_norm):
+        self.kept = [blocks, final_norm]
+        self.n_layers = len(blocks)
+        self.layers = <Layer **> malloc(self.n_layers * sizeof(Layer *))
+        if self.layers == NULL:
+            raise MemoryError(f"{self.n_layers} layers")
+        for i, block in enumerate(blocks):
+            self.layers[i] = &(<Block> block).layer
+        self.has_final = final_norm is not None
+        if self.has_final:
+            kind, eps, weight, bias = final_norm
+            self.final = norm_of(kind == "rms", eps, weight, bias)
 
-    cdef Place own_place(self, Py_ssize_t rows, Py_ssize_t width) noexcept:
-        """Room for rows that no other block of rows sees: of each thread, where blocks of rows are taken."""
-        cdef Place place
-        if self.few:
-            return self.place(rows, width)
-        place.row = width * self.item
-        place.own = self.own_bytes
-        place.data = NULL
-        self.own_bytes += lines(ROW_BLOCK * place.row)
-        return place
+    def __dealloc__(self):
+        free(self.layers)
 
-    cdef Step *add(self, Kind kind, Py_ssize_t rows, Place x, Place y) noexcept:
-        cdef Step *step = &self.steps[self.count]
-        self.count += 1
-        memset(step, 0, sizeof(Step))
-        step.kind = kind
-        step.rows = rows
-        step.x = x
-        step.y = y
-        return step
-
-    cdef void product(
-        self, Py_ssize_t rows, Place x, Place y, const fs_weights *weights, fs_finish finish,
-    ) noexcept:
-        cdef Step *step = self.add(PRODUCT, rows, x, y)
-        step.weights = weights
-        step.finish = finish
-        step.work = <double> rows * weights.units * weights.h_size
-
-    cdef void norm(self, Py_ssize_t rows, Py_ssize_t width, Place x, Place y, Norm norm) noexcept:
-        cdef Step *step = self.add(NORM, rows, x, y)
-        step.norm = norm
-        step.width = width
-        step.work = NORM_WORK * rows * width
-
-    cdef void copy(
-        self, Py_ssize_t rows, Place x, Place y, Py_ssize_t heads, Py_ssize_t width, Py_ssize_t y_width,
-    ) noexcept:
-        cdef Step *step = self.add(COPY, rows, x, y)
-        step.heads = heads
-        step.width = width
-        step.y_width = y_width
-        step.work = COPY_WORK * rows * heads * y_width
-
-    cdef void attend(self, Py_ssize_t rows, fs_attention *job) noexcept:
-        cdef Step *step
-        cdef Place nowhere
-        memset(&nowhere, 0, sizeof(nowhere))
-        step = self.add(ATTEND, rows, nowhere, nowhere)
-        step.attention = job[0]
-        step.work = <double> job.batch * job.heads * job.most_queries * job.most_keys * (2 * job.width + WEIGHT_WORK)
+    cdef void start(self, Task *task) noexcept:
+        """A task of these blocks over no rows yet."""
+        memset(task, 0, sizeof(Task))
+        task.layers = self.layers
+        task.n_layers = self.n_layers
+        task.has_final = self.has_final
+        task.final = self.final
 
 
-cdef fs_attention ragged_job(
-    Block block, Py_ssize_t width, Place q, Place k, Place v, Place out, cnp.ndarray q_starts, cnp.ndarray k_starts,
-    Py_ssize_t most_queries, Py_ssize_t most_keys, cnp.ndarray mask, cnp.ndarray weights,
-) noexcept:
-    """Attention between rows; each place is that of the first head."""
-    cdef fs_attention job
-    cdef int axis
-    memset(&job, 0, sizeof(job))
-    job.batch = cnp.PyArray_DIM(q_starts, 0) - 1
-    job.heads = block.heads
-    job.kv_heads = block.kv_heads
-    job.width = job.value_width = width
-    job.most_queries = most_queries
-    job.most_keys = most_keys
-    job.q.data, job.q.row, job.q.head = q.data, q.row // block.item, width
-    job.k.data, job.k.row, job.k.head = k.data, k.row // block.item, width
-    job.v.data, job.v.row, job.v.head = v.data, v.row // block.item, width
-    job.out.data, job.out.row, job.out.head = out.data, out.row // block.item, width
-    job.q_starts = <const int64_t *> cnp.PyArray_DATA(q_starts)
-    job.k_starts = <const int64_t *> cnp.PyArray_DATA(k_starts)
-    if mask is not None:
-        job.mask = cnp.PyArray_DATA(mask)
-        job.mask_is_bool = cnp.PyArray_TYPE(mask) == cnp.NPY_BOOL
-        for axis in range(3):
-            job.mask_strides[axis] = 0 if cnp.PyArray_DIM(mask, axis) == 1 else cnp.PyArray_STRIDE(mask, axis)
-    if weights is not None:
-        job.weights = cnp.PyArray_DATA(weights)
-    job.window = min(block.window, most_queries + most_keys + 1)
-    job.scale = 1 / np.sqrt(block.head_dim)
-    job.factor = 1
-    job.parts = 1
-    return job
+cdef void set_rows(Task *task, cnp.ndarray y, cnp.ndarray starts, cnp.ndarray positions, Py_ssize_t longest) noexcept:
+    """The rows of a task: x in y, where the outputs will be."""
+    task.stream = cnp.PyArray_BYTES(y)
+    task.rows = cnp.PyArray_DIM(y, 0)
+    task.width = cnp.PyArray_DIM(y, 1)
+    task.batch = cnp.PyArray_DIM(starts, 0) - 1
+    task.starts = <const int64_t *> cnp.PyArray_DATA(starts)
+    task.positions = NULL if positions is None else <int64_t *> cnp.PyArray_DATA(positions)
+    task.longest = longest
 
 
 cdef cnp.ndarray usable(mask, Py_ssize_t most_keys):
@@ -415,161 +150,61 @@ cdef cnp.ndarray usable(mask, Py_ssize_t most_keys):
     return mask if most_keys <= 1 or mask.strides[3] == mask.itemsize else np.ascontiguousarray(mask)
 
 
-cdef int lay_out(
-    Builder builder, list blocks, cnp.ndarray y, cnp.ndarray starts, cnp.ndarray positions, bint causal,
-    cnp.ndarray mask, cnp.ndarray memory, cnp.ndarray memory_starts, cnp.ndarray memory_mask, bint has_final,
-    Norm final, list weights, Py_ssize_t longest, Py_ssize_t longest_memory,
-) except -1:
-    """The memory of a run and, where there is room for them, all steps; the rows of y hold x at first."""
-    cdef Py_ssize_t rows = cnp.PyArray_DIM(y, 0), width = cnp.PyArray_DIM(y, 1), item = builder.item
-    cdef Py_ssize_t others = 0 if memory is None else cnp.PyArray_DIM(memory, 0)
-    cdef Py_ssize_t lanes = builder.leaves.lanes, whole, all_heads, widest = 0
-    cdef Place stream, given, normal, projected, spread, k, v, context, outputs, hidden
-    cdef Block block
-    cdef fs_attention job
-    cdef Step *step
-    cdef int last
-    cdef Py_ssize_t i
-    builder.count = builder.n_bytes = builder.own_bytes = 0
-    stream.data, stream.row, stream.own = cnp.PyArray_BYTES(y), width * item, -1
-    if memory is not None:
-        given.data, given.row, given.own = cnp.PyArray_BYTES(memory), cnp.PyArray_STRIDE(memory, 0), -1
-    # Places that every block uses anew.
-    block = blocks[0]
-    whole = (block.head_dim + lanes - 1) // lanes * lanes
-    all_heads = block.heads + 2 * block.kv_heads
-    for other in blocks:
-        widest = max(widest, (<Block> other).linear1.units)
-    stats = builder.place(1, 2 * (cnp.PyArray_DIM(starts, 0) - 1) * block.heads * longest)
-    normal = builder.own_place(rows, width)
-    hidden = builder.own_place(rows, widest)
-    projected = builder.place(rows, all_heads * block.head_dim)
-    spread = projected if whole == block.head_dim else builder.place(rows, all_heads * whole)
-    context = builder.place(rows, block.heads * whole)
-    outputs = context if whole == block.head_dim else builder.place(rows, block.heads * block.head_dim)
-    cdef Place cross_projected, cross_spread, cross_q, cross_q_spread
-    if block.cross:
-        cross_projected = builder.place(others, 2 * block.kv_heads * block.head_dim)
-        cross_spread = (
-            cross_projected if whole == block.head_dim else builder.place(others, 2 * block.kv_heads * whole)
-        )
-        cross_q = builder.place(rows, block.heads * block.head_dim)
-        cross_q_spread = cross_q if whole == block.head_dim else builder.place(rows, block.heads * whole)
-    if builder.steps == NULL:
-        return 0
-    for i in range(len(blocks)):
-        block = blocks[i]
-        own, crossed = (weights[i] if block.cross else (weights[i], None)) if weights is not None else (None, None)
-        last = 2 if block.cross else 1
-        if block.cross:
-            builder.product(others, given, cross_projected, block.cross_kv, FS_IDENTITY)
-            if whole != block.head_dim:
-                builder.copy(others, cross_projected, cross_spread, 2 * block.kv_heads, block.head_dim, whole)
-        # Self-attention.
-        if block.norm_first:
-            builder.norm(rows, width, stream, normal, block.norms[0])
-        builder.product(rows, normal if block.norm_first else stream, projected, block.in_proj, FS_IDENTITY)
-        if block.cos is not None:
-            step = builder.add(TURN, rows, projected, projected)
-            step.heads = block.heads + block.kv_heads
-            step.width = block.head_dim
-            step.turned = 2 * cnp.PyArray_DIM(block.cos, 1)
-            step.interleaved = block.interleaved
-            step.cos = cnp.PyArray_BYTES(block.cos)
-            step.sin = cnp.PyArray_BYTES(block.sin)
-            step.positions = <const int64_t *> cnp.PyArray_DATA(positions)
-            step.work = COPY_WORK * rows * step.heads * step.width
-        if whole != block.head_dim:
-            builder.copy(rows, projected, spread, all_heads, block.head_dim, whole)
-        k, v = spread, spread
-        k.data = spread.data + block.heads * whole * item
-        v.data = k.data + block.kv_heads * whole * item
-        job = ragged_job(block, whole, spread, k, v, context, starts, starts, longest, longest, mask, own)
-        job.causal = causal
-        job.stats = stats.data
-        builder.attend(rows, &job)
-        if whole != block.head_dim:
-            builder.copy(rows, context, outputs, block.heads, whole, block.head_dim)
-        builder.product(rows, outputs, stream, block.out_proj, FS_ADD)
-        if not block.norm_first:
-            builder.norm(rows, width, stream, stream, block.norms[0])
-        # Attention to the memory.
-        if block.cross:
-            if block.norm_first:
-                builder.norm(rows, width, stream, normal, block.norms[1])
-            builder.product(rows, normal if block.norm_first else stream, cross_q, block.cross_q, FS_IDENTITY)
-            if whole != block.head_dim:
-                builder.copy(rows, cross_q, cross_q_spread, block.heads, block.head_dim, whole)
-            v = cross_spread
-            v.data = cross_spread.data + block.kv_heads * whole * item
-            job = ragged_job(
-                block, whole, cross_q_spread, cross_spread, v, context, starts, memory_starts, longest,
-                longest_memory, memory_mask, crossed,
-            )
-            job.window = 0
-            job.stats = stats.data
-            builder.attend(rows, &job)
-            if whole != block.head_dim:
-                builder.copy(rows, context, outputs, block.heads, whole, block.head_dim)
-            builder.product(rows, outputs, stream, block.cross_out, FS_ADD)
-            if not block.norm_first:
-                builder.norm(rows, width, stream, stream, block.norms[1])
-        # Feed-forward.
-        if block.norm_first:
-            builder.norm(rows, width, stream, normal, block.norms[last])
-        builder.product(rows, normal if block.norm_first else stream, hidden, block.linear1, block.activation)
-        builder.product(rows, hidden, stream, block.linear2, FS_ADD)
-        if not block.norm_first:
-            builder.norm(rows, width, stream, stream, block.norms[last])
-    if has_final:
-        builder.norm(rows, width, stream, stream, final)
+cdef Mask mask_of(cnp.ndarray mask) noexcept:
+    cdef Mask result
+    cdef int axis
+    memset(&result, 0, sizeof(result))
+    if mask is not None:
+        result.data = cnp.PyArray_DATA(mask)
+        result.is_bool = cnp.PyArray_TYPE(mask) == cnp.NPY_BOOL
+        for axis in range(3):
+            result.strides[axis] = 0 if cnp.PyArray_DIM(mask, axis) == 1 else cnp.PyArray_STRIDE(mask, axis)
+    return result
+
+
+cdef int run(const Task *task, bint of_memory, int n_threads) except -1:
+    """The whole of a task."""
+    cdef Plan plan
+    if plan_make(&plan, task, of_memory, n_threads):
+        raise MemoryError("scratch for the blocks")
+    try:
+        walk_all(&plan)
+    finally:
+        plan_free(&plan)
     return 0
 
 
-cdef Py_ssize_t segments_of(Builder builder, Segment *segments, int n_threads) noexcept:
-    """The steps as segments; how many."""
-    cdef Py_ssize_t n = 0, i = 0, pairs, longest
-    cdef Segment *s
-    cdef Step *step
-    cdef double work
-    while i < builder.count:
-        step = &builder.steps[i]
-        s = &segments[n]
-        n += 1
-        memset(s, 0, sizeof(Segment))
-        s.first = i
-        work = step.work
-        i += 1
-        if step.kind == ATTEND:
-            pairs = step.attention.batch * step.attention.kv_heads
-            longest = max(1, step.attention.most_queries // 8)
-            # Few heads are split so that every thread finds some, and long ones so that Ctrl-C is seen.
-            step.attention.parts = max(
-                1, min(longest, ITEMS * n_threads // max(1, pairs)),
-                <Py_ssize_t> min(8 * work / (max(1, pairs) * SHARE_CHUNK_WORK), 1e6),
-            )
-            s.items = pairs * step.attention.parts
-        elif builder.few and step.kind == PRODUCT:
-            s.panels_each = max(1, step.weights.panels // (ITEMS * n_threads))
-            s.items = (step.weights.panels + s.panels_each - 1) // s.panels_each
-        else:
-            while not builder.few and i < builder.count and builder.steps[i].kind != ATTEND:
-                if builder.steps[i].rows != step.rows:
-                    break
-                work += builder.steps[i].work
-                i += 1
-            s.rows_each = NORM_ROWS if builder.few else rows_each(step.rows, n_threads)
-            s.items = (step.rows + s.rows_each - 1) // s.rows_each
-        s.last = i
-        s.work = work / max(1, s.items)
-    return n
-
-
-cdef Py_ssize_t rows_each(Py_ssize_t rows, int n_threads) noexcept:
-    """Rows of a block: as many blocks for each thread, of even height, whole tiles where that is possible."""
-    cdef Py_ssize_t blocks = (rows + ROW_BLOCK * n_threads - 1) // (ROW_BLOCK * n_threads) * n_threads
-    cdef Py_ssize_t each = (rows + blocks - 1) // blocks
-    return min(ROW_BLOCK, (each + 5) // 6 * 6)
+cdef int walk_all(Plan *plan) except -1:
+    """All segments, with a look for Ctrl-C after every so much work."""
+    cdef Py_ssize_t segment = 0, item = 0, last, last_item, i
+    cdef double budget, left
+    while segment < plan.n_segments:
+        # As far as the work allows, and at least an item for each thread.
+        budget = <double> plan.threads * SHARE_CHUNK_WORK
+        last = segment
+        last_item = item
+        fs_counter_set(&plan.segments[segment].counter, item)
+        while True:
+            left = plan.segments[last].items - last_item
+            if left * plan.segments[last].work > budget and last_item + plan.threads < plan.segments[last].items:
+                # As many for each thread, or some would wait for the others.
+                i = <Py_ssize_t> (budget / plan.segments[last].work)
+                last_item += max(i // plan.threads, 1) * plan.threads
+                break
+            budget -= left * plan.segments[last].work
+            last_item = plan.segments[last].items
+            if last + 1 == plan.n_segments or budget <= 0:
+                break
+            last += 1
+            last_item = 0
+            fs_counter_set(&plan.segments[last].counter, 0)
+        with nogil:
+            walk_together(plan, segment, last, last_item)
+        PyErr_CheckSignals()
+        segment, item = last, last_item
+        if item == plan.segments[last].items:
+            segment, item = last + 1, 0
+    return 0
 
 
 def run_blocks(
@@ -577,116 +212,530 @@ def run_blocks(
     cnp.ndarray memory, cnp.ndarray memory_starts, memory_mask, final_norm, bint want_weights, int n_threads,
 ):
     """One block after another; see `fastseq.reference.transformer_operations.run_blocks`."""
-    cdef Builder builder = Builder()
-    cdef Block first = blocks[0]
-    cdef cnp.ndarray y = np.array(x, order="C")
-    cdef Py_ssize_t rows = cnp.PyArray_DIM(y, 0), longest, longest_memory = 0, batch = len(starts) - 1, count
-    cdef Norm final
-    cdef Run run
-    cdef double work = 0
-    cdef Py_ssize_t i
-    cdef int threads, region
-    cdef bint has_final = final_norm is not None
-    memset(&final, 0, sizeof(final))
-    longest = np.diff(starts).max(initial=0)
+    cdef Stack stack = Stack(blocks, final_norm)
+    cdef cnp.ndarray y = np.array(x, order="C"), own_mask, cross_mask, pointers
+    cdef Py_ssize_t batch = len(starts) - 1, longest = np.diff(starts).max(initial=0), longest_memory = 0
+    cdef Py_ssize_t heads = stack.layers[0].heads
+    cdef Task task
     if memory is not None:
         longest_memory = np.diff(memory_starts).max(initial=0)
-    if has_final:
-        kind, eps, weight, bias = final_norm
-        final = norm_of(kind == "rms", eps, weight, bias)
     weights = None
     if want_weights:
-        weights = [np.zeros((batch, first.heads, longest, longest), y.dtype) for _ in blocks]
-        if first.cross:
-            weights = [(own, np.zeros((batch, first.heads, longest, longest_memory), y.dtype)) for own in weights]
-    if rows == 0:
+        weights = [np.zeros((batch, heads, longest, longest), y.dtype) for _ in blocks]
+        if stack.layers[0].cross:
+            weights = [(own, np.zeros((batch, heads, longest, longest_memory), y.dtype)) for own in weights]
+    if not len(y):
         return y, weights
-    builder.leaves = first.leaves = <const fs_leaves *> PyCapsule_GetPointer(_simd.leaves[y.itemsize], "fastseq.leaves")
-    builder.item = y.itemsize
-    for block in blocks:
-        (<Block> block).item = builder.item
-        work += (<double> first.in_proj.units + first.out_proj.units + 2 * first.linear1.units) * first.out_proj.units
-    threads = threads_for(rows, work, n_threads)
-    region = fs_team_limit(n_threads) if threads > 1 else 1
-    threads = min(threads, region)
-    builder.few = rows < FEW_ROWS * threads
-    mask, memory_mask = usable(mask, longest), usable(memory_mask, longest_memory)
-
-    lay_out(
-        builder, blocks, y, starts, positions, causal, mask, memory, memory_starts, memory_mask, has_final, final,
-        weights, longest, longest_memory,
-    )
-    cdef Py_ssize_t most_steps = MOST_STEPS * len(blocks) + 1
-    cdef Py_ssize_t n_bytes = lines(builder.n_bytes), step_bytes = lines(most_steps * sizeof(Step))
-    cdef char *room = <char *> PyMem_RawMalloc(n_bytes + step_bytes + most_steps * sizeof(Segment) + SHARE_LINE)
-    cdef char *scratch = NULL
-    if room == NULL:
-        raise MemoryError(f"{n_bytes} bytes")
-    try:
-        builder.memory = room + (-<Py_ssize_t> room & (SHARE_LINE - 1))
-        builder.steps = <Step *> (builder.memory + n_bytes)
-        lay_out(
-            builder, blocks, y, starts, positions, causal, mask, memory, memory_starts, memory_mask, has_final, final,
-            weights, longest, longest_memory,
-        )
-        run.leaves = builder.leaves
-        run.steps = builder.steps
-        run.segments = <Segment *> (builder.memory + n_bytes + step_bytes)
-        count = segments_of(builder, run.segments, threads)
-        run.attend_bytes = 0
-        for i in range(builder.count):
-            if builder.steps[i].kind == ATTEND:
-                run.attend_bytes = max(run.attend_bytes, builder.leaves.attend_scratch(&builder.steps[i].attention))
-        run.attend_bytes = lines(run.attend_bytes * builder.item)
-        run.norm_bytes = lines(2 * ROW_BLOCK * builder.item)
-        run.scratch_each = run.attend_bytes + run.norm_bytes + builder.own_bytes
-        scratch = <char *> PyMem_RawMalloc(threads * run.scratch_each + SHARE_LINE)
-        if scratch == NULL:
-            raise MemoryError(f"{threads * run.scratch_each} bytes of scratch")
-        run.scratch = scratch + (-<Py_ssize_t> scratch & (SHARE_LINE - 1))
-        walk_all(&run, count, threads, region)
-    finally:
-        PyMem_RawFree(room)
-        PyMem_RawFree(scratch)
+    own_mask, cross_mask = usable(mask, longest), usable(memory_mask, longest_memory)
+    stack.start(&task)
+    task.leaves = leaves_of(y.itemsize)
+    set_rows(&task, y, starts, positions, longest)
+    task.causal = causal
+    task.mask = mask_of(own_mask)
+    task.memory_mask = mask_of(cross_mask)
+    if memory is not None:
+        task.memory = cnp.PyArray_BYTES(memory)
+        task.memory_row = cnp.PyArray_STRIDE(memory, 0)
+        task.memory_rows = cnp.PyArray_DIM(memory, 0)
+        task.memory_starts = <const int64_t *> cnp.PyArray_DATA(memory_starts)
+        task.longest_memory = longest_memory
+    if want_weights:
+        pairs = weights if stack.layers[0].cross else [(own, own) for own in weights]
+        pointers = np.array([[own.ctypes.data, cross.ctypes.data] for own, cross in pairs], np.uintp)
+        task.weights = <char **> cnp.PyArray_DATA(pointers)
+    run(&task, False, n_threads)
     return y, weights
 
 
-cdef int walk_all(Run *run, Py_ssize_t count, int threads, int region) except -1:
-    """All segments, with a look for Ctrl-C after every so much work."""
-    cdef Py_ssize_t segment = 0, item = 0, last, last_item, i
-    cdef double budget, left
-    cdef int thread
-    while segment < count:
-        # As far as the work allows, and at least an item for each thread.
-        budget = <double> threads * SHARE_CHUNK_WORK
-        last = segment
-        last_item = item
-        fs_counter_set(&run.segments[segment].counter, item)
-        while True:
-            left = run.segments[last].items - last_item
-            if left * run.segments[last].work > budget and last_item + threads < run.segments[last].items:
-                # As many for each thread, or some would wait for the others.
-                i = <Py_ssize_t> (budget / run.segments[last].work)
-                last_item += max(i // threads, 1) * threads
-                break
-            budget -= left * run.segments[last].work
-            last_item = run.segments[last].items
-            if last + 1 == count or budget <= 0:
-                break
-            last += 1
-            last_item = 0
-            fs_counter_set(&run.segments[last].counter, 0)
-        with nogil:
-            if threads == 1:
-                walk(run, segment, last, last_item, 0, 1)
-            else:
-                fs_barrier_init(&run.barrier)
-                with parallel(num_threads=region):
-                    thread = threadid()
-                    if thread < threads:
-                        walk(run, segment, last, last_item, thread, min(fs_team_size(), threads))
-        PyErr_CheckSignals()
-        segment, item = last, last_item
-        if item == run.segments[last].items:
-            segment, item = last + 1, 0
+cdef class Pages:
+    """Keys and values of a batch of sequences in all layers of a stack; see `fastseq.reference.transformer_operations.Pages`.
+
+    Immutable. Another one with some of the rows, or a beginning of them, shares the memory.
+    """
+
+    cdef fs_page_kind kind
+    cdef Py_ssize_t head_dim, rows
+    cdef fs_table *tables
+
+    def __dealloc__(self):
+        cdef Py_ssize_t i
+        if self.tables != NULL:
+            for i in range(self.rows):
+                fs_table_clear(&self.tables[i])
+        free(self.tables)
+
+    @property
+    def lengths(self):
+        """Tokens of each row, (B,)."""
+        return np.array([self.tables[i].length for i in range(self.rows)], np.int64)
+
+    @property
+    def firsts(self):
+        """The first token of each row that is kept, (B,)."""
+        return np.array([fs_table_first(&self.tables[i]) for i in range(self.rows)], np.int64)
+
+    @property
+    def window(self):
+        """How many tokens the next one looks back on, itself among them; 0: all."""
+        return self.kind.window
+
+    @property
+    def form(self):
+        """What is the same for all rows: layers, key-value heads, elements of a head, and the dtype."""
+        dtype = np.dtype(f"f{self.kind.leaves.item_size}")
+        return self.kind.layers, self.kind.kv_heads, self.head_dim, dtype
+
+    def take(self, rows, lengths=None):
+        """Some rows, in any order and as often as they are named; up to `lengths` of their tokens."""
+        cdef Pages result = pages_like(self, len(rows))
+        cdef Py_ssize_t i
+        cdef const fs_table *table
+        for i, row in enumerate(rows):
+            table = &self.tables[<Py_ssize_t> row]
+            share(&result.tables[i], table, table.length if lengths is None else lengths[i])
+        return result
+
+    @staticmethod
+    def join(list many):
+        """The rows of some, one after another."""
+        cdef Pages result = pages_like(many[0], sum([(<Pages> one).rows for one in many])), one
+        cdef Py_ssize_t i = 0, row
+        for one in many:
+            for row in range(one.rows):
+                share(&result.tables[i], &one.tables[row], one.tables[row].length)
+                i += 1
+        return result
+
+    def arrays(self):
+        """First token kept (B,), and keys and values (B, layers, kv_heads, T, D) from it on, zeros past the last."""
+        cdef Py_ssize_t i, layer, head, token, n, before
+        cdef const fs_table *table
+        cdef cnp.ndarray k, v
+        lengths = self.lengths
+        firsts = self.firsts
+        shape = self.rows, self.kind.layers, self.kind.kv_heads, (lengths - firsts).max(initial=0), self.head_dim
+        keys, values = (np.zeros(shape, f"f{self.kind.leaves.item_size}") for _ in range(2))
+        for i in range(self.rows):
+            table = &self.tables[i]
+            for layer in range(self.kind.layers):
+                for head in range(self.kind.kv_heads):
+                    before = layer * fs_page_layer(&self.kind) + head * 2 * FS_PAGE * self.kind.width
+                    for token in range(firsts[i], table.length, FS_PAGE):
+                        n = min(FS_PAGE, table.length - token)
+                        at = slice(token - firsts[i], token - firsts[i] + n)
+                        k, v = keys[i, layer, head, at], values[i, layer, head, at]
+                        self.kind.leaves.page_load(
+                            self.kind.width, table.pages[token // FS_PAGE], before, 0, n, self.head_dim,
+                            cnp.PyArray_DATA(k), cnp.PyArray_DATA(v),
+                        )
+        return firsts, keys, values
+
+    @staticmethod
+    def of(int64_t window, lengths, firsts, cnp.ndarray keys, cnp.ndarray values):
+        """The opposite of `arrays`."""
+        cdef Py_ssize_t layers = keys.shape[1], kv_heads = keys.shape[2], head_dim = keys.shape[4]
+        cdef Pages result = pages_new(keys.itemsize, layers, kv_heads, head_dim, window, len(lengths))
+        cdef Py_ssize_t i, layer, token, width = result.kind.width
+        cdef fs_table *table
+        cdef cnp.ndarray k, v
+        room = keys.shape[0], layers, kv_heads, keys.shape[3], width
+        spread_keys, spread_values = np.zeros(room, keys.dtype), np.zeros(room, keys.dtype)
+        spread_keys[..., :head_dim], spread_values[..., :head_dim] = keys, values
+        for i in range(len(lengths)):
+            table = &result.tables[i]
+            extend(table, &result.kind, lengths[i])
+            fs_table_drop(table, firsts[i] // FS_PAGE)
+            for layer in range(layers):
+                for token in range(firsts[i], lengths[i]):
+                    k = np.ascontiguousarray(spread_keys[i, layer, :, token - firsts[i]])
+                    v = np.ascontiguousarray(spread_values[i, layer, :, token - firsts[i]])
+                    result.kind.leaves.page_store(
+                        kv_heads, width, width, cnp.PyArray_DATA(k), cnp.PyArray_DATA(v),
+                        table.pages[token // FS_PAGE], layer * fs_page_layer(&result.kind), token % FS_PAGE,
+                    )
+        return result
+
+
+cdef Pages pages_new(
+    Py_ssize_t item, Py_ssize_t layers, Py_ssize_t kv_heads, Py_ssize_t head_dim, int64_t window, Py_ssize_t rows,
+):
+    """Rows without tokens."""
+    cdef Pages pages = Pages()
+    cdef Py_ssize_t lanes
+    pages.kind.leaves = leaves_of(item)
+    lanes = pages.kind.leaves.lanes
+    pages.kind.layers = layers
+    pages.kind.kv_heads = kv_heads
+    pages.kind.width = (head_dim + lanes - 1) // lanes * lanes
+    pages.kind.window = window
+    pages.head_dim = head_dim
+    pages.tables = <fs_table *> calloc(max(1, rows), sizeof(fs_table))
+    if pages.tables == NULL:
+        raise MemoryError(f"the tables of {rows} rows")
+    pages.rows = rows
+    return pages
+
+
+cdef Pages pages_like(Pages other, Py_ssize_t rows):
+    return pages_new(
+        other.kind.leaves.item_size, other.kind.layers, other.kind.kv_heads, other.head_dim, other.kind.window, rows,
+    )
+
+
+cdef int share(fs_table *table, const fs_table *other, int64_t length) except -1:
+    if fs_table_share(table, other, length):
+        raise MemoryError("the pages of a row")
     return 0
+
+
+cdef int extend(fs_table *table, const fs_page_kind *kind, int64_t more) except -1:
+    if fs_table_extend(table, kind, more):
+        raise MemoryError(f"keys and values of {more} tokens")
+    return 0
+
+
+def no_pages(list blocks not None, dtype, Py_ssize_t rows):
+    """Where sequences start: see `fastseq.reference.transformer_operations.no_pages`."""
+    cdef Layer *layer = &(<Block> blocks[0]).layer
+    return pages_new(dtype.itemsize, len(blocks), layer.kv_heads, layer.head_dim, layer.window, rows)
+
+
+@cython.internal
+cdef class Room:
+    """What the kernels want to know of pages that a run reads, and writes to."""
+
+    cdef list kept
+    cdef fs_page ***pages
+    cdef const int64_t *lengths
+    cdef Py_ssize_t longest
+
+    def __cinit__(self, Pages pages):
+        cdef Py_ssize_t i
+        cdef cnp.ndarray lengths = pages.lengths
+        self.pages = <fs_page ***> malloc(max(1, pages.rows) * sizeof(fs_page **))
+        if self.pages == NULL:
+            raise MemoryError(f"{pages.rows} rows")
+        for i in range(pages.rows):
+            self.pages[i] = pages.tables[i].pages
+        self.kept = [pages, lengths]
+        self.lengths = <const int64_t *> cnp.PyArray_DATA(lengths)
+        self.longest = lengths.max(initial=0)
+
+    def __dealloc__(self):
+        free(self.pages)
+
+
+def memory_pages(list blocks not None, cnp.ndarray memory not None, cnp.ndarray starts not None, int n_threads):
+    """Keys and values of a memory; see `fastseq.reference.transformer_operations.memory_pages`."""
+    cdef Stack stack = Stack(blocks, None)
+    cdef Layer *layer = stack.layers[0]
+    cdef Pages pages = pages_new(
+        memory.itemsize, stack.n_layers, layer.kv_heads, layer.head_dim, 0, len(starts) - 1,
+    )
+    cdef cnp.ndarray rows = np.ascontiguousarray(memory), whose, positions
+    cdef Py_ssize_t i
+    cdef Room room
+    cdef Task task
+    counts = np.diff(starts)
+    whose = np.repeat(np.arange(pages.rows), counts)
+    positions = np.arange(len(rows)) - np.repeat(starts[:-1], counts)
+    for i in range(pages.rows):
+        extend(&pages.tables[i], &pages.kind, counts[i])
+    if not len(rows):
+        return pages
+    room = Room(pages)
+    stack.start(&task)
+    task.leaves = pages.kind.leaves
+    set_rows(&task, rows, starts, positions, counts.max(initial=0))
+    task.memory = cnp.PyArray_BYTES(rows)
+    task.memory_row = cnp.PyArray_STRIDE(rows, 0)
+    task.kind = &pages.kind
+    task.whose = <const int64_t *> cnp.PyArray_DATA(whose)
+    task.memory_pages = room.pages
+    run(&task, True, n_threads)
+    return pages
+
+
+def run_cached(
+    list blocks not None, cnp.ndarray x not None, cnp.ndarray starts not None, Pages pages not None,
+    Pages memory, final_norm, int n_threads,
+):
+    """Go on from what was kept; see `fastseq.reference.transformer_operations.run_cached`."""
+    cdef Stack stack = Stack(blocks, final_norm)
+    cdef Pages after = pages.take(range(pages.rows))
+    cdef cnp.ndarray y = np.array(x, order="C"), whose, positions
+    cdef Py_ssize_t i
+    cdef Room room, memory_room
+    cdef Task task
+    counts = np.diff(starts)
+    whose = np.repeat(np.arange(pages.rows), counts)
+    positions = np.arange(len(y)) + np.repeat(pages.lengths - starts[:-1], counts)
+    if not len(y):
+        return y, after
+    for i in range(pages.rows):
+        extend(&after.tables[i], &after.kind, counts[i])
+    room = Room(after)
+    stack.start(&task)
+    task.leaves = after.kind.leaves
+    set_rows(&task, y, starts, positions, counts.max(initial=0))
+    task.causal = True
+    task.kind = &after.kind
+    task.whose = <const int64_t *> cnp.PyArray_DATA(whose)
+    task.pages = room.pages
+    task.lengths = room.lengths
+    task.longest_kept = room.longest
+    if memory is not None:
+        memory_room = Room(memory)
+        task.memory_pages = memory_room.pages
+        task.memory_lengths = memory_room.lengths
+        task.longest_memory = memory_room.longest
+    run(&task, False, n_threads)
+    for i in range(after.rows):
+        fs_table_roll(&after.tables[i], &after.kind)
+    return y, after
+
+
+# What a decoder is, below the GIL.
+cdef struct Decoding:
+    Task task                  # over a token of each row
+    Plan plan                  # for so many rows
+    int n_threads
+    fs_page_kind kind
+    Py_ssize_t rows
+    fs_table *tables
+    fs_table *memory_tables    # NULL: no memory
+    int64_t most               # tokens of a row
+    const char *embedding      # [ids][width]
+    const char *positions      # [most][width], or NULL
+    # [rows], but for starts
+    char *room
+    int64_t *starts
+    int64_t *places
+    int64_t *whose
+    int64_t *lengths
+    int64_t *memory_lengths
+    fs_page ***pages
+    fs_page ***memory_pages
+
+
+cdef int make_room(Decoding *d) noexcept nogil:
+    """Memory and plan for the rows there are now; -1 without memory."""
+    cdef Py_ssize_t n = d.rows + 1, i, width = d.task.width * d.kind.leaves.item_size
+    plan_free(&d.plan)
+    free(d.room)
+    d.room = <char *> malloc(n * (5 * sizeof(int64_t) + 2 * sizeof(fs_page **) + width) + 64)
+    if d.room == NULL:
+        return -1
+    d.starts = <int64_t *> d.room
+    d.places, d.whose, d.lengths, d.memory_lengths = d.starts + n, d.starts + 2 * n, d.starts + 3 * n, d.starts + 4 * n
+    d.pages = <fs_page ***> (d.starts + 5 * n)
+    d.memory_pages = d.pages + n
+    d.task.stream = <char *> (d.memory_pages + n)
+    d.task.stream += -<Py_ssize_t> d.task.stream & 63
+    d.task.batch = d.task.rows = d.rows
+    d.task.longest = 1
+    d.task.longest_kept = d.task.longest_memory = 0
+    for i in range(n):
+        d.starts[i] = d.whose[i] = i
+    for i in range(d.rows):
+        d.task.longest_kept = max(d.task.longest_kept, d.tables[i].length + 1)
+        if d.memory_tables != NULL:
+            d.memory_lengths[i] = d.memory_tables[i].length
+            d.memory_pages[i] = d.memory_tables[i].pages
+            d.task.longest_memory = max(d.task.longest_memory, d.memory_lengths[i])
+    d.task.starts, d.task.positions, d.task.whose, d.task.lengths = d.starts, d.places, d.whose, d.lengths
+    d.task.pages = d.pages
+    if d.memory_tables != NULL:
+        d.task.memory_pages, d.task.memory_lengths = d.memory_pages, d.memory_lengths
+    return plan_make(&d.plan, &d.task, False, d.n_threads)
+
+
+cdef void clear_tables(fs_table *tables, Py_ssize_t rows) noexcept nogil:
+    cdef Py_ssize_t i
+    if tables != NULL:
+        for i in range(rows):
+            fs_table_clear(&tables[i])
+    free(tables)
+
+
+cdef fs_table *tables_of(const fs_table *tables, Py_ssize_t rows, const int64_t *parents) noexcept nogil:
+    """Tables that share with those of the parents; NULL without memory."""
+    cdef fs_table *result = <fs_table *> calloc(rows, sizeof(fs_table))
+    cdef const fs_table *parent
+    cdef Py_ssize_t i
+    if result == NULL:
+        return NULL
+    for i in range(rows):
+        parent = &tables[parents[i]]
+        if fs_table_share(&result[i], parent, parent.length):
+            clear_tables(result, rows)
+            return NULL
+    return result
+
+
+cdef void enter(Decoding *d, Py_ssize_t row, int64_t symbol) noexcept nogil:
+    """The vector of a symbol at its place, as the row of the stream."""
+    cdef Py_ssize_t width = d.task.width, i
+    cdef Py_ssize_t n_bytes = width * d.kind.leaves.item_size
+    cdef char *x = d.task.stream + row * n_bytes
+    cdef const char *position
+    memcpy(x, d.embedding + symbol * n_bytes, n_bytes)
+    if d.positions == NULL:
+        return
+    position = d.positions + d.tables[row].length * n_bytes
+    if d.kind.leaves.item_size == 4:
+        for i in range(width):
+            (<float *> x)[i] += (<const float *> position)[i]
+    else:
+        for i in range(width):
+            (<double *> x)[i] += (<const double *> position)[i]
+
+
+cdef int decoder_step(void *self, ptrdiff_t rows, const int64_t *symbols, void *logits) noexcept nogil:
+    cdef Decoding *d = <Decoding *> self
+    cdef Py_ssize_t i
+    if d.plan.room == NULL and make_room(d):
+        return FS_NO_MEMORY
+    for i in range(rows):
+        if d.tables[i].length >= d.most:
+            return FS_FULL
+    for i in range(rows):
+        enter(d, i, symbols[i])
+        d.places[i] = d.tables[i].length
+        if fs_table_extend(&d.tables[i], &d.kind, 1):
+            return FS_NO_MEMORY
+        d.lengths[i] = d.tables[i].length
+        d.pages[i] = d.tables[i].pages
+    d.plan.steps[d.plan.n_steps - 1].y.data = <char *> logits
+    for i in range(d.plan.n_segments):
+        fs_counter_set(&d.plan.segments[i].counter, 0)
+    i = d.plan.n_segments - 1
+    walk_together(&d.plan, 0, i, d.plan.segments[i].items)
+    for i in range(rows):
+        fs_table_roll(&d.tables[i], &d.kind)
+    return FS_DONE
+
+
+cdef int decoder_choose(void *self, ptrdiff_t rows, const int64_t *parents) noexcept nogil:
+    cdef Decoding *d = <Decoding *> self
+    cdef fs_table *tables = tables_of(d.tables, rows, parents)
+    cdef fs_table *memory = NULL
+    cdef Py_ssize_t i
+    if tables == NULL:
+        return FS_NO_MEMORY
+    if d.memory_tables != NULL:
+        memory = tables_of(d.memory_tables, rows, parents)
+        if memory == NULL:
+            clear_tables(tables, rows)
+            return FS_NO_MEMORY
+        clear_tables(d.memory_tables, d.rows)
+        d.memory_tables = memory
+    clear_tables(d.tables, d.rows)
+    d.tables = tables
+    if rows != d.rows:
+        plan_free(&d.plan)
+    d.rows = rows
+    if d.memory_tables != NULL and d.plan.room != NULL:
+        for i in range(rows):
+            d.memory_lengths[i] = d.memory_tables[i].length
+            d.memory_pages[i] = d.memory_tables[i].pages
+    return FS_DONE
+
+
+cdef class Decoder:
+    """Rows of symbols that go on from pages, for the loop of `fastseq._decode`.
+
+    Parameters
+    ----------
+    blocks, final_norm
+        As of `run_cached`; rotary tables hold `most` positions.
+    embedding : array of shape (ids, width)
+    positions : array of shape (P, width), P at least `most`, or None
+        Added to the vectors of symbols.
+    output : Packed
+        What makes logits of the last outputs.
+    pages : Pages
+        Where the rows are.
+    memory : Pages or None
+        What they attend to besides.
+    most : int
+        Tokens of a row. There `renew` has to be called.
+    prefill : callable
+        prefill(list of arrays of symbols) gives the pages of whole sequences.
+    """
+
+    cdef Decoding d
+    cdef fs_decoder decoder
+    cdef list kept
+    cdef object prefill
+
+    def __cinit__(
+        self, list blocks not None, final_norm, cnp.ndarray embedding not None, cnp.ndarray positions, output,
+        Pages pages not None, Pages memory, int64_t most, prefill, int n_threads,
+    ):
+        cdef Stack stack = Stack(blocks, final_norm)
+        cdef Decoding *d = &self.d
+        cdef Py_ssize_t i
+        self.kept = [stack, embedding, positions, output]
+        self.prefill = prefill
+        stack.start(&d.task)
+        d.kind = pages.kind
+        d.task.leaves = pages.kind.leaves
+        d.task.kind = &d.kind
+        d.task.width = embedding.shape[1]
+        d.task.causal = True
+        d.task.output = weights_of(output)
+        d.n_threads = n_threads
+        d.most = most
+        d.embedding = cnp.PyArray_BYTES(embedding)
+        d.positions = NULL if positions is None else cnp.PyArray_BYTES(positions)
+        d.rows = pages.rows
+        self.tables_from(pages)
+        if memory is not None:
+            rows = np.arange(pages.rows)
+            d.memory_tables = tables_of(memory.tables, pages.rows, <const int64_t *> cnp.PyArray_DATA(rows))
+            if d.memory_tables == NULL:
+                raise MemoryError("the pages of a memory")
+        self.decoder.self = d
+        self.decoder.vocab = d.task.output.units
+        self.decoder.item_size = d.kind.leaves.item_size
+        self.decoder.step = decoder_step
+        self.decoder.choose = decoder_choose
+
+    def __dealloc__(self):
+        plan_free(&self.d.plan)
+        free(self.d.room)
+        clear_tables(self.d.tables, self.d.rows)
+        clear_tables(self.d.memory_tables, self.d.rows)
+
+    cdef int tables_from(self, Pages pages) except -1:
+        cdef cnp.ndarray rows = np.arange(pages.rows)
+        cdef fs_table *tables = tables_of(pages.tables, pages.rows, <const int64_t *> cnp.PyArray_DATA(rows))
+        if tables == NULL:
+            raise MemoryError("the pages of some rows")
+        clear_tables(self.d.tables, self.d.rows)
+        self.d.tables = tables
+        return 0
+
+    def capsule(self):
+        """The struct of decoder.h, good as long as this is."""
+        return PyCapsule_New(&self.decoder, "fastseq.decoder", NULL)
+
+    def renew(self, list symbols not None):
+        """Begin the rows anew that hold as many tokens as they may.
+
+        Parameters
+        ----------
+        symbols : list of arrays
+            All symbols of all rows.
+        """
+        cdef Pages fresh, pages
+        cdef fs_table table
+        cdef Py_ssize_t i
+        full = [i for i in range(self.d.rows) if self.d.tables[i].length >= self.d.most]
+        fresh = self.prefill([symbols[i] for i in full])
+        for i, row in enumerate(full):
+            memset(&table, 0, sizeof(table))
+            share(&table, &fresh.tables[i], fresh.tables[i].length)
+            fs_table_clear(&self.d.tables[<Py_ssize_t> row])
+            self.d.tables[<Py_ssize_t> row] = table

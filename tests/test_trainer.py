@@ -201,6 +201,20 @@ def test_a_model_without_evaluation_is_validated_with_one_seed() -> None:
     assert model.seeds[1 : 1 + chunks] == model.seeds[2 + chunks :] == [0] * chunks
 
 
+def test_options_reach_training_and_no_validation() -> None:
+    class Told(Tiny):
+        evaluation_forward = property()
+
+        def training_forward(self, batch: Any, state: Any = None, seed: Any = None, *, share: float = 0.0) -> Any:
+            self.seeds.append((share, seed == 0))
+            return super()._forward(batch, state, np.ones(batch.inputs.shape, bool))
+
+    model = Told()
+    train(model, steps=2, validate_every=1, options={"share": 0.5})
+    chunks = len(streams(9))
+    assert model.seeds == ([(0.5, False)] + [(0.0, True)] * chunks) * 2
+
+
 def test_rows_that_are_fresh_start_from_zero() -> None:
     class Watching(Tiny):
         def training_forward(self, batch: Any, state: Any = None, seed: Any = None) -> Any:
@@ -777,7 +791,7 @@ def test_checkpoints_of_something_else(tmp_path: Path) -> None:
         ({"data": 3}, TypeError, "data"),
         ({"data": []}, ValueError, "data"),
         ({"data": [np.zeros(3)]}, TypeError, r"data\[0\]"),
-        ({"data": [(1, 2, 3, 4, 5)]}, TypeError, r"data\[0\]"),
+        ({"data": [(1, 2, 3, 4, 5, 6)]}, TypeError, r"data\[0\]"),
         ({"loss": squared_error}, ValueError, "loss"),
         ({"optimiser": "adam"}, TypeError, "optimiser"),
         ({"optimiser": AdamW(Tiny())}, ValueError, "optimiser"),
@@ -792,6 +806,9 @@ def test_checkpoints_of_something_else(tmp_path: Path) -> None:
         ({"clip_norm": "1"}, TypeError, "clip_norm"),
         ({"truncate": 0}, ValueError, "truncate"),
         ({"truncate": 2}, ValueError, "truncate"),
+        ({"options": 3}, TypeError, "options"),
+        ({"options": {"rate": 1}}, ValueError, "options should have names .* not 'rate'"),
+        ({"options": {"seed": 1}}, ValueError, "options should have names .* not 'seed'"),
         ({"callbacks": print}, TypeError, "callbacks"),
         ({"callbacks": [3]}, TypeError, "callbacks"),
         ({"progress": 1}, TypeError, "progress"),

@@ -40,7 +40,7 @@ _LAYERS = (
     "Transformer",
     "Sequential",
 )
-_STATES = ("State", "LSTMState")
+_STATES = ("State", "LSTMState", "AttentionState")
 _MODELS = (
     "MarkovChain",
     "AutoRegressive",
@@ -48,6 +48,7 @@ _MODELS = (
     "RecurrentForecaster",
     "TransformerLM",
     "TransformerEncoderModel",
+    "TransformerSeq2Seq",
 )
 _CLASSES = _LAYERS + _STATES + _MODELS
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}

@@ -155,6 +155,10 @@ class SinusoidalPositions(Positions):
         y: Array = x + table[rows]
         return y
 
+    def _table(self, count: int) -> Array:
+        """What is added at the positions 0..count - 1, and at some more."""
+        return self._waves.up_to(count)[0]
+
     def forward(self, x: Any, *, positions: Any = None, seed: int | None = None) -> tuple[Array, Tape]:
         """Call, and keep what `backward` needs.
 
@@ -253,6 +257,10 @@ class LearnedPositions(Positions):
             Naming the argument, what it was and what it should be.
         """
         return self._added(x, positions)[0]
+
+    def _table(self, count: int) -> Array:
+        """What is added at all positions; `count` of them are there."""
+        return self._arrays["weight"]
 
     def _added(self, x: Any, positions: Any) -> tuple[Array, Array]:
         x, places = self._given(x, positions)

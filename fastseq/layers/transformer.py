@@ -21,6 +21,7 @@ from fastseq.layers.dropout import Dropout
 from fastseq.layers.linear import Linear
 from fastseq.layers.norm import LayerNorm, RMSNorm
 from fastseq.layers.rows import Rows, cut, padded, rows_of
+from fastseq.state import AttentionState, attention_state, pages_for
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh")
 NORMS = ("layer", "rms")
@@ -153,6 +154,8 @@ class Stack(Composite):
 class Runs(Stack):
     """What encoders and decoders, and the layers of both, share: how they run over tokens."""
 
+    _attends_memory: ClassVar[bool]
+
     def _blocks(self) -> tuple[Block, ...]:
         """The layers one after another."""
         raise NotImplementedError
@@ -169,13 +172,70 @@ class Runs(Stack):
         """The gradients of tokens and, in a decoder, memory; as rows."""
         raise NotImplementedError
 
+    def _packed_blocks(self, longest: int) -> list[Any]:
+        """The layers as the operations want them, for sequences up to a length."""
+        return [block._packed_for(longest) for block in self._blocks()]
+
+    def _final_norm(self) -> tuple[str, float, Array, Array | None] | None:
+        """The last norm as the operations want it."""
+        norm = self._last_norm()
+        return (
+            None if norm is None else (self.norm, self.layer_norm_eps, norm._arrays["weight"], norm._arrays.get("bias"))
+        )
+
+    def _started(self, batch: int, memory: Any = None, tokens: Array | None = None) -> AttentionState:
+        """The state of rows without tokens."""
+        return attention_state(self._operations.no_pages(self._packed_blocks(1), self.dtype, batch), memory, tokens)
+
+    def _kept_by(self, state: Any, batch: int, tokens: bool = False) -> AttentionState:
+        """A state that is of this layer, in the form of its operations; else an error."""
+        if not isinstance(state, AttentionState):
+            raise TypeError(f"state should be an AttentionState, not {checks.describe(state)}")
+        form = len(self._blocks()), self.num_kv_heads, self.d_model // self.nhead, self.dtype
+        own, memory = state._own, state._memory
+        if (
+            own.form != form
+            or own.window != (self.window or 0)
+            or (memory is not None) != self._attends_memory
+            or (state._tokens is not None) != tokens
+        ):
+            raise ValueError(f"state should be of this {type(self).__name__}, not of another layer or model: {state!r}")
+        if state.batch_size != batch:
+            raise ValueError(f"state should have a batch of {batch}, not {state.batch_size}")
+        own = pages_for(self._operations, own)
+        return attention_state(own, None if memory is None else pages_for(self._operations, memory), state._tokens)
+
+    def _go_on(
+        self, x: Array, starts: Array, state: AttentionState, tokens: Array | None
+    ) -> tuple[Array, AttentionState]:
+        """Outputs of more tokens of each row, (N, d_model), and the state with them; `tokens` are all its ids."""
+        own = state._own
+        longest = int((own.lengths + np.diff(starts)).max(initial=1))
+        y, pages = self._operations.run_cached(
+            self._packed_blocks(longest),
+            x,
+            starts,
+            own,
+            state._memory,
+            self._final_norm(),
+            threads.get_num_threads(),
+        )
+        return y, attention_state(pages, state._memory, tokens)
+
+    def _stepped(self, x_t: Any, state: Any) -> tuple[Array, AttentionState]:
+        """What `step` returns, given a state."""
+        x = checks.real_array("x_t", x_t, self.dtype)
+        if x.ndim != 2 or x.shape[1] != self.d_model:
+            raise ValueError(f"x_t should be of shape (B, {self.d_model}), not {x.shape}")
+        state = self._started(len(x)) if state is None else self._kept_by(state, len(x))
+        return self._go_on(np.ascontiguousarray(x), np.arange(len(x) + 1), state, None)
+
     def _run(self, x: Array, context: Context, want_weights: bool) -> tuple[Array, list[Any] | None]:
         """A call over rows: the outputs as rows, and of every layer the weights (B, heads, Tq, Tk), or a pair."""
-        rows, norm = context.frame.queries, self._last_norm()
+        rows = context.frame.queries
         keys = None if context.memory_frame is None else context.memory_frame.keys
-        arrays = {} if norm is None else norm._arrays
         y, maps = self._operations.run_blocks(
-            [block._packed_for(rows.longest) for block in self._blocks()],
+            self._packed_blocks(rows.longest),
             x,
             rows.starts,
             None if self.rotary is None else rows.steps(),
@@ -184,7 +244,7 @@ class Runs(Stack):
             context.memory,
             None if keys is None else keys.starts,
             None if keys is None else cut(context.memory_mask, rows, keys),
-            None if norm is None else (self.norm, self.layer_norm_eps, arrays["weight"], arrays.get("bias")),
+            self._final_norm(),
             want_weights,
             threads.get_num_threads(),
         )
@@ -219,6 +279,41 @@ class Runs(Stack):
 
 class Encodes(Runs):
     """The verbs of an encoder and of its layers."""
+
+    _attends_memory: ClassVar[bool] = False
+
+    def initial_state(self, batch_size: int) -> AttentionState:
+        """The state before the first token.
+
+        Parameters
+        ----------
+        batch_size : int
+            Rows of the batch, 0 or more.
+        """
+        return self._started(checks.size("batch_size", batch_size))
+
+    def step(self, x_t: Any, state: Any = None) -> tuple[Array, AttentionState]:
+        """One token more of each row; the bits are those of a causal call over all tokens.
+
+        Parameters
+        ----------
+        x_t : array of shape (B, d_model)
+            Real floating numbers.
+        state : AttentionState, optional
+            Where each row stands, which may be at different lengths; before the first token by default.
+
+        Returns
+        -------
+        y_t : ndarray of shape (B, d_model)
+        state : AttentionState
+            For the next step. The one that was given still is what it was.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be.
+        """
+        return self._stepped(x_t, state)
 
     def _opened(self, x: Any, mask: Any, causal: Any, lengths: Any) -> tuple[Tokens, Context]:
         tokens = self._tokens("x", x, "lengths", lengths)
@@ -301,6 +396,54 @@ class Encodes(Runs):
 
 class Decodes(Runs):
     """The verbs of a decoder and of its layers."""
+
+    _attends_memory: ClassVar[bool] = True
+
+    def initial_state(self, memory: Any, *, memory_lengths: Any = None) -> AttentionState:
+        """The state before the first token: the keys and values of a memory.
+
+        Parameters
+        ----------
+        memory : array of shape (B, Tm, d_model)
+            What the tokens attend to besides each other.
+        memory_lengths : array of shape (B,), optional
+            The real tokens of each row of memory.
+        """
+        if np.ndim(memory) != 3:
+            raise ValueError(f"memory should be of shape (B, Tm, {self.d_model}), not {np.shape(memory)}")
+        return self._remembering(self._tokens("memory", memory, "memory_lengths", memory_lengths, "Tm"))
+
+    def _remembering(self, memory: Tokens) -> AttentionState:
+        """The state before the first token, given a memory as rows."""
+        pages = self._operations.memory_pages(
+            self._packed_blocks(1), memory.x, memory.rows.starts, threads.get_num_threads()
+        )
+        return self._started(memory.rows.batch, pages)
+
+    def step(self, x_t: Any, state: Any) -> tuple[Array, AttentionState]:
+        """One token more of each row; the bits are those of a causal call over all tokens.
+
+        Parameters
+        ----------
+        x_t : array of shape (B, d_model)
+            Real floating numbers.
+        state : AttentionState
+            Where each row stands, which may be at different lengths: what `initial_state` or an earlier step gave.
+
+        Returns
+        -------
+        y_t : ndarray of shape (B, d_model)
+        state : AttentionState
+            For the next step. The one that was given still is what it was.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be.
+        """
+        if state is None:
+            raise TypeError("state should be what initial_state or a step gave, not None")
+        return self._stepped(x_t, state)
 
     def _opened(
         self, x: Any, memory: Any, mask: Any, causal: Any, lengths: Any, memory_mask: Any, memory_lengths: Any
@@ -1209,6 +1352,25 @@ class Transformer(Stack):
         dtgt, dmemory = self.decoder._backward_rows(gradient, decoded, targets["decoder"])
         dsrc, _ = self.encoder._backward_rows(dmemory, encoded, targets["encoder"])
         return _single(source.scatter(dsrc), alone), _single(target.scatter(dtgt), alone)
+
+    def initial_state(self, src: Any, *, src_mask: Any = None, src_lengths: Any = None) -> AttentionState:
+        """The state before the first token of the target: the sources encoded.
+
+        Parameters
+        ----------
+        src : array of shape (B, S, d_model)
+            Real floating numbers.
+        src_mask, src_lengths
+            As for a call.
+        """
+        memory = self.encoder(src, mask=src_mask, lengths=src_lengths)
+        state: AttentionState = self.decoder.initial_state(memory, memory_lengths=src_lengths)
+        return state
+
+    def step(self, tgt_t: Any, state: Any) -> tuple[Array, AttentionState]:
+        """One token more of each target, (B, d_model): outputs of that shape, and the state for the next step."""
+        stepped: tuple[Array, AttentionState] = self.decoder.step(tgt_t, state)
+        return stepped
 
 
 def same_batch(name: str, value: Any, as_name: str, one: Tokens, other: Tokens) -> None:

@@ -6,6 +6,7 @@
 from fastseq.models.autoregressive import AutoRegressive
 from fastseq.models.markov import MarkovChain
 from fastseq.models.recurrent import RecurrentForecaster, RecurrentLM
+from fastseq.models.seq2seq import TransformerSeq2Seq
 from fastseq.models.transformer import TransformerEncoderModel, TransformerLM, bert_state_dict
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "RecurrentLM",
     "TransformerEncoderModel",
     "TransformerLM",
+    "TransformerSeq2Seq",
     "bert_state_dict",
 ]

@@ -1,18 +1,18 @@
-"""What the models share: files, sequences of symbols as they may be given, what is measured on them, sampling."""
+"""What the models share: files, sequences of symbols as they may be given, what is measured on them, and the verbs."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import checks, io
+from fastseq import _decode, checks, io
 from fastseq.checks import Array
 from fastseq.layers.base import Composite
+from fastseq.models import decoding
 
 
 class Model(Composite):
@@ -95,6 +95,10 @@ class Symbols(NamedTuple):
         result: Array = np.arange(len(self.ids)) - starts
         return result
 
+    def split(self) -> list[Array]:
+        """The sequences one by one."""
+        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+
     def padded(self) -> Array:
         """The sequences as rows (S, T), zeros past their ends."""
         longest = int(self.lengths.max(initial=0))
@@ -108,7 +112,7 @@ def is_list_of_rows(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(isinstance(row, list | tuple | np.ndarray) for row in value)
 
 
-def symbols(name: str, value: Any, lengths: Any, vocab_size: int) -> Symbols:
+def symbols(name: str, value: Any, lengths: Any, vocab_size: int, lengths_name: str = "lengths") -> Symbols:
     """Sequences of ids in any form they may be given in.
 
     A list of sequences; an array (T,), which is one; or (B, T), with `lengths` where the rows are padded.
@@ -129,13 +133,15 @@ def symbols(name: str, value: Any, lengths: Any, vocab_size: int) -> Symbols:
     if lengths is None:
         checked = checks.ids(name, value, vocab_size)
         return Symbols(checked.reshape(-1), np.full(batch, time, np.int64))
-    counts = checks.lengths(lengths, batch, time)
+    counts = checks.lengths(lengths, batch, time, lengths_name)
     real = np.arange(time) < counts[:, None]
     return Symbols(checks.ids(name, array, vocab_size, real)[real], counts)
 
 
 class SymbolModel(Model):
-    """A model of sequences of symbols 0..V-1: the chain rule, what follows from it, and sampling."""
+    """A model of sequences of symbols 0..V-1: the chain rule, and what follows from it."""
+
+    _decoding: ClassVar[Any] = _decode
 
     vocab_size: int
 
@@ -143,12 +149,16 @@ class SymbolModel(Model):
         """log P(x_s | x_<s) of every symbol, (N,), in float64."""
         raise NotImplementedError
 
-    def _begin(self, prompt: Symbols) -> tuple[Array, Any]:
-        """The logits (B, V) of the symbol after each prompt, and what `_go_on` needs."""
-        raise NotImplementedError
+    def _decoder(self, prompts: list[Array], copies: int) -> tuple[Array, decoding.Decoder]:
+        """The logits (B, V) of what follows each prompt, and a decoder whose rows stand there.
 
-    def _go_on(self, chosen: Array, carried: Any) -> tuple[Array, Any]:
-        """The same after one more symbol of each row, (B,)."""
+        Parameters
+        ----------
+        prompts : list of int64 arrays
+            At least one; each may be empty.
+        copies : int
+            To how many rows each may be forked.
+        """
         raise NotImplementedError
 
     def log_prob(self, sequences: Any, lengths: Any = None) -> Array:
@@ -184,94 +194,144 @@ class SymbolModel(Model):
             return float(np.exp2(self.bits_per_symbol(sequences, lengths)))
 
     def generate(
-        self, prompt: Any, max_new: int, *, lengths: Any = None, temperature: float = 1.0, seed: int | None = None
-    ) -> Array:
-        """Draw one symbol after another from the distribution the model predicts.
+        self,
+        prompt: Any,
+        max_new: int,
+        *,
+        lengths: Any = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        num_results: int = 1,
+        stop: Any = None,
+        seed: Any = None,
+        return_log_probs: bool = False,
+    ) -> Any:
+        """Choose one symbol after another: drawn, the likeliest, or by beam search.
 
         Parameters
         ----------
         prompt : list of sequences of ids, or array of shape (B, T), or (T,) for one
             What to go on from; an empty prompt goes on from the begin symbol.
         max_new : int
-            How many symbols.
+            How many symbols; at most, with `stop`.
         lengths : array of shape (B,), optional
             The real symbols of each row of the prompt.
         temperature : float, 0 or more
-            Logits are divided by it; at 0 the likeliest symbol is taken.
-        seed : int, optional
-            Fixes what is drawn. A row's result depends on its prompt and the seed, not on the rows beside it; of
-            rows with the same prompt, each draws numbers of its own.
+            Logits are divided by it; at 0 the likeliest symbol is taken, of equals that of the lowest id.
+        top_k : int, optional
+            Draw from the k likeliest only [1]_; of equals, the lower id is likelier.
+        top_p : float in [0, 1], optional
+            Draw from the smallest set of the likeliest whose probability, after `top_k`, reaches p [2]_; that is one
+            symbol at least.
+        repetition_penalty : float, more than 0
+            The logit of every symbol of the prompt and of what was chosen is divided by it if it is above 0, else
+            multiplied by it [3]_; before all else, and once for a symbol that stands there often.
+        num_beams : int
+            Above 1, so many hypotheses of each row are followed side by side, the likeliest; needs `temperature` 0 or
+            1, and no `top_k` or `top_p`. The repetition penalty changes what is likely.
+        length_penalty : float, 0 or more
+            Hypotheses of beam search are ranked by log P / n ** length_penalty, n their symbols [4]_.
+        num_results : int
+            Above 1, so many results of each row: the best hypotheses, or draws as if the prompt stood there that often.
+        stop : int, list of ints, or list of sequences of ints, optional
+            Symbols, or sequences of them, that end a row. The last is part of the result. A sequence counts only where
+            all of it was chosen, not where it began in the prompt.
+        seed : int, or array of shape (B,) of ints, optional
+            Fixes what is drawn. A row's result depends on its prompt and its seed, not on the rows beside it; of rows
+            with the same prompt and one seed, each draws numbers of its own.
+        return_log_probs : bool
+            Whether to return the log-probabilities of what was chosen, too.
 
         Returns
         -------
-        ndarray of shape (B, max_new), or (max_new,) for a prompt (T,)
-            Ids, int64.
+        ids : ndarray of shape (B, max_new), or (max_new,) for a prompt (T,)
+            int64. With `stop` a list of B arrays of their own lengths, or one array. With `num_results` above 1 a list
+            of results for each row, or one list, best first; fewer, if there are not so many.
+        log_probs : of the same form, with `return_log_probs`
+            float64: log P(x_t | x_<t) of the model itself, whatever was done to the logits.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be; of a prompt and a step at which logits are NaN, or
+            nothing is left to choose from.
+
+        References
+        ----------
+        .. [1] A. Fan, M. Lewis and Y. Dauphin, "Hierarchical neural story generation", ACL 2018.
+        .. [2] A. Holtzman, J. Buys, L. Du, M. Forbes and Y. Choi, "The curious case of neural text degeneration", ICLR
+           2020.
+        .. [3] N. S. Keskar, B. McCann, L. R. Varshney, C. Xiong and R. Socher, "CTRL: a conditional transformer
+           language model for controllable generation", 2019.
+        .. [4] Y. Wu et al., "Google's neural machine translation system", 2016; without its offset and its coverage.
         """
-        given = symbols("prompt", prompt, lengths, self.vocab_size)
-        max_new = checks.size("max_new", max_new)
-        temperature = checks.number("temperature", temperature, least=0)
-        result = np.empty((len(given.lengths), max_new), np.int64)
-        if result.size:
-            numbers = Uniforms(seed, _streams(given))
-            logits, carried = self._begin(given)
-            for i in range(max_new):
-                if i:
-                    logits, carried = self._go_on(result[:, i - 1], carried)
-                result[:, i] = sample(logits, temperature, numbers.draw(i))
-        return result if is_list_of_rows(prompt) or np.ndim(prompt) == 2 else result[0]
+        prompts, alone = self._prompts(prompt, lengths)
+        return decoding.generated(
+            self,
+            prompts,
+            alone,
+            max_new,
+            end=None,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            num_results=num_results,
+            stop=stop,
+            seed=seed,
+            return_log_probs=return_log_probs,
+        )
 
+    def stream(
+        self,
+        prompt: Any,
+        max_new: int,
+        *,
+        lengths: Any = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: Any = None,
+        seed: Any = None,
+    ) -> Iterator[Any]:
+        """The symbols of `generate`, one after another, each as soon as it is chosen and none before it is asked for.
 
-def _streams(given: Symbols) -> Array:
-    """A number for each row that its symbols and how many earlier rows are equal determine."""
-    seen: dict[bytes, int] = {}
-    result = np.empty(len(given.lengths), np.uint64)
-    for i, row in enumerate(np.split(given.ids, np.cumsum(given.lengths)[:-1])):
-        key = row.astype("<i8").tobytes()
-        seen[key] = seen.get(key, 0) + 1
-        digest = hashlib.blake2b(key + seen[key].to_bytes(8, "little"), digest_size=8).digest()
-        result[i] = int.from_bytes(digest, "little")
-    return result
+        Parameters
+        ----------
+        prompt, max_new, lengths, temperature, top_k, top_p, repetition_penalty, stop, seed
+            As of `generate`; looked at by the call, not when the first symbol is asked for.
 
+        Returns
+        -------
+        iterator of int, for a prompt (T,); else of ndarrays of shape (B,)
+            int64; -1 where a row had ended before.
+        """
+        prompts, alone = self._prompts(prompt, lengths)
+        return decoding.streamed(
+            self,
+            prompts,
+            alone,
+            max_new,
+            end=None,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            seed=seed,
+        )
 
-class Uniforms:
-    """Random numbers in [0, 1), each a function of the seed, the stream of its row and the step alone [1]_.
-
-    References
-    ----------
-    .. [1] G. L. Steele, D. Lea and C. H. Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
-    """
-
-    def __init__(self, seed: int | None, streams: Array) -> None:
-        seed = checks.seed("seed", seed)
-        key = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-        self._streams = _mixed(key + _mixed(streams))
-
-    def draw(self, step: int) -> Array:
-        """The numbers of one step, one a row."""
-        # 52 bits, so that the largest number times any total is less than the total.
-        numbers: Array = (_mixed(self._streams + _mixed(np.array([step], np.uint64))) >> np.uint64(12)) * 2.0**-52
-        return numbers
-
-
-def _mixed(x: Array) -> Array:
-    """The output function of SplitMix64, after one step of its counter."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    result: Array = x ^ (x >> np.uint64(31))
-    return result
-
-
-def sample(logits: Array, temperature: float, uniform: Array) -> Array:
-    """One symbol a row of `logits` (B, V): where the cumulative distribution passes `uniform` (B,)."""
-    if temperature == 0:
-        return np.asarray(logits.argmax(axis=1))
-    scores = logits.astype(np.float64)
-    scores -= scores.max(axis=1, keepdims=True)
-    with np.errstate(over="ignore"):  # a temperature near 0 sends what is less likely to -inf, as it should
-        cumulative = np.exp(scores / temperature).cumsum(axis=1)
-    result: Array = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(axis=1)
-    return result
+    def _prompts(self, prompt: Any, lengths: Any) -> tuple[list[Array], bool]:
+        """The prompts one by one, and whether it was one without a batch."""
+        rows = symbols("prompt", prompt, lengths, self.vocab_size).split()
+        return rows, not is_list_of_rows(prompt) and np.ndim(prompt) == 1
 
 
 def real_steps(lengths: Array, time: int) -> Array:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import checks
+from fastseq import _markov, checks
 from fastseq.checks import Array
 from fastseq.models.base import SymbolModel, Symbols, sums, symbols
+from fastseq.models.decoding import Decoder
 
 _SMOOTHINGS = ("witten_bell", "kneser_ney")
 _CRITERIA = ("bic", "aic", "held_out")
@@ -63,6 +64,7 @@ class MarkovChain(SymbolModel):
        Speech & Language 13, 1999: interpolated modified Kneser-Ney, discounts by their closed form.
     """
 
+    _operations: ClassVar[Any] = _markov
     _measured = ("grams", "counts")
 
     vocab_size: int
@@ -191,21 +193,14 @@ class MarkovChain(SymbolModel):
         with np.errstate(divide="ignore"):
             return np.log(self._probabilities(_columns(given, self.order, self.vocab_size)))
 
-    def _begin(self, prompt: Symbols) -> tuple[Array, Array]:
-        recent = np.full((self.order, len(prompt.lengths)), self.vocab_size)
-        ends = np.cumsum(prompt.lengths)
-        for back in range(min(self.order, int(prompt.lengths.max(initial=0)))):
-            rows = np.flatnonzero(prompt.lengths > back)
-            recent[back, rows] = prompt.ids[ends[rows] - 1 - back]
-        return self._after(recent), recent
-
-    def _go_on(self, chosen: Array, carried: Array) -> tuple[Array, Array]:
-        recent = np.concatenate([chosen[None], carried])[: self.order]
-        return self._after(recent), recent
-
-    def _after(self, recent: Array) -> Array:
-        with np.errstate(divide="ignore"):
-            return np.log(self._distributions(np.concatenate([recent[:0].sum(0, keepdims=True), recent])))
+    def _decoder(self, prompts: list[Array], copies: int) -> tuple[Array, Decoder]:
+        recent = np.full((len(prompts), self.order), self.vocab_size)
+        for row, prompt in zip(recent, prompts, strict=True):
+            last = prompt[max(0, len(prompt) - self.order) :]
+            row[: len(last)] = last[::-1]
+        levels = [(level.contexts, level.grams, level.starts, *weights) for level, weights in self._used()]
+        decoder = self._operations.Decoder(levels, recent, self.vocab_size)
+        return decoder.logits(), decoder
 
     def aic(self) -> float:
         """Akaike's criterion of the counts: 2 p - 2 log L; less is better.

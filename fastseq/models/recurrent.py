@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import checks, layers, losses, threads, training
+from fastseq import _recurrent_decoder, checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.models.base import (
@@ -22,6 +22,7 @@ from fastseq.models.base import (
     spread_of,
     symbols,
 )
+from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.training import Batch, History
 
 CELLS = ("rnn", "lstm", "gru")
@@ -72,6 +73,7 @@ class RecurrentLM(SymbolModel):
 
     _layers: ClassVar[Any] = layers
     _losses: ClassVar[Any] = losses
+    _decoders: ClassVar[Any] = _recurrent_decoder  # None: a decoder takes `step`
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
 
     vocab_size: int
@@ -125,6 +127,7 @@ class RecurrentLM(SymbolModel):
         self._recurrent: Any = self._children["recurrent"]
         self._output: Any = self._children["output"]
         self._drop = kinds.Dropout(self.dropout, **of_type)
+        self._kept_weights: tuple[list[Mapping[str, Array]], Any] | None = None
 
     @property
     def begin(self) -> int:
@@ -411,13 +414,31 @@ class RecurrentLM(SymbolModel):
                 result[places] = log_softmax_at(self._output(y[real]), given.ids[places])
         return result
 
-    def _begin(self, prompt: Symbols) -> tuple[Array, Any]:
-        ids = np.concatenate([np.full((len(prompt.lengths), 1), self.begin), prompt.padded()], axis=1)
-        y, state = self._recurrent(self._embedding(ids), lengths=prompt.lengths + 1)
-        return self._output(y[np.arange(len(ids)), prompt.lengths]), state
+    def _decoder(self, prompts: list[Array], copies: int) -> tuple[Array, Decoder]:
+        given = Symbols(np.concatenate(prompts), np.array([len(row) for row in prompts]))
+        ids = self._after_begin(given.padded())
+        y, state = self._recurrent(self._embedding(ids), lengths=given.lengths + 1)
+        logits = self._output(y[np.arange(len(ids)), given.lengths])
+        if self._decoders is None:
+            return logits, StateDecoder(self, state)
+        n_threads = threads.get_num_threads()
+        weights = self._decoder_weights(n_threads)
+        c = getattr(state, "c", None)
+        return logits, self._decoders.Decoder(weights, state.h, c, copies, n_threads)
 
-    def _go_on(self, chosen: Array, carried: Any) -> tuple[Array, Any]:
-        return self.step(chosen, carried)
+    def _decoder_weights(self, n_threads: int) -> Any:
+        """The weights as a compiled decoder wants them."""
+        layers = self._embedding, self._recurrent, self._output
+        arrays = [layer._arrays for layer in layers]
+        kept = self._kept_weights
+        if kept is not None and all(one is other for one, other in zip(kept[0], arrays, strict=True)):
+            return kept[1]
+        embedding, recurrent, output = layers
+        weights = self._decoders.Weights(
+            recurrent._cells(), output._weights(), embedding._arrays["weight"], n_threads
+        )
+        self._kept_weights = arrays, weights
+        return weights
 
 
 def rollout(recurrent: Any, output: Any, x: Array, state: Any, steps: int) -> Array:

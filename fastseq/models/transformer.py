@@ -18,6 +18,8 @@ from fastseq.layers.base import Layer, Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows, rows_of
 from fastseq.layers.transformer import ACTIVATIONS, NORMS, Context
 from fastseq.models.base import Model, SymbolModel, Symbols, is_list_of_rows, log_softmax_at, real_steps, sums, symbols
+from fastseq.models.decoding import Decoder, StateDecoder
+from fastseq.state import AttentionState
 from fastseq.training import Batch, History
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
@@ -51,9 +53,9 @@ class _Tokens(NamedTuple):
         return self.rows.gather(array[None] if self.alone else array)
 
 
-def _tokens(name: str, value: Any, lengths: Any, count: int) -> _Tokens:
+def _tokens(name: str, value: Any, lengths: Any, count: int, lengths_name: str = "lengths") -> _Tokens:
     """Sequences of ids in any form: a list of them, an array (T,), or (B, T) with or without lengths."""
-    given = symbols(name, value, lengths, count)
+    given = symbols(name, value, lengths, count, lengths_name)
     is_list = lengths is None and is_list_of_rows(value)
     shape: tuple[int, ...] = () if is_list else np.shape(value)
     time = int(given.lengths.max(initial=0)) if is_list else shape[-1]
@@ -588,26 +590,105 @@ class TransformerLM(SymbolModel):
                 result[some] = log_softmax_at(self._output(hidden[at : at + size]), given.ids[some])
         return result
 
-    def _begin(self, prompt: Symbols) -> tuple[Array, Any]:
-        begun = self._begun(prompt.ids, prompt.lengths)
-        rows = np.split(begun.ids, np.cumsum(begun.lengths)[:-1])
-        return self._last(rows), rows
+    def initial_state(self, batch_size: int) -> AttentionState:
+        """The state after the begin symbol, where every sequence starts.
 
-    def _go_on(self, chosen: Array, carried: Any) -> tuple[Array, Any]:
-        rows = [np.append(row, one) for row, one in zip(carried, chosen, strict=True)]
-        return self._last(rows), rows
+        Parameters
+        ----------
+        batch_size : int
+            Rows of the batch, 0 or more.
+        """
+        rows = np.zeros(checks.size("batch_size", batch_size), np.int64)
+        return self._prefilled([np.array([self.begin])])[1][rows]
 
-    def _last(self, sequences: list[Array]) -> Array:
-        """The logits (B, V) after the last token of each sequence."""
-        whose, first, _, _ = self._windows(np.array([len(row) for row in sequences]))
+    def step(self, x_t: Any, state: Any = None) -> tuple[Array, AttentionState]:
+        """One symbol more of each row; the bits are those of a call over all symbols.
+
+        Parameters
+        ----------
+        x_t : array of shape (B,)
+            Ids in 0..V-1.
+        state : AttentionState, optional
+            Where each row stands, which may be at different lengths; after the begin symbol by default.
+
+        Returns
+        -------
+        logits : ndarray of shape (B, V)
+            Of the symbol that follows.
+        state : AttentionState
+            For the next step. The one that was given still is what it was.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be.
+        """
+        array = checks.as_array("x_t", x_t)
+        if array.ndim != 1:
+            raise ValueError(f"x_t should be of shape (B,), not {array.shape}")
+        ids = checks.ids("x_t", array, self.vocab_size)
+        state = self.initial_state(len(ids)) if state is None else self._encoder._kept_by(state, len(ids), tokens=True)
+        state = self._with_room(state)
+        places = state.lengths
+        x = self._embedding(ids)
+        x = x if self._positions is None else self._positions(x, positions=places)
+        room = int(places.max(initial=-1)) + 1
+        tokens = np.zeros((len(ids), room), np.int64)
+        tokens[:, : room - 1] = state._tokens[:, : room - 1]
+        tokens[np.arange(len(ids)), places] = ids
+        y, state = self._encoder._go_on(x, np.arange(len(ids) + 1), state, tokens)
+        return self._output(y), state
+
+    def _with_room(self, state: AttentionState) -> AttentionState:
+        """A state whose rows have room for a token: the window of those that had none moved on."""
+        full = np.flatnonzero(state.lengths >= self.context)
+        if not len(full):
+            return state
+        tokens: Any = state._tokens
+        _, fresh = self._prefilled([tokens[row, : self.context] for row in full], 1)
+        index = np.arange(state.batch_size)
+        index[full] = state.batch_size + np.arange(len(full))
+        return AttentionState.concatenate([state, fresh])[index]
+
+    def _prefilled(self, sequences: list[Array], more: int = 0) -> tuple[Array, AttentionState]:
+        """What comes out last, (B, d_model), of sequences that start with the begin symbol, and where they stand.
+
+        Of a long one the last window counts that has room for `more` tokens.
+        """
+        whose, first, _, _ = self._windows(np.array([len(row) for row in sequences]) + more)
         begins = np.zeros(len(sequences), np.int64)
         begins[whose] = first  # of windows of one sequence, the last one stays
         windows = [row[begin:] for row, begin in zip(sequences, begins, strict=True)]
         lengths = np.array([len(row) for row in windows])
         rows = rows_of(len(windows), int(lengths.max()), lengths)
-        y, _ = _encode(self._encoder, self._embedded(np.concatenate(windows), rows), rows, True)
-        logits: Array = self._output(y[rows.starts[1:] - 1])
-        return logits
+        ids = np.concatenate(windows)
+        tokens = np.zeros((rows.batch, rows.time), np.int64)
+        tokens[real_steps(lengths, rows.time)] = ids
+        start = self._encoder._started(rows.batch, tokens=tokens)
+        y, state = self._encoder._go_on(self._embedded(ids, rows), rows.starts, start, tokens)
+        return y[rows.starts[1:] - 1], state
+
+    def _decoder(self, prompts: list[Array], copies: int) -> tuple[Array, Decoder]:
+        y, state = self._prefilled([self._with_begin(row) for row in prompts])
+        logits: Array = self._output(y)
+        operations = self._encoder._operations
+        if not hasattr(operations, "Decoder"):
+            return logits, StateDecoder(self, state)
+        return logits, operations.Decoder(
+            self._encoder._packed_blocks(self.context),
+            self._encoder._final_norm(),
+            self._embedding._arrays["weight"],
+            None if self._positions is None else self._positions._table(self.context),
+            self._output._weights(),
+            state._own,
+            None,
+            self.context,
+            lambda rows: self._prefilled([self._with_begin(row) for row in rows], 1)[1]._own,
+            threads.get_num_threads(),
+        )
+
+    def _with_begin(self, row: Array) -> Array:
+        return np.concatenate([[self.begin], row])
 
 
 class _EncoderKept(NamedTuple):

@@ -17,13 +17,14 @@ from fastseq.io import load_into
 from fastseq.layers import attention as _layers_attention
 from fastseq.layers.attention import AttentionTape, Engine
 from fastseq.reference import attention_operations, dense, losses, operations, transformer_operations
-from fastseq.state import LSTMState, State
+from fastseq.state import AttentionState, LSTMState, State
 
 __all__ = [
     "GELU",
     "GRU",
     "LSTM",
     "RNN",
+    "AttentionState",
     "Dropout",
     "Embedding",
     "LSTMState",

@@ -1,6 +1,6 @@
 """The models over the layers of `fastseq.reference`; they take any floating dtype.
 
-`MarkovChain` and `bert_state_dict` are the same here: one counts, the other renames.
+`bert_state_dict` is the same here: it renames.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from fastseq import models, reference
-from fastseq.models import MarkovChain, bert_state_dict
-from fastseq.reference import autoregression, losses
+from fastseq.models import bert_state_dict
+from fastseq.reference import autoregression, decoding, losses, markov
 
 __all__ = [
     "AutoRegressive",
@@ -18,6 +18,7 @@ __all__ = [
     "RecurrentLM",
     "TransformerEncoderModel",
     "TransformerLM",
+    "TransformerSeq2Seq",
     "bert_state_dict",
 ]
 
@@ -30,8 +31,16 @@ class AutoRegressive(models.AutoRegressive):  # noqa: D101
     _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 
+class MarkovChain(models.MarkovChain):  # noqa: D101
+    __doc__ = models.MarkovChain.__doc__
+    _decoding: ClassVar[Any] = decoding
+    _operations: ClassVar[Any] = markov
+
+
 class RecurrentLM(models.RecurrentLM):  # noqa: D101
     __doc__ = models.RecurrentLM.__doc__
+    _decoding: ClassVar[Any] = decoding
+    _decoders: ClassVar[Any] = None
     _layers: ClassVar[Any] = reference
     _losses: ClassVar[Any] = losses
     _dtypes: ClassVar[tuple[str, ...] | None] = None
@@ -46,6 +55,7 @@ class RecurrentForecaster(models.RecurrentForecaster):  # noqa: D101
 
 class TransformerLM(models.TransformerLM):  # noqa: D101
     __doc__ = models.TransformerLM.__doc__
+    _decoding: ClassVar[Any] = decoding
     _layers: ClassVar[Any] = reference
     _losses: ClassVar[Any] = losses
     _dtypes: ClassVar[tuple[str, ...] | None] = None
@@ -53,6 +63,13 @@ class TransformerLM(models.TransformerLM):  # noqa: D101
 
 class TransformerEncoderModel(models.TransformerEncoderModel):  # noqa: D101
     __doc__ = models.TransformerEncoderModel.__doc__
+    _layers: ClassVar[Any] = reference
+    _losses: ClassVar[Any] = losses
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class TransformerSeq2Seq(models.TransformerSeq2Seq):  # noqa: D101
+    __doc__ = models.TransformerSeq2Seq.__doc__
     _layers: ClassVar[Any] = reference
     _losses: ClassVar[Any] = losses
     _dtypes: ClassVar[tuple[str, ...] | None] = None

@@ -26,26 +26,30 @@ class Batch(NamedTuple):
     inputs : ndarray of shape (B, T) or (B, T, I)
         Ids, or values.
     targets : ndarray or None
-        What should come out: with a time axis as `inputs`, or (B,), one for each sequence. None where the model
-        knows by itself.
+        What should come out: with a time axis as `inputs`, or (B,), one for each sequence; with one of its own where
+        there are `target_lengths`. None where the model knows by itself.
     lengths : ndarray of shape (B,) or None
         The real steps of each row; None: all of them.
     fresh : ndarray of shape (B,), bool, or None
         Rows that do not go on where the row of the batch before ended: their carried state is zeroed before this
         batch. None: no state is carried.
+    target_lengths : ndarray of shape (B,) or None
+        The real steps of each row of targets, where those are sequences of other lengths than the inputs.
     """
 
     inputs: Array
     targets: Array | None = None
     lengths: Array | None = None
     fresh: Array | None = None
+    target_lengths: Array | None = None
 
     @property
     def tokens(self) -> int:
-        """Time steps in all rows, without the padding."""
+        """Time steps in all rows, without the padding; of pairs those of inputs and targets."""
+        more = 0 if self.target_lengths is None else int(self.target_lengths.sum())
         if self.lengths is not None:
-            return int(self.lengths.sum())
-        return int(np.prod(self.inputs.shape[:2]))
+            return int(self.lengths.sum()) + more
+        return int(np.prod(self.inputs.shape[:2])) + more
 
 
 class Data:
@@ -156,6 +160,7 @@ class PaddedBatches(Data):
         _alike("sequences", self._sequences)
         self._targets = None if targets is None else self._checked_targets(targets)
         self._lengths = np.array([len(sequence) for sequence in self._sequences])
+        self._sizes = self._lengths  # what sequences are sorted by
 
     def _checked_targets(self, targets: Any) -> list[Array]:
         if isinstance(targets, str | bytes) or not isinstance(targets, Sequence | np.ndarray):
@@ -183,7 +188,7 @@ class PaddedBatches(Data):
         """The indices of the sequences of every batch of an epoch."""
         count, size = len(self._sequences), self._batch_size
         if not self._shuffle:
-            order = np.argsort(self._lengths, kind="stable") if self._group else np.arange(count)
+            order = np.argsort(self._sizes, kind="stable") if self._group else np.arange(count)
             return [order[i : i + size] for i in range(0, count, size)]
         random = self._random(epoch)
         order = random.permutation(count)
@@ -191,7 +196,7 @@ class PaddedBatches(Data):
             return [order[i : i + size] for i in range(0, count, size)]
         for i in range(0, count, BUCKET * size):
             bucket = order[i : i + BUCKET * size]  # a view
-            bucket[:] = bucket[np.argsort(self._lengths[bucket], kind="stable")]
+            bucket[:] = bucket[np.argsort(self._sizes[bucket], kind="stable")]
         batches = [order[i : i + size] for i in range(0, count, size)]
         return [batches[i] for i in random.permutation(len(batches))]
 
@@ -201,6 +206,68 @@ class PaddedBatches(Data):
             if self._targets is not None:
                 targets = _padded([self._targets[row] for row in rows])
             yield Batch(_padded([self._sequences[row] for row in rows]), targets, self._lengths[rows])
+
+
+class PairedBatches(PaddedBatches):
+    """Pairs of sequences, source and target, each of any length; padded with zeros to the longest of their batch.
+
+    Parameters
+    ----------
+    sources : sequence of arrays
+        Each (S,) ids; at least one.
+    targets : sequence of arrays
+        Each (T,) ids, one for each source.
+    batch_size : int
+        Pairs in a batch; the last of an epoch may have fewer.
+    seed : int, optional
+        Fixes the order of every epoch. If not given, the seed of the run does.
+    shuffle : bool
+        Whether every epoch has an order of its own; else pairs keep theirs.
+    group : bool
+        Whether pairs of about the same length, source and target together, stand in one batch, so that there is little
+        padding: sorted, with `shuffle` among those of some tens of batches, else among all.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Any],
+        targets: Sequence[Any],
+        *,
+        batch_size: int,
+        seed: int | None = None,
+        shuffle: bool = True,
+        group: bool = True,
+    ) -> None:
+        inputs, outputs = _sequences_of_ids("sources", sources), _sequences_of_ids("targets", targets)
+        if len(outputs) != len(inputs):
+            raise ValueError(f"targets should have one for each of the {len(inputs)} sources, not {len(outputs)}")
+        for i, source in enumerate(inputs):
+            if not len(source):
+                raise ValueError(f"sources[{i}] should have at least one symbol")
+        super().__init__(inputs, outputs, batch_size=batch_size, seed=seed, shuffle=shuffle, group=group)
+        self._target_lengths = np.array([len(target) for target in outputs])
+        self._sizes = self._lengths + self._target_lengths
+
+    def _checked_targets(self, targets: Any) -> list[Array]:
+        return list(targets)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        for rows, batch in zip(self._order(epoch)[start:], super()._batches(epoch, start), strict=True):
+            yield batch._replace(target_lengths=self._target_lengths[rows])
+
+
+def _sequences_of_ids(name: str, value: Any) -> list[Array]:
+    """Sequences of ids, each (T,)."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
+        raise TypeError(f"{name} should be a list of arrays, not {checks.describe(value)}")
+    if len(value) == 0:
+        raise ValueError(f"{name} should hold at least one sequence")
+    arrays = [checks.integers(f"{name}[{i}]", row) for i, row in enumerate(value)]
+    for i, array in enumerate(arrays):
+        if array.ndim != 1:
+            raise ValueError(f"{name}[{i}] should be ids of shape (T,), not {array.shape}")
+    # An empty list is an array of floats.
+    return [array if array.size else array.astype(np.int64) for array in arrays]
 
 
 def _alike(name: str, arrays: Sequence[Array]) -> None:
@@ -372,8 +439,8 @@ def checked(name: str, value: Any) -> Any:
         value = Listed(name, value)
     if not callable(getattr(value, "batches", None)) or not hasattr(value, "__len__"):
         raise TypeError(
-            f"{name} should be PaddedBatches, Streams, Windows, a list of Batch or anything with batches(epoch, start)"
-            f" and a length, not {checks.describe(value)}"
+            f"{name} should be PaddedBatches, PairedBatches, Streams, Windows, a list of Batch or anything with"
+            f" batches(epoch, start) and a length, not {checks.describe(value)}"
         )
     if len(value) == 0:
         raise ValueError(f"{name} should have at least one batch")

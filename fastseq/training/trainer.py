@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
@@ -109,6 +109,7 @@ def fit(
     patience: int | None = None,
     clip_norm: float | None = None,
     truncate: int | None = None,
+    options: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callable[[StepInfo], Any]] = (),
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -123,7 +124,7 @@ def fit(
     ----------
     model : Layer
         A model with ``training_forward`` and ``training_backward``, or any layer together with `loss`.
-    data : PaddedBatches, Streams, Windows or list of Batch
+    data : PaddedBatches, PairedBatches, Streams, Windows or list of Batch
         Or anything with ``batches(epoch, start)`` and a length.
     loss : callable, optional
         For a layer: ``loss(outputs, targets) -> (mean, gradient)``, with ``lengths`` where batches are padded; see
@@ -146,6 +147,9 @@ def fit(
         The most the norm of all gradients may be; see `clip_grad_norm`.
     truncate : int, optional
         Handed to the backward of a recurrent layer or model: how many steps a gradient goes back.
+    options : mapping from str, optional
+        Handed to every ``training_forward`` of a model: what it takes by name besides batch, state and seed. A
+        validation gets none of it.
     callbacks : sequence of callables
         Each is called with a `StepInfo` after every step; returning True ends the run.
     progress : bool
@@ -192,7 +196,7 @@ def fit(
     * and optionally ``evaluation_forward(batch, state=None) -> (loss, count, state)``, which drops nothing. Without
       it validations use ``training_forward``, with one seed.
     """
-    learner = _learner(model, loss, truncate)
+    learner = _learner(model, loss, truncate, options)
     run = _Run(learner, data, validation, AdamW(model) if optimiser is None else optimiser, schedule, seed)
     run.limits(epochs, steps, validate_every, patience, clip_norm)
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
@@ -207,12 +211,13 @@ def fit(
 class _Learner:
     """A model as the loop sees it."""
 
-    def __init__(self, model: Any, truncate: int | None) -> None:
+    def __init__(self, model: Any, truncate: int | None, options: Mapping[str, Any]) -> None:
         self.model = model
         self._more = {} if truncate is None else {"truncate": truncate}
+        self._given = dict(options)
 
     def forward(self, batch: Batch, state: Any, seed: int) -> tuple[float, int, Any, Any]:
-        loss, count, tape, state = self.model.training_forward(batch, state=state, seed=seed)
+        loss, count, tape, state = self.model.training_forward(batch, state=state, seed=seed, **self._given)
         return float(loss), int(count), tape, state
 
     def backward(self, tape: Any) -> None:
@@ -230,7 +235,7 @@ class _LayerLearner(_Learner):
     """A layer and a loss."""
 
     def __init__(self, layer: Any, loss: Callable[..., tuple[float, Array]], truncate: int | None) -> None:
-        super().__init__(layer, truncate)
+        super().__init__(layer, truncate, {})
         self._loss = loss
         self._takes = set(inspect.signature(layer.forward).parameters)
         self._call_takes = set(inspect.signature(layer).parameters) if callable(layer) else set()
@@ -279,7 +284,7 @@ def _takes(function: Any, name: str) -> bool:
         return False
 
 
-def _learner(model: Any, loss: Any, truncate: Any) -> _Learner:
+def _learner(model: Any, loss: Any, truncate: Any, options: Any) -> _Learner:
     """The model and the loss that were given."""
     if not isinstance(model, Layer):
         raise TypeError(f"model should be a layer or a model of fastseq, not {checks.describe(model)}")
@@ -291,10 +296,14 @@ def _learner(model: Any, loss: Any, truncate: Any) -> _Learner:
         raise TypeError(f"model should have a backward to be trained, but {model!r} has none")
     if truncate is not None and not _takes(backward, "truncate"):
         raise ValueError(f"truncate should be None where the backward of the model takes none: {model!r}")
+    given = {} if options is None else checks.mapping("options", options)
+    for name in given:
+        if name in ("batch", "state", "seed") or not _takes(getattr(model, "training_forward", None), name):
+            raise ValueError(f"options should have names that training_forward of the model takes, not {name!r}")
     if whole:
         if loss is not None:
             raise ValueError(f"loss should be None where the model has its own: {model!r}")
-        return _Learner(model, truncate)
+        return _Learner(model, truncate, given)
     if not callable(loss):
         raise TypeError(f"loss should be callable where a layer is trained, not {checks.describe(loss)}")
     return _LayerLearner(model, loss, truncate)

@@ -15,6 +15,7 @@
 
 #include "functions.h"
 #include "leaves.h"
+#include "pages.h"
 #include "rows.h"
 #include "tile.h"
 
@@ -23,7 +24,7 @@ enum {
     BACK_KEYS = 128, /* keys and queries of a backward block: two blocks of weights stay in the     */
     BACK_QUERIES = 96, /* second                                                                      */
     QUERY_BLOCK = 96, /* queries that one block of keys serves before the next is fetched            */
-    PANEL = 4 * LANES, /* keys of a packed panel                                                      */
+    PANEL = PAGE_PANEL, /* keys of a packed panel                                                      */
     TILE = ROWS_OF_4 > 4 ? 6
                          : 3, /* rows of a tile                                                              */
 };
@@ -199,6 +200,8 @@ typedef struct {
     const real *q, *k, *v, *dout;
     real *out, *dq, *dk, *dv;
     const real *k_panels, *v_panels;
+    fs_page **pages; /* where keys and values are; NULL: they are k_panels and v          */
+    ptrdiff_t page_head; /* reals of a page before this head                         */
     real *weights; /* [queries][Tk], or NULL                                   */
     real *stats; /* of each query: the maximum, and 1 over the sum           */
     const char *mask; /* of query 0 and key 0                                     */
@@ -341,12 +344,61 @@ INLINE void raw_scores(const real *rows, ptrdiff_t row, int n, const real *panel
     multiply_panels(n, (int)vectors, x, panels + key * width, width, s, s_row);
 }
 
+/* The head in the page of a key; NULL: there is no page, and every key it would hold is forbidden. */
+INLINE const real *in_page(const head_view *h, ptrdiff_t key)
+{
+    const fs_page *page = h->pages[key / FS_PAGE];
+    return page ? page_data(page) + h->page_head : NULL;
+}
+
+/* `raw_scores` of n queries against the keys from `key` on, the first of a block; rows KEY_BLOCK apart. */
+static void block_scores(const head_view *h, ptrdiff_t query, int n, ptrdiff_t key, ptrdiff_t vectors, real *s)
+{
+    const fs_attention *job = h->job;
+    const real *q = h->q + query * job->q.row;
+    if (!h->pages) {
+        raw_scores(q, job->q.row, n, h->k_panels, job->width, key, vectors, s, KEY_BLOCK);
+        return;
+    }
+    for (ptrdiff_t v = 0; v < vectors; v += FS_PAGE / LANES) {
+        const real *panels = in_page(h, key + v * LANES);
+        const ptrdiff_t count = vectors - v < FS_PAGE / LANES ? vectors - v : FS_PAGE / LANES;
+        if (panels)
+            raw_scores(q, job->q.row, n, panels, job->width, 0, count, s + v * LANES, KEY_BLOCK);
+    }
+}
+
+/* sums[r] = keep[r] sums[r] + weights[r] times the values of `count` keys from `key` on, the first of a block. */
+static void add_values(const head_view *h, int n, ptrdiff_t key, ptrdiff_t count, const void *const *weights,
+                       real *sums, const real *keep)
+{
+    static const real ones[] = {1, 1, 1, 1, 1, 1};
+    const fs_attention *job = h->job;
+    const ptrdiff_t width = job->value_width;
+    if (!h->pages) {
+        (h->unsure ? multiply_unmarked : multiply)(n, (int)(width / LANES), weights, 1,
+                                                   h->v + key * job->v.row, job->v.row, count, sums, width, keep);
+        return;
+    }
+    for (ptrdiff_t first = 0; first < count; first += FS_PAGE) {
+        const real *head = in_page(h, key + first);
+        const void *some[TILE];
+        if (!head)
+            continue;
+        for (int r = 0; r < n; r++)
+            some[r] = (const real *)weights[r] + first;
+        (h->unsure ? multiply_unmarked : multiply)(n, (int)(width / LANES), some, 1, head + FS_PAGE * width,
+                                                   width, count - first < FS_PAGE ? count - first : FS_PAGE,
+                                                   sums, width, keep);
+        keep = ones; /* the chain goes on where the page before left it */
+    }
+}
+
 /* What a block of keys adds to a tile of n queries. */
 static void attend_tile(const head_view *h, ptrdiff_t query, int n, ptrdiff_t key, real *scores, real *sums,
                         real *most, real *total)
 {
     const fs_attention *job = h->job;
-    const ptrdiff_t width = job->width, value_width = job->value_width;
     ptrdiff_t first = PTRDIFF_MAX, last = 0;
     for (int r = 0; r < n; r++) {
         ptrdiff_t from, to;
@@ -360,7 +412,7 @@ static void attend_tile(const head_view *h, ptrdiff_t query, int n, ptrdiff_t ke
     const ptrdiff_t vectors = (last - key + LANES - 1) / LANES;
     const void *weights[TILE];
     real keep[TILE];
-    raw_scores(h->q + query * job->q.row, job->q.row, n, h->k_panels, width, key, vectors, scores, KEY_BLOCK);
+    block_scores(h, query, n, key, vectors, scores);
     for (int r = 0; r < n; r++) {
         real *s = scores + r * KEY_BLOCK;
         const real before = most[r],
@@ -391,9 +443,7 @@ static void attend_tile(const head_view *h, ptrdiff_t query, int n, ptrdiff_t ke
             mark(h, query + r, key, vectors, s);
         weights[r] = s;
     }
-    (h->unsure ? multiply_unmarked : multiply)(n, (int)(value_width / LANES), weights, 1,
-                                               h->v + key * job->v.row, job->v.row, last - key, sums,
-                                               value_width, keep);
+    add_values(h, n, key, last - key, weights, sums, keep);
 }
 
 /* The softmax weights of one query, from what the forward found: exp(s - maximum) / sum; in place. */
@@ -410,8 +460,7 @@ static void write_weights(const head_view *h, ptrdiff_t query, int n, real *scor
     for (ptrdiff_t key = 0; key < h->keys; key += KEY_BLOCK) {
         const ptrdiff_t count = h->keys - key < KEY_BLOCK ? h->keys - key : KEY_BLOCK;
         const ptrdiff_t vectors = (count + LANES - 1) / LANES;
-        raw_scores(h->q + query * job->q.row, job->q.row, n, h->k_panels, job->width, key, vectors, scores,
-                   KEY_BLOCK);
+        block_scores(h, query, n, key, vectors, scores);
         for (int r = 0; r < n; r++) {
             real *s = scores + r * KEY_BLOCK;
             final_scores(h, query + r, key, vectors, s);
@@ -473,13 +522,20 @@ static head_view view_of(const fs_attention *job, ptrdiff_t b, ptrdiff_t kv)
     if (job->q_starts) {
         batch = 0;
         q_first = job->q_starts[b];
-        k_first = job->k_starts[b];
         h.queries = job->q_starts[b + 1] - q_first;
+    }
+    if (job->k_starts) {
+        k_first = job->k_starts[b];
         h.keys = job->k_starts[b + 1] - k_first;
         h.ahead = h.keys - h.queries;
     }
     if (job->lengths)
         h.keys = job->lengths[b];
+    if (job->pages) {
+        h.pages = job->pages[b];
+        h.page_head = job->page_layer + kv * page_head_size(job->width);
+        h.ahead = h.keys - h.queries;
+    }
     h.q = at(&job->q, batch, q_first, 0);
     h.k = at(&job->k, batch, k_first, kv);
     h.v = at(&job->v, batch, k_first, kv);
@@ -523,10 +579,25 @@ INLINE int forbids(const fs_attention *job)
     return job->causal || job->window || job->mask;
 }
 
+/* Reals of keys that are packed. */
+INLINE ptrdiff_t packed_keys(const fs_attention *job)
+{
+    return job->pages ? 0 : whole_panels(job->most_keys) * job->width;
+}
+
+/* Whether a value of a head is not finite, or stands in a page with one. */
+static int any_unsure(const head_view *h)
+{
+    for (ptrdiff_t i = 0; i * FS_PAGE < h->keys; i++)
+        if (h->pages[i] && __atomic_load_n(&h->pages[i]->unsure, __ATOMIC_RELAXED))
+            return 1;
+    return 0;
+}
+
 /* Reals of scratch. */
 static ptrdiff_t attend_scratch(const fs_attention *job)
 {
-    return 16 + whole_panels(job->most_keys) * job->width + TILE * KEY_BLOCK + QUERY_BLOCK * job->value_width;
+    return 16 + packed_keys(job) + TILE * KEY_BLOCK + QUERY_BLOCK * job->value_width;
 }
 
 /*
@@ -546,16 +617,20 @@ static void attend(const fs_attention *job, ptrdiff_t item, void *scratch)
     to = to < shared.queries ? to : shared.queries;
     if (from >= to)
         return;
-    if (header[0] != pair) {
-        header[0] = pair;
-        pack_turned(shared.k, job->k.row, shared.keys, job->width, panels);
-        header[1] = forbids(job) && !all_finite(shared.v, job->v.row, shared.keys, job->value_width);
+    if (job->pages) {
+        shared.unsure = forbids(job) && any_unsure(&shared);
+    } else {
+        if (header[0] != pair) {
+            header[0] = pair;
+            pack_turned(shared.k, job->k.row, shared.keys, job->width, panels);
+            header[1] = forbids(job) && !all_finite(shared.v, job->v.row, shared.keys, job->value_width);
+        }
+        shared.k_panels = panels;
+        shared.unsure = (int)header[1];
     }
-    shared.k_panels = panels;
-    shared.unsure = (int)header[1];
     for (ptrdiff_t head = kv * group; head < (kv + 1) * group; head++) {
         const head_view h = view_of_head(shared, b, head);
-        attend_queries(&h, from, to, panels + whole_panels(job->most_keys) * job->width);
+        attend_queries(&h, from, to, panels + packed_keys(job));
     }
 }
 

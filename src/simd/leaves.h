@@ -145,6 +145,19 @@ typedef struct fs_heads {
 } fs_heads;
 
 /*
+ * A page: the keys and values of FS_PAGE tokens of one sequence, in every key-value head of every layer of a stack. After the
+ * header, for each of those heads: keys as panels [FS_PAGE / panel][width][panel], a panel being four vectors of keys, so that
+ * scores need no packing; then values [FS_PAGE][width].
+ */
+enum { FS_PAGE = 64, FS_PAGE_HEADER = 64 };
+
+typedef struct fs_page {
+    int64_t owners; /* tables that hold it; atomic                                */
+    int64_t filled; /* tokens that are written, or promised to one table; atomic  */
+    int64_t unsure; /* whether a value in it is not finite: set, never unset      */
+} fs_page;
+
+/*
  * Attention over a batch. Its items are independent; each is computed by one thread, in scratch memory of its own.
  * `width` and `value_width` are whole vectors: the door pads with zeros, which change no sum.
  */
@@ -160,6 +173,10 @@ typedef struct fs_attention {
     void *weights; /* OUT [batch][heads][most_queries][most_keys], zeros before; or NULL */
     const int64_t *q_starts, *k_starts; /* [batch + 1] first row of each sequence; NULL: not ragged */
     const int64_t *lengths; /* [batch] keys of each sequence; NULL: all of them                */
+    /* [batch][pages] where the keys and values are, in place of k and v, for queries that are the last ones of their sequence; a
+     * page all of whose keys are out of the window may be NULL. width and value_width are the same. */
+    fs_page ***pages;
+    ptrdiff_t page_layer; /* reals of a page before those of this layer                      */
     const void *mask; /* of booleans, or of reals that are added; or NULL                */
     int mask_is_bool;
     ptrdiff_t mask_strides[3]; /* bytes from one sequence, head and query to the next              */
@@ -251,6 +268,14 @@ typedef struct fs_leaves {
     /* simd/attention.h: one item of a forward and of a backward, and how many reals of scratch they take. */
     ptrdiff_t (*attend_scratch)(const fs_attention *job);
     void (*attend)(const fs_attention *job, ptrdiff_t item, void *scratch);
+    /* Keys and values of one token, of all heads of a layer, `head` reals apart, into a page. */
+    void (*page_store)(ptrdiff_t kv_heads, ptrdiff_t width, ptrdiff_t head, const void *k, const void *v, fs_page *page,
+                       ptrdiff_t layer, ptrdiff_t slot);
+    /* And back, of one head, `before` reals of a page before it: `tokens` rows of `n` reals from a slot on. */
+    void (*page_load)(ptrdiff_t width, const fs_page *page, ptrdiff_t before, ptrdiff_t slot, ptrdiff_t tokens, ptrdiff_t n,
+                      void *k, void *v);
+    /* The first tokens of a page into another, of so many heads in all. */
+    void (*page_copy)(ptrdiff_t heads, ptrdiff_t width, ptrdiff_t tokens, const fs_page *from, fs_page *to);
     ptrdiff_t (*attend_back_scratch)(const fs_attention *job);
     void (*attend_back)(const fs_attention *job, ptrdiff_t item, void *scratch);
 

@@ -1,0 +1,27 @@
+# What pages.h declares; the comments are there.
+
+from libc.stdint cimport int64_t
+
+from leaves cimport fs_leaves, fs_page
+
+cdef extern from "pages.h" nogil:
+    ctypedef struct fs_page_kind:
+        const fs_leaves *leaves
+        ptrdiff_t layers
+        ptrdiff_t kv_heads
+        ptrdiff_t width
+        ptrdiff_t window
+
+    ctypedef struct fs_table:
+        fs_page **pages
+        ptrdiff_t count
+        ptrdiff_t room
+        int64_t length
+
+    ptrdiff_t fs_page_layer(const fs_page_kind *kind)
+    void fs_table_clear(fs_table *table)
+    int fs_table_share(fs_table *table, const fs_table *other, int64_t length)
+    int fs_table_extend(fs_table *table, const fs_page_kind *kind, int64_t more)
+    void fs_table_roll(fs_table *table, const fs_page_kind *kind)
+    void fs_table_drop(fs_table *table, ptrdiff_t count)
+    int64_t fs_table_first(const fs_table *table)
