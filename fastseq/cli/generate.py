@@ -68,8 +68,8 @@ class Sample(Case):
     def notes(self) -> tuple[str, ...]:
         """For people."""
         return (
-            f"sample {self.label}: {self.new} of {self.symbols} symbols drawn at temperature 1, one after another,"
-            " after the first ones were compared greedy",
+            f"sample {self.label}: {self.new} symbols, drawn at temperature 1 out of {self.symbols}; compared are"
+            f" {self.compared} that are chosen greedily",
         )
 
     @property
