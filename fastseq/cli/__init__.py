@@ -36,8 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--vs",
         metavar="ENGINES",
-        help="of reference, torch, onnxruntime, openvino, ctranslate2, as far as they can do what is asked for; with "
-        "commas (default: those installed, and the reference where it does not take long)",
+        help="of reference, torch, onnxruntime, openvino, ctranslate2, llamacpp, and greedy beside beam search, as far "
+        "as they can do what is asked for; with commas (default: those installed, and the reference where it does not "
+        "take long)",
     )
     bench.add_argument(
         "--train",
@@ -47,9 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument(
         "--kind",
-        choices=("lstm", "gru", "rnn", "all", "attention", "encoder", "train"),
+        choices=("lstm", "gru", "rnn", "all", "attention", "encoder", "train", "decode", "generate"),
         default="all",
-        help="all (the default) are the recurrent layers; train is a step of training a character Transformer",
+        help="all (the default) are the recurrent layers; train is a step of training a character Transformer; decode "
+        "is greedy decoding with Transformers; generate is drawing from an LSTM language model, and beam search",
     )
     bench.add_argument(
         "--shape",
@@ -57,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="B,T,I,H",
         help="batch, time, inputs, hidden; of attention B,heads,T,D; of an encoder B,T; of training "
-        "layers,width,heads,B,T; may be repeated",
+        "layers,width,heads,B,T; of decoding layers,width,heads,V,context,B; of generating layers,hidden,V,B,symbols; "
+        "may be repeated",
     )
     bench.add_argument(
         "--shapes",

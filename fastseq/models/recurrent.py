@@ -434,9 +434,7 @@ class RecurrentLM(SymbolModel):
         if kept is not None and all(one is other for one, other in zip(kept[0], arrays, strict=True)):
             return kept[1]
         embedding, recurrent, output = layers
-        weights = self._decoders.Weights(
-            recurrent._cells(), output._weights(), embedding._arrays["weight"], n_threads
-        )
+        weights = self._decoders.Weights(recurrent._cells(), output._weights(), embedding._arrays["weight"], n_threads)
         self._kept_weights = arrays, weights
         return weights
 
