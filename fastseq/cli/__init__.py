@@ -1,4 +1,4 @@
-"""The command ``fastseq``: what is installed, and how fast it is on this machine beside other engines."""
+"""The command ``fastseq``: a model that pronounces, what is installed, and how fast it is beside other engines."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     commands.add_parser("info", help="what is installed, and what it found on this machine")
+
+    demo = commands.add_parser(
+        "demo",
+        help="pronounce words with a model that comes along",
+        description="Pronounce words with the model that comes with the package, and show which letters it looks at.",
+    )
+    demo.add_argument("words", nargs="*", metavar="WORDS", help="of the letters a to z and apostrophes")
+    demo.add_argument("--plot", metavar="FILE", help="draw the attention of the first word; needs matplotlib")
 
     bench = commands.add_parser(
         "bench",
@@ -94,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             info.run()
             status = 0
+        elif options.command == "demo":
+            from fastseq.cli import demo
+
+            status = demo.run(options)
         else:
             from fastseq.cli import bench
 
