@@ -8,6 +8,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 
+from alignment cimport TANH_WORK, add_times, align_one, dot, hidden, real
 from leaves cimport fs_leaves
 from share cimport share_out, take_out
 
@@ -17,17 +18,8 @@ from fastseq import _simd
 
 cnp.import_array()
 
-ctypedef fused real:
-    float
-    double
-
-# What an element takes, in multiply-adds, and how many of them are an item.
-cdef double TANH_WORK = 16
+# Elements of an item, where each is for itself.
 cdef Py_ssize_t LINE = 256
-
-cdef enum:
-    CHAINS = 16  # partial sums of a dot product: vectors of any width add in the same order
-
 
 cdef const fs_leaves *table(cnp.ndarray x) except NULL:
     return <const fs_leaves *> PyCapsule_GetPointer(_simd.leaves[x.itemsize], "fastseq.leaves")
@@ -110,61 +102,19 @@ cdef struct Alignment:
     char *dscores           # [sequences][A]
 
 
-cdef inline real dot(Py_ssize_t n, const real *a, const real *b) noexcept nogil:
-    """The sum of products, in an order that no vector width changes."""
-    cdef real[CHAINS] sums
-    cdef Py_ssize_t i = 0, j, half = CHAINS // 2
-    for j in range(CHAINS):
-        sums[j] = 0
-    while i + CHAINS <= n:
-        for j in range(CHAINS):
-            sums[j] += a[i + j] * b[i + j]
-        i += CHAINS
-    for j in range(n - i):
-        sums[j] += a[i + j] * b[i + j]
-    while half:
-        for j in range(half):
-            sums[j] += sums[j + half]
-        half //= 2
-    return sums[0]
-
-
-cdef inline void add_times(Py_ssize_t n, real factor, const real *x, real *y) noexcept nogil:
-    """y += factor x"""
-    cdef Py_ssize_t i
-    for i in range(n):
-        y[i] += factor * x[i]
-
-
-cdef inline void hidden(
-    const fs_leaves *leaves, Py_ssize_t n, const real *query, const real *projected, real *u,
-) noexcept nogil:
-    """u = tanh(query + projected)"""
-    cdef Py_ssize_t i
-    for i in range(n):
-        u[i] = query[i] + projected[i]
-    leaves.tanh(n, u, u)
-
-
 cdef inline void align_query(
     const Alignment *job, Py_ssize_t n, Py_ssize_t first, Py_ssize_t count, const real *kind, real *scratch,
 ) noexcept nogil:
     """Scores, softmax and context of query n; `kind` says of which real type."""
-    cdef Py_ssize_t units = job.units, width = job.width, j
+    cdef Py_ssize_t units = job.units, width = job.width
     cdef const real *query = <const real *> job.query + n * units
     cdef const real *projected = <const real *> job.projected + first * units
     cdef const real *keys = <const real *> job.keys + first * width
+    cdef const real *score = <const real *> job.score
     cdef real *weights = <real *> job.weights + n * job.most
     cdef real *context = <real *> job.context + n * width
-    cdef real *scores = scratch + units
-    for j in range(count):
-        hidden(job.leaves, units, query, projected + j * units, scratch)
-        scores[j] = dot(units, <const real *> job.score, <const real *> scratch)
-    job.leaves.softmax(1, count, scores, weights)
+    align_one(job.leaves, units, width, count, query, projected, keys, score, weights, context, scratch)
     memset(weights + count, 0, (job.most - count) * sizeof(real))
-    memset(context, 0, width * sizeof(real))
-    for j in range(count):
-        add_times(width, weights[j], keys + j * width, context)
 
 
 cdef void align_part(const void *job, Py_ssize_t item, void *scratch) noexcept nogil:

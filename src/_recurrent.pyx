@@ -99,6 +99,10 @@ cdef class Cell:
         """The weights, for the other compiled modules: a capsule that is good as long as this is."""
         return PyCapsule_New(<void *> &self.w, "fastseq.cell", NULL)
 
+    def panels(self):
+        """Those of a cell of one gate, as of a linear layer."""
+        return PyCapsule_New(<void *> &self.w.main, "fastseq.weights", NULL)
+
 
 cdef cnp.ndarray aligned(Cell cell, Py_ssize_t count):
     """`count` zeros on a cache line of their own, kept by the cell."""

@@ -1,11 +1,11 @@
 """Steps of a recurrent model of symbols, compiled: what `fastseq._decode` drives, with no Python for a symbol.
 
 The states of all rows stand in memory of the decoder, twice: a step reads the one and writes the other. Which old row
-each row goes on from is a number beside it, so that forking and reordering rows moves none of them. What the first
-layer makes of a symbol, as far as its chain goes without the state, is a table with a row for every symbol, unless
-that would be large.
+each row goes on from is a number beside it, and so is the source that it attends to, where there are sources: forking
+and reordering rows moves no state. What the first layer makes of a symbol, as far as its chain goes without context and
+state, is a row of a table, unless that would be large.
 
-Threads split rows or panels as in `_recurrent.pyx`, and the bits are those of its `step`.
+Threads split rows or panels as in `_recurrent.pyx`, and the bits are those of a step of the model.
 """
 
 cimport numpy as cnp
@@ -14,14 +14,16 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cython.parallel cimport parallel, threadid
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
+from alignment cimport TANH_WORK, align_one, real
 from cells cimport (
     GRU_BEFORE, CellPointers, CellStep, CellWeights, Split, cell_work, do_cell, init_bytes, input_parts, set_cell_step,
     set_init, split_of, take_share,
 )
 from decoder cimport FS_DONE, FS_NO_MEMORY, fs_decoder
-from leaves cimport FS_IDENTITY, fs_leaves, fs_step, fs_weights
-from outer cimport fs_barrier
+from leaves cimport FS_IDENTITY, FS_TANH, fs_attention, fs_finish, fs_leaves, fs_step, fs_weights
+from outer cimport fs_barrier, fs_barrier_wait
 from share cimport (
     SHARE_LINE, fs_flush_denormals, fs_restore_denormals, fs_team_limit, fs_team_size, lines, share_out,
 )
@@ -33,12 +35,24 @@ cnp.import_array()
 cdef extern from "team.h" nogil:
     void fs_barrier_init(fs_barrier *barrier)
 
+cdef enum Attention:
+    NONE
+    MULTIPLICATIVE  # of the output of a step: its context and it give what the logits are made of
+    ADDITIVE        # of the output of the step before: its context enters the first layer, and the logits
+
+ATTENTIONS = {None: NONE, "multiplicative": MULTIPLICATIVE, "additive": ADDITIVE}
+
 cdef enum:
     BLOCK_ROWS = 128           # rows whose pointers are made at once
     TABLE_BYTES = 1 << 23      # the largest table of inputs,
     TABLE_WORK = 1 << 29       # and the most multiply-adds that go into one
+    MEASURED = 2               # steps by one thread, before a team does one
+    LEAST_PAUSE = 8
+    MOST_PAUSE = 1024
 
+cdef double SLOW = 1.5         # a step of a team takes long if it takes so many times as long as by one thread alone
 cdef double MOST_BYTES = 1e18  # sizes below do not overflow
+cdef double WEIGHT_WORK = 32   # what a weight of attention takes beside the products, in multiply-adds
 
 
 # What the weights of a decoder are. Read only.
@@ -47,12 +61,17 @@ cdef struct Network:
     Py_ssize_t item
     Py_ssize_t layers
     const CellWeights **cells
-    const fs_weights *output
-    const char *embedding      # [symbols][input_size]
+    const CellWeights *inputs   # the first layer, as far as it looks at symbols
+    const char *embedding       # [symbols][inputs.input_size]
     Py_ssize_t embedding_row
-    const char *table          # [symbols][panels][vectors][lanes], main then candidate, as `init` of a step; or NULL
+    const char *table           # [symbols][panels][vectors][lanes], main then candidate, as `init` of a step; or NULL
     Py_ssize_t table_row
     Py_ssize_t table_main
+    const fs_weights *output
+    Attention attention
+    const fs_weights *combine   # MULTIPLICATIVE: of context and output
+    const fs_weights *query     # ADDITIVE: of the output of the last layer
+    const char *score
 
 
 cdef struct Table:
@@ -64,7 +83,6 @@ cdef void table_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcep
     """The inputs of some symbols."""
     cdef const Table *table = <const Table *> job
     cdef const Network *network = table.network
-    cdef const CellWeights *cell = network.cells[0]
     cdef const void *x[BLOCK_ROWS]
     cdef const void *init[BLOCK_ROWS]
     cdef void *out[BLOCK_ROWS]
@@ -72,13 +90,13 @@ cdef void table_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcep
     cdef CellStep step
     cdef Py_ssize_t base = first, i, n
     memset(&at, 0, sizeof(at))
-    set_cell_step(&step, cell, &at, True, 0, 1)
+    set_cell_step(&step, network.inputs, &at, True, 0, 1)
     while base < last:
         n = min(BLOCK_ROWS, last - base)
         for i in range(n):
             x[i] = network.embedding + (base + i) * network.embedding_row
             out[i] = table.rows + (base + i) * network.table_row
-        input_parts(&step, cell, n, x, init, out)
+        input_parts(&step, network.inputs, n, x, init, out)
         base += BLOCK_ROWS
 
 
@@ -87,44 +105,72 @@ cdef class Weights:
 
     Parameters
     ----------
-    cells : tuple of tuples of Cell
-        One a layer, of one direction.
-    output : Packed
-        The linear layer from outputs to logits.
-    embedding : ndarray of shape (symbols, input_size)
+    embedding : ndarray of shape (symbols, E)
+    inputs : Cell
+        What the first layer makes of the vector of a symbol, before it looks at anything else.
+    cells : sequence of Cell
+        One a layer. The inputs of the first are the context, with additive attention; else they are not looked at.
+    output : Packed or Cell
+        From what a step says to logits: its output, or with additive attention output and context, of which a cell
+        takes the output for its input, and the context for its state.
     n_threads : int
+    attention : {"multiplicative", "additive"}, optional
+    combine : Cell, optional
+        With multiplicative attention: from context and output, which are its input and its state, to what is said.
+    query : Packed, optional
+        With additive attention: what the scores take of the output of the last layer.
+    score : ndarray of shape (A,), optional
+        And what they are made with.
     """
 
     cdef Network network
     cdef list kept  # what the pointers are into
 
-    def __init__(self, tuple cells not None, output, cnp.ndarray embedding not None, int n_threads):
+    def __init__(
+        self, cnp.ndarray embedding not None, inputs, cells, output, int n_threads, *, attention=None, combine=None,
+        query=None, cnp.ndarray score=None,
+    ):
         cdef Network *network = &self.network
         cdef Py_ssize_t i
         cdef cnp.ndarray pointers = np.empty(len(cells), np.uintp)
-        self.kept = [cells, output, embedding, pointers]
+        self.kept = [embedding, pointers, score]
         network.layers = len(cells)
         network.cells = <const CellWeights **> cnp.PyArray_DATA(pointers)
         for i in range(network.layers):
-            network.cells[i] = <const CellWeights *> PyCapsule_GetPointer(cells[i][0].weights(), "fastseq.cell")
-        network.leaves = network.cells[0].leaves
+            network.cells[i] = self.cell(cells[i])
+        network.inputs = self.cell(inputs)
+        network.leaves = network.inputs.leaves
         network.item = network.leaves.item_size
-        network.output = <const fs_weights *> PyCapsule_GetPointer(output.panels(), "fastseq.weights")
+        network.output = self.panels(output)
+        network.attention = ATTENTIONS[attention]
+        network.combine = self.panels(combine)
+        network.query = self.panels(query)
+        network.score = NULL if score is None else cnp.PyArray_BYTES(score)
         network.embedding = cnp.PyArray_BYTES(embedding)
         network.embedding_row = cnp.PyArray_STRIDE(embedding, 0)
         self.make_table(cnp.PyArray_DIM(embedding, 0), n_threads)
 
+    cdef const CellWeights *cell(self, cell) except NULL:
+        self.kept.append(cell)
+        return <const CellWeights *> PyCapsule_GetPointer(cell.weights(), "fastseq.cell")
+
+    cdef const fs_weights *panels(self, packed) except? NULL:
+        if packed is None:
+            return NULL
+        self.kept.append(packed)
+        return <const fs_weights *> PyCapsule_GetPointer(packed.panels(), "fastseq.weights")
+
     cdef int make_table(self, Py_ssize_t symbols, int n_threads) except -1:
         cdef Network *network = &self.network
-        cdef const CellWeights *cell = network.cells[0]
+        cdef const CellWeights *inputs = network.inputs
         cdef cnp.ndarray rows
         cdef Table table
         cdef double work
-        network.table_main = init_bytes(cell, &cell.main, cell.main_vectors)
+        network.table_main = init_bytes(inputs, &inputs.main, inputs.main_vectors)
         network.table_row = network.table_main
-        if cell.kind == GRU_BEFORE:
-            network.table_row += init_bytes(cell, &cell.candidate, 4)
-        work = <double> network.table_row / network.item * cell.input_size
+        if inputs.kind == GRU_BEFORE:
+            network.table_row += init_bytes(inputs, &inputs.candidate, 4)
+        work = <double> network.table_row / network.item * inputs.input_size
         if <double> symbols * network.table_row > TABLE_BYTES or symbols * work > TABLE_WORK:
             return 0
         rows = np.empty(symbols * network.table_row, np.uint8)
@@ -136,14 +182,37 @@ cdef class Weights:
         return 0
 
 
+# How long steps take. A team waits for whichever of its threads has no processor, so where others use them, steps by
+# one thread alone are the faster ones, by far.
+cdef struct Pace:
+    double alone             # the least seconds of a step by one thread,
+    int measured             # over so many steps,
+    Py_ssize_t rows          # of about so many rows
+    Py_ssize_t pause         # steps that one thread does alone until a team tries again,
+    Py_ssize_t next_pause    # and after the next step that took long
+
+
+# What rows attend to: keys and what scores take of them, of one source after another.
+cdef struct Sources:
+    Py_ssize_t n
+    Py_ssize_t width         # of a key: K, or with multiplicative attention whole vectors of that
+    Py_ssize_t units         # the same of what scores take: A
+    const char *keys         # [source][most][width]
+    const char *projected    # [source][most][units]
+    const int64_t *lengths   # [source]
+    Py_ssize_t most
+    Py_ssize_t all_keys
+
+
 # The rows of a decoder.
 cdef struct Rows:
     const Network *network
+    Sources sources
     int n_threads
     Py_ssize_t rows
     Py_ssize_t room          # rows there is memory for
     char *memory             # what all below is in
-    char *before             # [room][state_row]: h of every layer, then c
+    char *before             # [room][state_row]: h of every layer, then c; zeros behind each
     char *after              # the same, which the next step writes
     Py_ssize_t state_row
     Py_ssize_t h_row         # bytes from the h of one layer to that of the next,
@@ -152,9 +221,20 @@ cdef struct Rows:
     char *middle             # [room][middle_row]; see `CellPointers`
     char *z
     Py_ssize_t middle_row
-    Py_ssize_t *source       # [room]: the row of `before` that each row goes on from
-    Py_ssize_t *spare        # [room]: room for others
+    char *entered            # [room][table_row], where there is no table
+    char *context            # [room][context_row]
+    Py_ssize_t context_row
+    char *said               # [room][said_row]: what the logits are made of, or with additive attention the query
+    Py_ssize_t said_row
+    char *stats              # [room][2], of multiplicative attention
+    Py_ssize_t *parent       # [room]: the row of `before` that each row goes on from,
+    Py_ssize_t *source       # [room]: and its source
+    Py_ssize_t *spare_parent  # [room]: room for others
+    Py_ssize_t *spare_source
+    char *scratch            # of each thread, for attention
+    Py_ssize_t scratch_each
     bint backwards           # the next step takes the last panels first
+    Pace pace
     # One step.
     const int64_t *symbols
     char *logits
@@ -170,14 +250,20 @@ cdef char *taken(char *memory, Py_ssize_t n_bytes, Py_ssize_t *all_bytes) noexce
 
 cdef Py_ssize_t lay_out(Rows *job, char *memory, Py_ssize_t room) noexcept nogil:
     """Give everything its place; returns how many bytes that takes."""
-    cdef Py_ssize_t n_bytes = 0
+    cdef Py_ssize_t n_bytes = 0, item = job.network.item
     job.room = room
     job.before = taken(memory, room * job.state_row, &n_bytes)
     job.after = taken(memory, room * job.state_row, &n_bytes)
     job.middle = taken(memory, room * job.middle_row, &n_bytes)
     job.z = taken(memory, room * job.middle_row, &n_bytes)
+    job.entered = taken(memory, room * job.network.table_row if job.network.table == NULL else 0, &n_bytes)
+    job.context = taken(memory, room * job.context_row, &n_bytes)
+    job.said = taken(memory, room * job.said_row, &n_bytes)
+    job.stats = taken(memory, room * 2 * item, &n_bytes)
+    job.parent = <Py_ssize_t *> taken(memory, room * sizeof(Py_ssize_t), &n_bytes)
     job.source = <Py_ssize_t *> taken(memory, room * sizeof(Py_ssize_t), &n_bytes)
-    job.spare = <Py_ssize_t *> taken(memory, room * sizeof(Py_ssize_t), &n_bytes)
+    job.spare_parent = <Py_ssize_t *> taken(memory, room * sizeof(Py_ssize_t), &n_bytes)
+    job.spare_source = <Py_ssize_t *> taken(memory, room * sizeof(Py_ssize_t), &n_bytes)
     return n_bytes
 
 
@@ -191,11 +277,89 @@ cdef int make_room(Rows *job, Py_ssize_t room) noexcept nogil:
     if made.memory == NULL:
         return FS_NO_MEMORY
     lay_out(&made, made.memory + (-<Py_ssize_t> made.memory & (SHARE_LINE - 1)), room)
+    memset(made.before, 0, room * made.state_row)
+    memset(made.after, 0, room * made.state_row)
     job[0] = made
     return FS_DONE
 
 
-cdef void walk(Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shares) noexcept nogil:
+cdef void product(
+    const fs_leaves *leaves, const fs_weights *weights, fs_finish finish, Py_ssize_t rows, const void **x,
+    const void **h, void **out, int share, int shares,
+) noexcept nogil:
+    """out = f(W h + b) of a block of rows, or f(W x + U h + b) where the weights take an x."""
+    cdef const void *init[BLOCK_ROWS]
+    cdef fs_step step
+    cdef Py_ssize_t i
+    memset(&step, 0, sizeof(step))
+    take_share(&step, weights, share, shares)
+    step.rows = rows
+    step.with_x = weights.x_size > 0
+    step.finish = finish
+    step.init = init
+    step.x = x
+    step.h = h
+    step.out = out
+    for i in range(rows):
+        init[i] = weights.bias
+    leaves.plain(&step)
+
+
+cdef void attend(Rows *job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t h_at, char *scratch) noexcept nogil:
+    """The contexts of some rows, of multiplicative attention; the queries are in `after`."""
+    cdef const Network *network = job.network
+    cdef const Sources *sources = &job.sources
+    cdef Py_ssize_t item = network.item, row = first, end, source
+    cdef int64_t *packed = <int64_t *> scratch  # the source whose keys the leaf has packed, and what the leaf notes
+    cdef fs_attention attention = attention_of(sources)
+    attention.q.row = job.state_row // item
+    attention.out.row = job.context_row // item
+    while row < last:
+        source = job.source[row]
+        end = row + 1
+        while end < last and job.source[end] == source:
+            end += 1
+        attention.most_queries = end - row
+        attention.most_keys = sources.lengths[source]
+        attention.q.data = job.after + row * job.state_row + h_at
+        attention.k.data = <char *> sources.projected + source * sources.most * sources.units * item
+        attention.v.data = <char *> sources.keys + source * sources.most * sources.width * item
+        attention.out.data = job.context + row * job.context_row
+        attention.stats = job.stats + row * 2 * item
+        if packed[0] != source:
+            packed[0] = source
+            (<int64_t *> (scratch + SHARE_LINE))[0] = -1
+        network.leaves.attend(&attention, 0, scratch + SHARE_LINE)
+        row = end
+
+
+cdef fs_attention attention_of(const Sources *sources) noexcept nogil:
+    """Of one sequence and one head, whose arrays and sizes are still to be set; `most_keys` as for all."""
+    cdef fs_attention attention
+    memset(&attention, 0, sizeof(attention))
+    attention.batch = attention.heads = attention.kv_heads = attention.parts = 1
+    attention.width = attention.k.row = sources.units
+    attention.value_width = attention.v.row = sources.width
+    attention.most_keys = sources.most
+    attention.scale = attention.factor = 1
+    return attention
+
+
+cdef inline void align_rows(Rows *job, Py_ssize_t first, Py_ssize_t last, real *scratch) noexcept nogil:
+    """The contexts of some rows, of additive attention; the queries are in `said`."""
+    cdef const Sources *sources = &job.sources
+    cdef Py_ssize_t row, begin
+    for row in range(first, last):
+        begin = job.source[row] * sources.most
+        align_one(
+            job.network.leaves, sources.units, sources.width, sources.lengths[job.source[row]],
+            <const real *> (job.said + row * job.said_row), <const real *> sources.projected + begin * sources.units,
+            <const real *> sources.keys + begin * sources.width, <const real *> job.network.score,
+            scratch + sources.units + sources.most, <real *> (job.context + row * job.context_row), scratch,
+        )
+
+
+cdef void walk(Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shares, char *scratch) noexcept nogil:
     """One step of the rows [first, last): what one of some threads does that share the panels."""
     cdef const Network *network = job.network
     cdef const CellWeights *cell
@@ -209,9 +373,10 @@ cdef void walk(Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shar
     cdef void *middle[BLOCK_ROWS]
     cdef void *z[BLOCK_ROWS]
     cdef void *out[BLOCK_ROWS]
+    cdef void *said[BLOCK_ROWS]
     cdef CellPointers at
     cdef CellStep step
-    cdef Py_ssize_t base = first, layer, row, i, n, h_at, c_at
+    cdef Py_ssize_t base = first, layer, row, i, n, h_at, c_at, top_at = (network.layers - 1) * job.h_row, mine, end
     cdef const char *old
     cdef char *new
     at.x, at.init, at.candidate_init, at.no_bias, at.h, at.c_before = x, init, candidate_init, no_bias, h, c_before
@@ -219,13 +384,33 @@ cdef void walk(Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shar
     at.gates = NULL
     while base < last:
         n = min(BLOCK_ROWS, last - base)
+        # Where rows are split within a step, a thread has [mine, end).
+        mine = base + n * share // shares
+        end = base + n * (share + 1) // shares
+        if network.attention == ADDITIVE:
+            for i in range(n):
+                h[i] = job.before + job.parent[base + i] * job.state_row + top_at
+                said[i] = job.said + (base + i) * job.said_row
+            product(network.leaves, network.query, FS_IDENTITY, n, NULL, h, said, share, shares)
+            meet(job, shares)
+            if network.item == 4:
+                align_rows(job, mine, end, <float *> scratch)
+            else:
+                align_rows(job, mine, end, <double *> scratch)
+            meet(job, shares)
+        if network.table == NULL:
+            for i in range(n):
+                x[i] = network.embedding + job.symbols[base + i] * network.embedding_row
+                out[i] = job.entered + (base + i) * network.table_row
+            set_cell_step(&step, network.inputs, &at, True, share, shares)
+            input_parts(&step, network.inputs, n, x, init, out)
         for layer in range(network.layers):
             cell = network.cells[layer]
             h_at = layer * job.h_row
             c_at = job.c_first + layer * job.c_row
             for i in range(n):
                 row = base + i
-                old = job.before + job.source[row] * job.state_row
+                old = job.before + job.parent[row] * job.state_row
                 new = job.after + row * job.state_row
                 h[i] = old + h_at
                 out[i] = new + h_at
@@ -236,89 +421,145 @@ cdef void walk(Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shar
                 set_init(cell, &at, i)
                 if layer:
                     x[i] = new + h_at - job.h_row
-                elif network.table == NULL:
-                    x[i] = network.embedding + job.symbols[row] * network.embedding_row
+                    continue
+                x[i] = job.context + row * job.context_row
+                if network.table == NULL:
+                    init[i] = job.entered + row * network.table_row
                 else:
                     init[i] = network.table + job.symbols[row] * network.table_row
-                    candidate_init[i] = <const char *> init[i] + network.table_main
-            set_cell_step(&step, cell, &at, layer > 0 or network.table == NULL, share, shares)
+                candidate_init[i] = <const char *> init[i] + network.table_main
+            set_cell_step(&step, cell, &at, layer > 0 or network.attention == ADDITIVE, share, shares)
             do_cell(&step, cell, n, job.backwards, shares, job.barrier)
-        product(network, n, <const void **> out, job.logits + base * network.output.units * network.item, share, shares)
+        if network.attention == MULTIPLICATIVE:
+            attend(job, mine, end, top_at, scratch)
+            meet(job, shares)
+            for i in range(n):
+                x[i] = job.context + (base + i) * job.context_row
+                h[i] = out[i]
+                said[i] = job.said + (base + i) * job.said_row
+            product(network.leaves, network.combine, FS_TANH, n, x, h, said, share, shares)
+            meet(job, shares)
+        for i in range(n):
+            if network.attention == NONE:
+                h[i] = out[i]
+            elif network.attention == MULTIPLICATIVE:
+                h[i] = said[i]
+            else:
+                x[i] = out[i]
+                h[i] = job.context + (base + i) * job.context_row
+        for i in range(n):
+            out[i] = job.logits + (base + i) * network.output.units * network.item
+        product(network.leaves, network.output, FS_IDENTITY, n, x, h, out, share, shares)
         base += BLOCK_ROWS
 
 
-cdef void product(
-    const Network *network, Py_ssize_t rows, const void **x, char *logits, int share, int shares,
-) noexcept nogil:
-    """The logits of a block of rows."""
-    cdef const void *init[BLOCK_ROWS]
-    cdef void *out[BLOCK_ROWS]
-    cdef fs_step step
-    cdef Py_ssize_t i
-    memset(&step, 0, sizeof(step))
-    take_share(&step, network.output, share, shares)
-    step.rows = rows
-    step.finish = FS_IDENTITY
-    step.init = init
-    step.h = x
-    step.out = out
-    for i in range(rows):
-        init[i] = network.output.bias
-        out[i] = logits + i * network.output.units * network.item
-    network.leaves.plain(&step)
+cdef inline void meet(Rows *job, int team) noexcept nogil:
+    if team > 1:
+        fs_barrier_wait(job.barrier, team)
 
 
 cdef void walk_flushed(Rows *job, Split split, int thread, int team) noexcept nogil:
     cdef unsigned long long before
+    cdef char *scratch = job.scratch + thread * job.scratch_each
     if thread >= team:
         return
     before = fs_flush_denormals()
     if split.panels:
-        walk(job, 0, job.rows, thread, team)
+        walk(job, 0, job.rows, thread, team, scratch)
     else:
-        walk(job, job.rows * thread // team, job.rows * (thread + 1) // team, 0, 1)
+        walk(job, job.rows * thread // team, job.rows * (thread + 1) // team, 0, 1, scratch)
     fs_restore_denormals(before)
 
 
 cdef Split plan(const Rows *job) noexcept nogil:
     """How threads share a step."""
     cdef const Network *network = job.network
-    cdef Py_ssize_t work = network.output.panels * 4 * network.leaves.lanes * network.output.h_size, meetings = 0
-    cdef Py_ssize_t panels = network.cells[0].main.panels, layer
+    cdef const Sources *sources = &job.sources
+    cdef Py_ssize_t work = product_work(network, network.output), meetings = 0, layer, of_attention = 0
     cdef const CellWeights *cell
     for layer in range(network.layers):
         cell = network.cells[layer]
         work += cell_work(cell)
         meetings += 2 if cell.kind == GRU_BEFORE or cell.projection.units else 1
-        if layer == 0 and network.table != NULL:
-            work -= network.table_row // network.item * cell.input_size
+    cell = network.cells[0]
+    if network.attention != ADDITIVE:
+        work -= network.table_row // network.item * cell.input_size
+    if network.table == NULL:
+        work += network.table_row // network.item * network.inputs.input_size
+    if network.attention != NONE:
+        meetings += 2
+        of_attention = sources.all_keys // sources.n * (sources.units + sources.width + <Py_ssize_t> WEIGHT_WORK)
+        if network.attention == ADDITIVE:
+            of_attention += sources.all_keys // sources.n * sources.units * TANH_WORK
+            work += product_work(network, network.query)
+        else:
+            work += product_work(network, network.combine)
     return split_of(
-        job.rows, work, job.rows * work, meetings, panels, network.leaves.tile_rows[4], <int> network.item,
-        job.n_threads,
+        job.rows, work, job.rows * (work + of_attention), meetings, cell.main.panels, network.leaves.tile_rows[4],
+        <int> network.item, job.n_threads,
     )
+
+
+cdef inline Py_ssize_t product_work(const Network *network, const fs_weights *weights) noexcept nogil:
+    return weights.panels * 4 * network.leaves.lanes * (weights.x_size + weights.h_size)
+
+
+cdef inline double now() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return t.tv_sec + 1e-9 * t.tv_nsec
+
+
+cdef bint pays(Pace *pace, Py_ssize_t rows) noexcept nogil:
+    """Whether a team is worth its while for a step of some rows."""
+    if rows > pace.rows or 2 * rows < pace.rows:
+        pace.rows = rows
+        pace.measured = 0
+    if pace.pause:
+        pace.pause -= 1
+    return pace.pause == 0 and pace.measured >= MEASURED
+
+
+cdef void learn(Pace *pace, bint team, double seconds) noexcept nogil:
+    """What a step took."""
+    if not team:
+        pace.alone = min(pace.alone, seconds) if pace.measured else seconds
+        pace.measured = min(MEASURED, pace.measured + 1)
+    elif seconds > SLOW * pace.alone:
+        pace.pause = pace.next_pause
+        pace.next_pause = min(MOST_PAUSE, 2 * pace.pause)
+    else:
+        pace.next_pause = max(LEAST_PAUSE, pace.next_pause // 2)
 
 
 cdef int step(void *self, ptrdiff_t rows, const int64_t *symbols, void *logits) noexcept nogil:
     """See decoder.h."""
     cdef Rows *job = <Rows *> self
     cdef Split split = plan(job)
-    cdef int region = fs_team_limit(job.n_threads) if split.threads > 1 else 1
+    cdef bint several = split.threads > 1
+    cdef int region = 1
+    cdef double start = now() if several else 0
     cdef Py_ssize_t row
     cdef fs_barrier barrier
+    if several and pays(&job.pace, rows):
+        region = fs_team_limit(job.n_threads)
     split.threads = min(split.threads, region)
     job.symbols = symbols
     job.logits = <char *> logits
     if split.threads == 1:
+        split.panels = True
         walk_flushed(job, split, 0, 1)
     else:
         fs_barrier_init(&barrier)
         job.barrier = &barrier
         with parallel(num_threads=region):
             walk_flushed(job, split, threadid(), min(fs_team_size(), split.threads))
+    if several:
+        learn(&job.pace, split.threads > 1, now() - start)
     job.before, job.after = job.after, job.before
     job.backwards = not job.backwards
     for row in range(rows):
-        job.source[row] = row
+        job.parent[row] = row
     return FS_DONE
 
 
@@ -329,19 +570,28 @@ cdef int choose(void *self, ptrdiff_t rows, const int64_t *parents) noexcept nog
     cdef Py_ssize_t row
     if rows <= job.room:
         for row in range(rows):
-            job.spare[row] = job.source[parents[row]]
-        job.source, job.spare = job.spare, job.source
+            job.spare_parent[row] = job.parent[parents[row]]
+            job.spare_source[row] = job.source[parents[row]]
+        job.parent, job.spare_parent = job.spare_parent, job.parent
+        job.source, job.spare_source = job.spare_source, job.source
     else:
         if make_room(job, rows) != FS_DONE:
             return FS_NO_MEMORY
         for row in range(rows):
             memcpy(
-                job.before + row * job.state_row, old.before + old.source[parents[row]] * job.state_row, job.state_row,
+                job.before + row * job.state_row, old.before + old.parent[parents[row]] * job.state_row, job.state_row,
             )
-            job.source[row] = row
+            job.parent[row] = row
+            job.source[row] = old.source[parents[row]]
         PyMem_RawFree(old.memory)
     job.rows = rows
     return FS_DONE
+
+
+cdef object whole_vectors(array, Py_ssize_t lanes):
+    """An array whose last axis is whole vectors: itself, or a copy with zeros behind it."""
+    wide = -(-array.shape[-1] // lanes) * lanes
+    return np.pad(array, ((0, 0), (0, 0), (0, wide - array.shape[-1]))) if wide > array.shape[-1] else array
 
 
 cdef class Decoder:
@@ -357,14 +607,18 @@ cdef class Decoder:
     copies : int
         To how many rows each may be forked; there may be more, but memory for these is taken now.
     n_threads : int
+    keys, projected, lengths : ndarrays of shapes (B, S, K), (B, S, A) and (B,), optional
+        With attention: what each row attends to, what scores take of it, and how many of the S there are, 1 or more.
     """
 
     cdef fs_decoder functions
     cdef Rows job
     cdef Weights weights
+    cdef list kept  # the arrays of the sources, and scratch
 
     def __init__(
-        self, Weights weights not None, cnp.ndarray h not None, cnp.ndarray c, copies, int n_threads,
+        self, Weights weights not None, cnp.ndarray h not None, cnp.ndarray c, copies, int n_threads, keys=None,
+        projected=None, lengths=None,
     ):
         cdef Rows *job = &self.job
         cdef const Network *network = &weights.network
@@ -380,10 +634,13 @@ cdef class Decoder:
         job.c_row = 0 if c is None else lines(cnp.PyArray_DIM(c, 2) * network.item)
         job.state_row = job.c_first + network.layers * job.c_row
         job.middle_row = lines(network.cells[0].hidden_size * network.item)
+        job.pace.next_pause = LEAST_PAUSE
+        if network.attention != NONE:
+            self.set_sources(keys, projected, lengths)
         if room > MOST_BYTES or make_room(job, room) != FS_DONE:
             raise MemoryError(f"for the states of {room} rows")
         for row in range(job.rows):
-            job.source[row] = row
+            job.parent[row] = job.source[row] = row
             state = job.before + row * job.state_row
             for layer in range(network.layers):
                 put(state + layer * job.h_row, h, row, layer)
@@ -394,6 +651,39 @@ cdef class Decoder:
         self.functions.item_size = <int> network.item
         self.functions.step = step
         self.functions.choose = choose
+
+    cdef int set_sources(self, keys, projected, lengths) except -1:
+        cdef Rows *job = &self.job
+        cdef const Network *network = job.network
+        cdef Sources *sources = &job.sources
+        cdef Py_ssize_t reals, thread
+        cdef fs_attention attention
+        if network.attention == MULTIPLICATIVE:
+            keys, projected = (whole_vectors(array, network.leaves.lanes) for array in (keys, projected))
+        cdef cnp.ndarray of_keys = np.ascontiguousarray(keys), of_projected = np.ascontiguousarray(projected)
+        cdef cnp.ndarray counts = np.ascontiguousarray(lengths, np.int64)
+        sources.n, sources.most, sources.width = keys.shape
+        sources.units = cnp.PyArray_DIM(of_projected, 2)
+        sources.keys = cnp.PyArray_BYTES(of_keys)
+        sources.projected = cnp.PyArray_BYTES(of_projected)
+        sources.lengths = <const int64_t *> cnp.PyArray_DATA(counts)
+        sources.all_keys = int(counts.sum())
+        job.context_row = lines(sources.width * network.item)
+        if network.attention == MULTIPLICATIVE:
+            attention = attention_of(sources)
+            reals = network.leaves.attend_scratch(&attention)
+            job.said_row = lines(network.combine.units * network.item)
+        else:
+            reals = sources.units + 2 * sources.most
+            job.said_row = lines(network.query.units * network.item)
+        job.scratch_each = SHARE_LINE + lines(reals * network.item)
+        cdef cnp.ndarray scratch = np.empty(job.n_threads * job.scratch_each + SHARE_LINE, np.uint8)
+        job.scratch = cnp.PyArray_BYTES(scratch)
+        job.scratch += -<Py_ssize_t> job.scratch & (SHARE_LINE - 1)
+        for thread in range(job.n_threads):
+            (<int64_t *> (job.scratch + thread * job.scratch_each))[0] = -1
+        self.kept = [of_keys, of_projected, counts, scratch]
+        return 0
 
     def __dealloc__(self):
         PyMem_RawFree(self.job.memory)

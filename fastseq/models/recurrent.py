@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -32,6 +32,21 @@ _ROWS, _CHUNK = 32, 512  # sequences, and steps of them, that `log_prob` looks a
 def recurrent_layer(kinds: Any, cell: str, *sizes: int, **settings: Any) -> Any:
     """A recurrent layer by the name of its cell."""
     return {"rnn": kinds.RNN, "lstm": kinds.LSTM, "gru": kinds.GRU}[cell](*sizes, **settings)
+
+
+class OfParameters:
+    """What was made of the parameters of some layers, as long as they stay what they are."""
+
+    def __init__(self, *layers: Any) -> None:
+        self._layers = layers
+        self._kept: tuple[list[Mapping[str, Array]], Any] | None = None
+
+    def get(self, make: Callable[[], Any]) -> Any:
+        """What there is, or what `make` makes."""
+        arrays, kept = [layer._arrays for layer in self._layers], self._kept
+        if kept is None or any(one is not other for one, other in zip(kept[0], arrays, strict=True)):
+            kept = self._kept = arrays, make()
+        return kept[1]
 
 
 class _Kept(NamedTuple):
@@ -127,7 +142,7 @@ class RecurrentLM(SymbolModel):
         self._recurrent: Any = self._children["recurrent"]
         self._output: Any = self._children["output"]
         self._drop = kinds.Dropout(self.dropout, **of_type)
-        self._kept_weights: tuple[list[Mapping[str, Array]], Any] | None = None
+        self._for_decoders = OfParameters(self._embedding, self._recurrent, self._output)
 
     @property
     def begin(self) -> int:
@@ -422,21 +437,14 @@ class RecurrentLM(SymbolModel):
         if self._decoders is None:
             return logits, StateDecoder(self, state)
         n_threads = threads.get_num_threads()
-        weights = self._decoder_weights(n_threads)
-        c = getattr(state, "c", None)
-        return logits, self._decoders.Decoder(weights, state.h, c, copies, n_threads)
+        weights = self._for_decoders.get(self._decoder_weights)
+        return logits, self._decoders.Decoder(weights, state.h, getattr(state, "c", None), copies, n_threads)
 
-    def _decoder_weights(self, n_threads: int) -> Any:
+    def _decoder_weights(self) -> Any:
         """The weights as a compiled decoder wants them."""
-        layers = self._embedding, self._recurrent, self._output
-        arrays = [layer._arrays for layer in layers]
-        kept = self._kept_weights
-        if kept is not None and all(one is other for one, other in zip(kept[0], arrays, strict=True)):
-            return kept[1]
-        embedding, recurrent, output = layers
-        weights = self._decoders.Weights(recurrent._cells(), output._weights(), embedding._arrays["weight"], n_threads)
-        self._kept_weights = arrays, weights
-        return weights
+        cells = [cell for (cell,) in self._recurrent._cells()]
+        embedding = self._embedding._arrays["weight"]
+        return self._decoders.Weights(embedding, cells[0], cells, self._output._weights(), threads.get_num_threads())
 
 
 def rollout(recurrent: Any, output: Any, x: Array, state: Any, steps: int) -> Array:

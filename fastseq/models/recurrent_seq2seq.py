@@ -6,12 +6,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _alignment, checks, layers, losses, threads
+from fastseq import _alignment, _recurrent_decoder, checks, layers, losses, threads
 from fastseq.checks import Array
 from fastseq.layers.alignment import AllSteps
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
-from fastseq.models.recurrent import CELLS, recurrent_layer
+from fastseq.layers.rows import rows_of
+from fastseq.models.decoding import Decoder, StateDecoder
+from fastseq.models.recurrent import CELLS, OfParameters, recurrent_layer
 from fastseq.models.seq2seq import Pairs, SequencePairModel
 from fastseq.models.transformer import _Tokens
 from fastseq.state import Seq2SeqState, State, adopt, adopt_pair
@@ -108,6 +110,7 @@ class Seq2Seq(SequencePairModel):
 
     _layers: ClassVar[Any] = layers
     _losses: ClassVar[Any] = losses
+    _decoders: ClassVar[Any] = _recurrent_decoder  # None: a decoder takes `step`
     # The set of operations of what has no layer of its own.
     _operations: ClassVar[Any] = _alignment
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
@@ -207,6 +210,10 @@ class Seq2Seq(SequencePairModel):
         self._combine: Any = children.get("combine")
         self._output: Any = children["output"]
         self._drop = kinds.Dropout(self.dropout, **of_type)
+        walked = [self._target_embedding, self._decoder_layer, self._output, self._combine]
+        if self.attention == "additive":
+            walked += [self._attention._query, self._attention._score]
+        self._for_decoders = OfParameters(*(layer for layer in walked if layer is not None))
 
     def _states(self) -> str:
         """The names of the arrays of a recurrent state."""
@@ -546,6 +553,45 @@ class Seq2Seq(SequencePairModel):
                 context, _ = self._attention._step(h, keys, projected, lengths, False)
                 h = self._tanh(self._combine(np.concatenate([context, h], axis=1)))
         return self._output(h), adopt_pair(after.h, getattr(after, "c", None), keys, projected, lengths)
+
+    def _decoder(self, sources: list[Array], copies: int) -> tuple[Array, Decoder]:
+        lengths = np.array([len(row) for row in sources])
+        rows = rows_of(len(sources), int(lengths.max()), lengths)
+        state = self._start_of(_Tokens(np.concatenate(sources), rows, False))
+        logits, state = self._said(np.full(len(sources), self.begin), state)
+        if self._decoders is None:
+            return logits, StateDecoder(self, state)
+        weights, n_threads = self._for_decoders.get(self._decoder_weights), threads.get_num_threads()
+        of_source = state.keys, state.projected, state.lengths
+        return logits, self._decoders.Decoder(weights, state.h, state.c, copies, n_threads, *of_source)
+
+    def _decoder_weights(self) -> Any:
+        """The weights as a compiled decoder wants them."""
+        cells = [cell for (cell,) in self._decoder_layer._cells()]
+        inputs, output = cells[0], self._output._weights()
+        more: dict[str, Any] = {}
+        pack = self._decoder_layer._operations.pack
+        if self.attention == "multiplicative":
+            of_context, of_output = _parts(self._combine._arrays["weight"], -self.hidden_size)
+            more["combine"] = pack("rnn_tanh", of_context, of_output, None, None, None)
+        elif self.attention == "additive":
+            ((weight_ih, weight_hh, *biases),) = self._decoder_layer._by_direction(self._decoder_layer._arrays, 0)
+            of_symbol, of_context = _parts(weight_ih, self.embedding_dim)
+            inputs = pack(self._decoder_layer._cell, of_symbol, weight_hh[:, :0], *biases)
+            cells[0] = pack(self._decoder_layer._cell, of_context, weight_hh, *biases)
+            of_output, of_context = _parts(self._output._arrays["weight"], self.hidden_size)
+            bias = self._output._arrays["bias"]
+            output = pack("linear", of_output, of_context, bias, np.full_like(bias, -0.0), None)  # x + -0 is x
+            more["query"] = self._attention._query._weights()
+            more["score"] = self._attention._score._arrays["weight"][0]
+        embedding = self._target_embedding._arrays["weight"]
+        n_threads = threads.get_num_threads()
+        return self._decoders.Weights(embedding, inputs, cells, output, n_threads, attention=self.attention, **more)
+
+
+def _parts(weight: Array, columns: int) -> tuple[Array, Array]:
+    """The columns of a matrix before one, and those from it on."""
+    return np.ascontiguousarray(weight[:, :columns]), np.ascontiguousarray(weight[:, columns:])
 
 
 def _state(arrays: list[Array]) -> State:

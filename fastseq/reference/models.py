@@ -78,6 +78,8 @@ class TransformerSeq2Seq(models.TransformerSeq2Seq):  # noqa: D101
 
 class Seq2Seq(models.Seq2Seq):  # noqa: D101
     __doc__ = models.Seq2Seq.__doc__
+    _decoding: ClassVar[Any] = decoding
+    _decoders: ClassVar[Any] = None
     _layers: ClassVar[Any] = reference
     _losses: ClassVar[Any] = losses
     _operations: ClassVar[Any] = alignment_operations
