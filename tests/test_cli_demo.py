@@ -33,7 +33,8 @@ def tiny(path, kind):
         else fs.models.Seq2Seq(27, 4, 6, 8, attention="multiplicative", seed=3)
     )
     words = [[2, 1], [3, 1, 20], [1, 2, 3], [11]]
-    model.fit(words, [[1, 0], [2, 0, 3], [0, 1, 2], [2]], epochs=60, progress=False)
+    rate = fs.training.Adam(model, 0.02)
+    model.fit(words, [[1, 0], [2, 0, 3], [0, 1, 2], [2]], epochs=60, optimiser=rate, progress=False)
     model.save(path)
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
@@ -85,11 +86,7 @@ def test_engines_that_differ_are_a_failure(tmp_path, monkeypatch, capsys):
 
     def wrong(self, word):
         said = say(self, word)
-        return (
-            said
-            if isinstance(self.model, fs.models.TransformerSeq2Seq) and type(self.model) is fs.models.TransformerSeq2Seq
-            else (*said, "T")
-        )
+        return said if type(self.model) is fs.models.TransformerSeq2Seq else (*said, "T")
 
     monkeypatch.setattr(demo.Pronouncer, "say", wrong)
     assert cli.main(["demo", "cab"]) == 1

@@ -120,15 +120,15 @@ def checked(words: Sequence[str], letters: str, longest: int) -> list[str]:
 
 
 def draw(said: Sequence[Said], path: str) -> None:
-    """A picture of the first word's attention."""
+    """A picture of the attention of the first word that something was said of."""
     from fastseq import plotting
 
-    first = said[0]
+    first = next((one for one in said if one.phonemes), None)
+    if first is None:
+        raise UsageError("--plot: nothing was said, and there is nothing to draw")
     try:
         plotting.attention_map(first.weights, first.phonemes, list(first.word), path=path, title=first.word)
-    except ImportError as error:
-        raise UsageError(f"--plot: {error}") from None
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise UsageError(f"--plot: {error}") from None
 
 

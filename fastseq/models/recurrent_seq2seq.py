@@ -206,13 +206,14 @@ class Seq2Seq(SequencePairModel):
         self._target_embedding: Any = children["target_embedding"]
         self._encoder_layer: Any = children["encoder"]
         self._decoder_layer: Any = children["decoder"]
-        self._attention: Any = children.get("attention")
+        attention_layer: Any = children.get("attention")
+        self._attention: Any = attention_layer
         self._combine: Any = children.get("combine")
         self._output: Any = children["output"]
         self._drop = kinds.Dropout(self.dropout, **of_type)
         walked = [self._target_embedding, self._decoder_layer, self._output, self._combine]
         if self.attention == "additive":
-            walked += [self._attention._query, self._attention._score]
+            walked += [attention_layer._query, attention_layer._score]
         self._for_decoders = OfParameters(*(layer for layer in walked if layer is not None))
 
     def _states(self) -> str:
