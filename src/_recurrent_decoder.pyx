@@ -40,7 +40,7 @@ cdef enum Attention:
     MULTIPLICATIVE  # of the output of a step: its context and it give what the logits are made of
     ADDITIVE        # of the output of the step before: its context enters the first layer, and the logits
 
-ATTENTIONS = {None: NONE, "multiplicative": MULTIPLICATIVE, "additive": ADDITIVE}
+cdef dict ATTENTIONS = {None: NONE, "multiplicative": MULTIPLICATIVE, "additive": ADDITIVE}
 
 cdef enum:
     BLOCK_ROWS = 128           # rows whose pointers are made at once

@@ -248,7 +248,7 @@ def run_blocks(
 
 
 cdef class Pages:
-    """Keys and values of a batch of sequences in all layers of a stack; see `fastseq.reference.transformer_operations.Pages`.
+    """Keys and values of a batch of sequences; see `fastseq.reference.transformer_operations.Pages`.
 
     Immutable. Another one with some of the rows, or a beginning of them, shares the memory.
     """
@@ -675,7 +675,6 @@ cdef class Decoder:
     ):
         cdef Stack stack = Stack(blocks, final_norm)
         cdef Decoding *d = &self.d
-        cdef Py_ssize_t i
         self.kept = [stack, embedding, positions, output]
         self.prefill = prefill
         stack.start(&d.task)
@@ -729,7 +728,7 @@ cdef class Decoder:
         symbols : list of arrays
             All symbols of all rows.
         """
-        cdef Pages fresh, pages
+        cdef Pages fresh
         cdef fs_table table
         cdef Py_ssize_t i
         full = [i for i in range(self.d.rows) if self.d.tables[i].length >= self.d.most]

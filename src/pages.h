@@ -36,7 +36,8 @@ static inline ptrdiff_t fs_page_layer(const fs_page_kind *kind)
 static inline fs_page *fs_page_new(const fs_page_kind *kind)
 {
     const size_t reals = (size_t)(kind->layers * fs_page_layer(kind));
-    fs_page *page = aligned_alloc(64, FS_PAGE_HEADER + (reals * (size_t)kind->leaves->item_size + 63) / 64 * 64);
+    fs_page *page =
+        aligned_alloc(64, FS_PAGE_HEADER + (reals * (size_t)kind->leaves->item_size + 63) / 64 * 64);
     if (page)
         *page = (fs_page){.owners = 1};
     return page;

@@ -117,7 +117,7 @@ cdef struct Task:
     const int64_t *memory_starts
     Py_ssize_t longest_memory
     Mask memory_mask
-    char **weights             # OUT of each block two: [batch][heads][longest][longest], and that of the memory; or NULL
+    char **weights             # OUT of each block its own [batch][heads][longest][longest], and the memory's; or NULL
     bint has_final
     Norm final
     const fs_weights *output   # a product after the last norm, or NULL

@@ -222,7 +222,7 @@ def test_nothing_to_do(kind: str, module: Any) -> None:
 @EVERY
 def test_not_finite_goes_where_the_reference_sends_it(kind: str) -> None:
     layer, other = made(kind), made(kind, fs.reference)
-    query, keys, dcontext = arrays()
+    query, keys, _ = arrays()
     keys[0, 1, 2], query[1, 0, 0], keys[1, 3, 1] = np.nan, np.nan, 1e300
     for ours, theirs in zip(
         layer(query, keys, return_weights=True), other(query, keys, return_weights=True), strict=True
@@ -393,8 +393,8 @@ BACKWARD_MISTAKES = ["no product of weights", "no score", "no slope of tanh", "k
 def test_mistakes_in_the_backward_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backward that leaves a factor out, in the place of the reference's, disagrees with the compiled one."""
 
-    def align_backward(q: Any, p: Any, k: Any, v: Any, starts: Any, firsts: Any, counts: Any, weights: Any, dcontext: Any,
-                       dp: Any, dk: Any, dv: Any, n: int) -> Any:  # fmt: skip
+    def align_backward(*given: Any) -> Any:
+        q, p, k, v, starts, firsts, counts, weights, dcontext, dp, dk, dv, _ = given
         dq = np.zeros_like(q)
         for i, (first, count) in enumerate(zip(firsts, counts, strict=True)):
             own = slice(first, first + count)

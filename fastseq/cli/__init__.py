@@ -1,4 +1,4 @@
-"""The command ``fastseq``: what is installed, and how fast it is on this machine beside other engines."""
+"""The command ``fastseq``: a model that pronounces, what is installed, and how fast it is beside other engines."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("info", help="what is installed, and what it found on this machine")
 
+    demo = commands.add_parser(
+        "demo",
+        help="pronounce words with a model that comes along",
+        description="Pronounce words with the model that comes with the package, and show which letters it looks at.",
+    )
+    demo.add_argument("words", nargs="*", metavar="WORDS", help="of the letters a to z and apostrophes")
+    demo.add_argument("--plot", metavar="FILE", help="draw the attention of the first word; needs matplotlib")
+
     bench = commands.add_parser(
         "bench",
         help="time fastseq beside other engines",
@@ -36,8 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--vs",
         metavar="ENGINES",
-        help="of reference, torch, onnxruntime, openvino, ctranslate2, as far as they can do what is asked for; with "
-        "commas (default: those installed, and the reference where it does not take long)",
+        help="of reference, torch, onnxruntime, openvino, ctranslate2, llamacpp, and greedy beside beam search, as far "
+        "as they can do what is asked for; with commas (default: those installed, and the reference where it does not "
+        "take long)",
     )
     bench.add_argument(
         "--train",
@@ -47,9 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument(
         "--kind",
-        choices=("lstm", "gru", "rnn", "all", "attention", "encoder", "train"),
+        choices=("lstm", "gru", "rnn", "all", "attention", "encoder", "train", "decode", "generate"),
         default="all",
-        help="all (the default) are the recurrent layers; train is a step of training a character Transformer",
+        help="all (the default) are the recurrent layers; train is a step of training a character Transformer; decode "
+        "is greedy decoding with Transformers; generate is drawing from an LSTM language model, and beam search",
     )
     bench.add_argument(
         "--shape",
@@ -57,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="B,T,I,H",
         help="batch, time, inputs, hidden; of attention B,heads,T,D; of an encoder B,T; of training "
-        "layers,width,heads,B,T; may be repeated",
+        "layers,width,heads,B,T; of decoding layers,width,heads,V,context,B; of generating layers,hidden,V,B,symbols; "
+        "may be repeated",
     )
     bench.add_argument(
         "--shapes",
@@ -91,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             info.run()
             status = 0
+        elif options.command == "demo":
+            from fastseq.cli import demo
+
+            status = demo.run(options)
         else:
             from fastseq.cli import bench
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fastseq import _simd, threads
-from fastseq.cli import UsageError, attention, encoder, engines, info, language, plot, recurrent
+from fastseq.cli import UsageError, attention, decode, encoder, engines, generate, info, language, plot, recurrent
 from fastseq.cli.cases import Case
 from fastseq.cli.limits import ROOFS, Limits
 from fastseq.cli.others import Others
@@ -26,14 +26,14 @@ from fastseq.version import __version__
 
 # Of the largest magnitude in the result. A gate exchanged or a state dropped costs far more, an approximate tanh less.
 PEER_TOLERANCE = 1e-3
-# How many times as far off gradients may be: they are sums over what was rounded on the way there.
-OF_GRADIENTS = 4
 
-# The kinds that are not recurrent, and what makes cases of the values of --shape, or the usual ones of none.
-TRANSFORMERS: dict[str, Callable[[Sequence[str]], list[Case]]] = {
+# The kinds that are not recurrent layers, and what makes cases of the values of --shape, or the usual ones of none.
+MODELS: dict[str, Callable[[Sequence[str]], list[Case]]] = {
     "attention": attention.chosen,
     "encoder": encoder.chosen,
     "train": language.chosen,
+    "decode": decode.chosen,
+    "generate": generate.chosen,
 }
 
 
@@ -66,19 +66,19 @@ def run(options: argparse.Namespace) -> int:
 
 def chosen_cases(kind: str, shapes: Sequence[str], named: str | None, train: bool = False) -> list[Case]:
     """The cases that some options ask for."""
-    if kind not in TRANSFORMERS:
+    if kind not in MODELS:
         return recurrent.chosen(recurrent.KINDS if kind == "all" else (kind,), shapes, named, train)
     for option, given in (("--train", train), ("--shapes", named is not None)):
         if given:
             raise UsageError(f"{option} is for recurrent layers, not for --kind {kind}")
-    return TRANSFORMERS[kind](shapes)
+    return MODELS[kind](shapes)
 
 
 def chosen_engines(text: str | None, cases: Sequence[Case]) -> list[str]:
     """The engines that --vs names; without it those that are usual for the cases and installed."""
     if text is None:
         usual = [name for name in engines.NEEDS if any(name in case.usual for case in cases)]
-        return [name for name in usual if not engines.missing(name)]
+        return [name for name in usual if not lacking(name, cases)]
     able = [name for name in engines.NEEDS if any(name in case.engines for case in cases)]
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
@@ -86,10 +86,16 @@ def chosen_engines(text: str | None, cases: Sequence[Case]) -> list[str]:
             raise UsageError(
                 f"--vs should name some of {', '.join(able)}, which can do what is asked for, not {name!r}"
             )
-        missing = engines.missing(name)
+        missing = lacking(name, cases)
         if missing:
             raise UsageError(f"--vs {name} needs {' and '.join(missing)}, which is not installed")
     return names
+
+
+def lacking(engine: str, cases: Sequence[Case]) -> list[str]:
+    """The modules that are not installed and without which an engine cannot do some of the cases it could do."""
+    needed = [module for case in cases if engine in case.engines for module in case.needs(engine)]
+    return engines.missing(engine, needed)
 
 
 def whole_number(option: str, text: str, most: int) -> int:
@@ -213,32 +219,20 @@ def check_parity(rows: Sequence[Row], workers: dict[str, Worker], exact: Worker,
                 row.faults[name] = f"failed: {failure}"
                 continue
             allowed = tolerance(row.case) if name == "fastseq" else PEER_TOLERANCE
-            results, gradients = slice(row.case.outputs), slice(row.case.outputs, None)
-            error = largest_error(outputs[results], expected[results])
-            in_gradients = largest_error(outputs[gradients], expected[gradients])
-            row.errors[name] = max(error, in_gradients)
-            if error > allowed:
-                row.faults[name] = f"differs from the reference by {error:.1e} of its largest value"
-            elif in_gradients > OF_GRADIENTS * allowed:
-                allowed *= OF_GRADIENTS
-                row.faults[name] = f"differs from the reference by {in_gradients:.1e} of a gradient's largest value"
-            else:
-                continue
-            if name == "fastseq":
-                raise EngineError(f"fastseq: {row.case.name} {row.faults[name]}, more than {allowed:.1e}")
+            verdict = row.case.compare(name, outputs, expected, allowed)
+            if verdict.error is not None:
+                row.errors[name] = verdict.error
+            if verdict.symbols is not None:
+                row.symbols[name] = verdict.symbols
+            if verdict.fault is not None:
+                row.faults[name] = verdict.fault
+                if name == "fastseq":
+                    raise EngineError(f"fastseq: {row.case.name} {verdict.fault}, more than {verdict.allowed:.1e}")
 
 
 def tolerance(case: Case) -> float:
     """How far float32 results may be from exact ones, over the largest magnitude: what fastseq promises."""
     return 16 * float(np.finfo(np.float32).eps) * math.ceil(math.log2(2 + case.terms))
-
-
-def largest_error(outputs: engines.Outputs, expected: engines.Outputs) -> float:
-    """The largest difference over the largest magnitude, of the worst array; infinite where shapes differ, or NaN."""
-    if [array.shape for array in outputs] != [array.shape for array in expected]:
-        return math.inf
-    errors = [np.max(np.abs(one - other)) / np.max(np.abs(other)) for one, other in zip(outputs, expected, strict=True)]
-    return float(max(errors, default=0)) if np.all(np.isfinite(errors)) else math.inf
 
 
 def roofs(limits: Limits) -> tuple[dict[int, float], dict[int, float]]:

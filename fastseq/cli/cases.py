@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from fastseq.checks import Array
 from fastseq.cli import UsageError
-from fastseq.cli.engines import Model
+from fastseq.cli.engines import Model, Outputs
 
 ITEM = 4  # bytes in a float32
+OF_GRADIENTS = 4  # how many times as far off gradients may be: they are sums over what was rounded on the way there
+
+
+class Verdict(NamedTuple):
+    """What comes out where the outputs of an engine are compared with those of the float64 reference.
+
+    Attributes
+    ----------
+    error : float, optional
+        Of numbers: the largest difference over the largest magnitude.
+    fault : str, optional
+        What is wrong, if anything is.
+    allowed : float
+        How far off what is wrong might have been.
+    symbols : tuple of two ints, optional
+        Of symbols that were chosen: how many were compared, of how many.
+    """
+
+    error: float | None
+    fault: str | None
+    allowed: float
+    symbols: tuple[int, int] | None = None
 
 
 class Case:
@@ -62,6 +88,32 @@ class Case:
         """How many arrays, of those that `build` gives, are the forward's. What comes after is gradients."""
         return 1
 
+    def needs(self, engine: str) -> tuple[str, ...]:
+        """The modules that an engine needs for it besides those it always needs."""
+        return ()
+
+    def compare(self, engine: str, outputs: Outputs, expected: Outputs, allowed: float) -> Verdict:
+        """Hold what an engine computed against the float64 reference.
+
+        Parameters
+        ----------
+        engine : str
+        outputs, expected : tuple of arrays
+            What `build` gives, of the engine and of ``"exact"``.
+        allowed : float
+            How far from it results may be, over the largest magnitude.
+        """
+        results, gradients = slice(self.outputs), slice(self.outputs, None)
+        error = largest_error(outputs[results], expected[results])
+        in_gradients = largest_error(outputs[gradients], expected[gradients])
+        worst = max(error, in_gradients)
+        if error > allowed:
+            return Verdict(worst, f"differs from the reference by {error:.1e} of its largest value", allowed)
+        if in_gradients > OF_GRADIENTS * allowed:
+            fault = f"differs from the reference by {in_gradients:.1e} of a gradient's largest value"
+            return Verdict(worst, fault, OF_GRADIENTS * allowed)
+        return Verdict(worst, None, allowed)
+
     @property
     def terms(self) -> int:
         """How many terms the sums have that a result goes through, one after another."""
@@ -81,6 +133,16 @@ class Case:
     def working_set(self) -> int:
         """Bytes that are read again in every call, and so stand in the cache they fit into."""
         return self.bytes_read
+
+    @property
+    def unit(self) -> str:
+        """For people: in what speed is told, one for all cases of a kind."""
+        return "GFLOP/s"
+
+    @property
+    def work(self) -> float:
+        """What a call does, in `unit` times seconds."""
+        return self.flops / 1e9
 
     @property
     def intensity(self) -> float:
@@ -125,3 +187,42 @@ def shapes(texts: Sequence[str], axes: str) -> list[tuple[int, ...]]:
             raise UsageError(f"--shape should be of numbers from 1 on, not {text!r}")
         wanted.append(shape)
     return list(dict.fromkeys(wanted))
+
+
+def largest_error(outputs: Outputs, expected: Outputs) -> float:
+    """The largest difference over the largest magnitude, of the worst array; infinite where shapes differ, or NaN."""
+    if [array.shape for array in outputs] != [array.shape for array in expected]:
+        return math.inf
+    errors = [np.max(np.abs(one - other)) / np.max(np.abs(other)) for one, other in zip(outputs, expected, strict=True)]
+    return float(max(errors, default=0)) if np.all(np.isfinite(errors)) else math.inf
+
+
+def compare_symbols(ids: Array, expected: Array, margins: Array, allowed: float) -> Verdict:
+    """Hold symbols that were chosen one after another, the likeliest each time, against those of the reference.
+
+    Where the two likeliest are as good as equal, rounding chooses, and what follows in this row is another text.
+
+    Parameters
+    ----------
+    ids, expected : arrays of shape (B, T)
+    margins : array of shape (B, T)
+        By how much the symbol that was expected is likelier than any other: the difference of the logits, over the
+        largest magnitude of one.
+    allowed : float
+        The largest margin at which the symbols may differ.
+    """
+    if ids.shape != expected.shape:
+        fault = f"chose symbols of shape {ids.shape} where the reference chose {expected.shape}"
+        return Verdict(None, fault, allowed, (0, expected.size))
+    compared = 0
+    for i, (row, wanted) in enumerate(zip(ids, expected, strict=True)):
+        different = np.flatnonzero(row != wanted)
+        first = int(different[0]) if len(different) else len(row)
+        compared += first
+        if len(different) and margins[i, first] > allowed:
+            fault = (
+                f"chose {row[first]} and not {wanted[first]} at symbol {first} of row {i}, which the reference likes"
+                f" more by {margins[i, first]:.1e} of its largest logit"
+            )
+            return Verdict(None, fault, allowed, (compared, expected.size))
+    return Verdict(None, None, allowed, (compared, expected.size))

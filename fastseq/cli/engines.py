@@ -16,6 +16,8 @@ from fastseq.checks import Array
 
 Outputs = tuple[Array, ...]
 
+# fastseq, where it is compared with itself: what does more with what does less.
+GREEDY = "greedy"
 # What may stand after --vs, and what each needs.
 NEEDS = {
     "reference": (),
@@ -23,8 +25,11 @@ NEEDS = {
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino", "onnx"),
     "ctranslate2": ("ctranslate2",),
+    "llamacpp": ("llama_cpp", "gguf"),
+    GREEDY: (),
 }
-OURS = ("fastseq", "reference", "exact")  # exact: the reference in float64, which the others are compared with
+OURS = ("fastseq", "reference", "exact", GREEDY)  # exact: the reference in float64, which all are compared with
+_MODULES = {"reference": "numpy", "exact": "numpy", GREEDY: "fastseq", "llamacpp": "llama_cpp"}  # of other names
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,15 @@ class Model:
     outputs: Callable[[Any], Outputs]
 
 
-def missing(engine: str) -> list[str]:
-    """The modules an engine needs that are not installed."""
-    return [name for name in NEEDS[engine] if importlib.util.find_spec(name) is None]
+def missing(engine: str, more: Sequence[str] = ()) -> list[str]:
+    """The modules an engine needs that are not installed, of `more` too."""
+    needed = dict.fromkeys((*NEEDS[engine], *more))
+    return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
 def version(engine: str) -> str:
     """The version of an engine, in its own process."""
-    name = {"reference": "numpy", "exact": "numpy"}.get(engine, engine)
-    module: ModuleType = importlib.import_module(name)
+    module: ModuleType = importlib.import_module(_MODULES.get(engine, engine))
     return str(module.__version__)
 
 
@@ -60,7 +65,7 @@ def ours(engine: str, threads: int) -> tuple[Any, str]:
     """The package that has the layers, and their dtype: one of `OURS`."""
     import fastseq
 
-    if engine == "fastseq":
+    if engine in ("fastseq", GREEDY):
         fastseq.set_num_threads(threads)
         return fastseq, "float32"
     # NumPy takes its threads from the environment.

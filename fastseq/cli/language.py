@@ -162,10 +162,37 @@ class Numbers:
 def numbers(case: Step) -> Numbers:
     """The numbers of a case; they depend on the case alone."""
     rng = np.random.default_rng([case.layers, case.width, case.heads, case.batch, case.time])
-    width, inner = case.width, 4 * case.width
+    given = weights(rng, case.layers, case.width, SYMBOLS, case.time, 0.3)
+    frequency = 1 / np.arange(1, SYMBOLS + 1)
+    inputs, targets = rng.choice(SYMBOLS, (2, case.batch, case.time), p=frequency / frequency.sum())
+    return Numbers(given, inputs, targets)
+
+
+def weights(
+    rng: np.random.Generator,
+    layers: int,
+    width: int,
+    symbols: int,
+    context: int,
+    deviation: float,
+    sharpness: float = 1.0,
+) -> dict[str, Array]:
+    """Random weights in the arrangement of GPT-2, float32, by the names of `fastseq.models.TransformerLM`.
+
+    Parameters
+    ----------
+    rng : Generator
+    layers, width, symbols, context : int
+        There are as many positions as `context` says.
+    deviation : float
+        That of the embedding, which is the output too, and of the positions.
+    sharpness : float
+        What the weights of queries and keys are multiplied by, each: the larger, the fewer keys a query attends to.
+    """
+    inner = 4 * width
 
     def normal(deviation: float, *shape: int) -> Array:
-        return (deviation * rng.standard_normal(shape)).astype(np.float32)
+        return np.float32(deviation) * rng.standard_normal(shape, np.float32)
 
     def norm(name: str) -> dict[str, Array]:
         return {f"{name}.weight": 1 + normal(0.1, width), f"{name}.bias": normal(0.1, width)}
@@ -174,10 +201,13 @@ def numbers(case: Step) -> Numbers:
         return {f"{name}.weight": normal(inputs**-0.5, outputs, inputs), f"{name}.bias": normal(0.1, outputs)}
 
     # One symbol more: the begin of a text.
-    weights = {"embedding.weight": normal(0.3, SYMBOLS + 1, width), "positions.weight": normal(0.3, case.time, width)}
-    for i in range(case.layers):
+    result = {
+        "embedding.weight": normal(deviation, symbols + 1, width),
+        "positions.weight": normal(deviation, context, width),
+    }
+    for i in range(layers):
         layer = f"encoder.layers.{i}"
-        weights |= {
+        result |= {
             f"{layer}.self_attn.in_proj_weight": normal(width**-0.5, 3 * width, width),
             f"{layer}.self_attn.in_proj_bias": normal(0.1, 3 * width),
             **linear(f"{layer}.self_attn.out_proj", width, width),
@@ -186,10 +216,8 @@ def numbers(case: Step) -> Numbers:
             **norm(f"{layer}.norm1"),
             **norm(f"{layer}.norm2"),
         }
-    weights |= norm("encoder.norm")
-    frequency = 1 / np.arange(1, SYMBOLS + 1)
-    inputs, targets = rng.choice(SYMBOLS, (2, case.batch, case.time), p=frequency / frequency.sum())
-    return Numbers(weights, inputs, targets)
+        result[f"{layer}.self_attn.in_proj_weight"][: 2 * width] *= np.float32(sharpness)
+    return result | norm("encoder.norm")
 
 
 def _outputs(

@@ -21,6 +21,8 @@ STYLES = {
     "onnxruntime": ("#009e73", "^"),
     "openvino": ("#b5579a", "D"),
     "ctranslate2": ("#e3b505", "v"),
+    "llamacpp": ("#56b4e9", "P"),
+    "greedy": ("#8a8f98", "d"),
 }
 LABELS = 0.3  # of the height of a panel, at its foot
 

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from fastseq.cli.cases import Case
+from fastseq.cli.engines import GREEDY
 
 TITLE = 26  # the width of the first column of the table
+SPEED = 9  # and of that of speeds
 QUIET = 0.15  # processors that others may use; their time is counted in hundredths of a second
 
 
@@ -27,6 +29,9 @@ class Row:
         By engine: the largest difference from the float64 reference, over the largest magnitude in it.
     faults : dict
         By engine that was left out: why.
+    symbols : dict
+        By engine, where symbols are chosen: how many of them were compared with those of the float64 reference, of how
+        many. They end where two are as good as equally likely and the engine took the other one.
     seconds : dict
         By engine: seconds a call.
     multiply_adds, read, floors : list of float
@@ -38,6 +43,7 @@ class Row:
     case: Case
     errors: dict[str, float] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
+    symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     multiply_adds: list[float] = field(default_factory=list)
     read: list[float] = field(default_factory=list)
@@ -52,6 +58,10 @@ class Row:
     def disturbed(self) -> bool:
         """Whether others took so much that the times say little: threads that wait for each other wait for them."""
         return self.others is not None and self.others > QUIET
+
+    def speed(self, engine: str) -> float:
+        """What an engine does a second at the median, in the unit of the case."""
+        return self.case.work / median(self.seconds[engine])
 
     def gflops(self, engine: str) -> float:
         """GFLOP/s at the median."""
@@ -114,7 +124,8 @@ def table(report: Report) -> str:
         "reading: " + ", ".join(f"{rate / 1e9:.3g} GB/s from {size(n)}" for n, rate in report.reads.items()),
         *about["notes"],
         "",
-        f"{report.rows[0].case.axes:{TITLE}}  {'engine':11}  {'median':>8}  {'GFLOP/s':>7}  {'of limit':>8}"
+        f"{report.rows[0].case.axes:{TITLE}}  {'engine':11}  {'median':>8}  {report.rows[0].case.unit:>{SPEED}}"
+        f"  {'of limit':>8}"
         f"  {'over fastseq':>12}  quartiles",
     ]
     for row in report.rows:
@@ -131,7 +142,8 @@ def table(report: Report) -> str:
 def _cells(row: Row, engine: str) -> str:
     if engine in row.faults:
         return row.faults[engine]
-    cells = f"{duration(median(row.seconds[engine])):>8}  {row.gflops(engine):7.3g}  {row.share(engine):8.0%}"
+    cells = f"{duration(median(row.seconds[engine])):>8}  {_number(row.speed(engine)):>{SPEED}}"
+    cells += f"  {row.share(engine):8.0%}"
     if engine == "fastseq":
         return cells
     low, high = row.quartiles(engine)
@@ -145,22 +157,39 @@ def _summary(report: Report) -> list[str]:
     if left_out and quiet:
         lines.append(f"without the {_count(left_out, 'row')} that others disturbed:")
     rows = quiet or report.rows
-    for engine in report.about["vs"]:
+    others = [engine for engine in report.about["vs"] if engine != GREEDY]
+    for engine in others:
         ratios = {row.case: median(row.ratios(engine)) for row in rows if engine in row.seconds}
         lines += _compared(engine, ratios)
-    if len(report.about["vs"]) > 1:
+    if len(others) > 1:
         fastest = {
-            row.case: min(median(row.ratios(engine)) for engine in row.seconds if engine != "fastseq")
+            row.case: min(median(row.ratios(engine)) for engine in others if engine in row.seconds)
             for row in rows
-            if len(row.seconds) > 1
+            if not row.seconds.keys().isdisjoint(others)
         }
         lines += _compared("the fastest of them", fastest)
+    for row in rows:
+        if GREEDY in row.seconds:
+            times = median(1 / ratio for ratio in row.ratios(GREEDY))
+            lines.append(f"{row.case.name} takes {times:.2f} times as long as as many rows that are greedy")
     worst = {
         engine: max(row.errors[engine] for row in report.rows if engine in row.errors)
         for engine in report.engines
         if any(engine in row.errors for row in report.rows)
     }
-    lines.append("largest error against float64: " + ", ".join(f"{name} {error:.1e}" for name, error in worst.items()))
+    if worst:
+        said = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
+        lines.append(f"largest error against float64: {said}")
+    symbols = {
+        engine: [row.symbols[engine] for row in report.rows if engine in row.symbols] for engine in report.engines
+    }
+    if any(symbols.values()):
+        said = ", ".join(
+            f"{name} {sum(some for some, _ in pairs):,} of {sum(all_ for _, all_ in pairs):,}"
+            for name, pairs in symbols.items()
+            if pairs
+        )
+        lines.append(f"symbols as in float64, up to where two are as good as equally likely: {said}")
     return lines
 
 
@@ -189,11 +218,14 @@ def as_json(report: Report) -> str:
         engines: dict[str, Any] = {}
         for engine in report.engines_of(row):
             engines[engine] = {"error": row.errors.get(engine), "fault": row.faults.get(engine)}
+            if engine in row.symbols:
+                engines[engine]["symbols_compared"], engines[engine]["symbols"] = row.symbols[engine]
             if engine in row.seconds:
                 engines[engine] |= {
                     "seconds": row.seconds[engine],
                     "median": median(row.seconds[engine]),
                     "gflops": row.gflops(engine),
+                    "speed": row.speed(engine),
                     "share_of_limit": row.share(engine),
                     "ratio": median(row.ratios(engine)),
                     "ratio_quartiles": row.quartiles(engine),
@@ -203,6 +235,7 @@ def as_json(report: Report) -> str:
                 "name": case.name,
                 **case.describe(),
                 "flops": case.flops,
+                "unit": case.unit,
                 "others": row.others,
                 "limit": {"multiply_adds": row.multiply_adds, "read": row.read, "seconds": row.floors},
                 "engines": engines,
@@ -215,6 +248,10 @@ def as_json(report: Report) -> str:
         "cases": rows,
     }
     return json.dumps(whole, indent=2) + "\n"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def duration(seconds: float) -> str:

@@ -344,7 +344,7 @@ class AdditiveAttention(Alignment, Composite):
 
     def _step(self, query: Array, keys: Array, projected: Array, lengths: Array, want: bool) -> tuple[Array, Any]:
         batch, time = keys.shape[:2]
-        flat, of_keys = projected.reshape(batch * time, -1), keys.reshape(batch * time, -1)
+        flat, of_keys = (array.reshape(batch * time, array.shape[2]) for array in (projected, keys))
         context, weights = self._at(query, flat, of_keys, np.arange(batch) * time, lengths)
         if not want:
             return context, None

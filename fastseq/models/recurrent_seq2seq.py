@@ -206,16 +206,15 @@ class Seq2Seq(SequencePairModel):
         self._target_embedding: Any = children["target_embedding"]
         self._encoder_layer: Any = children["encoder"]
         self._decoder_layer: Any = children["decoder"]
-        self._attention: Any = children.get("attention")
+        attention_layer: Any = children.get("attention")
+        self._attention: Any = attention_layer
         self._combine: Any = children.get("combine")
         self._output: Any = children["output"]
         self._drop = kinds.Dropout(self.dropout, **of_type)
-        walked = [self._target_embedding, self._decoder_layer, self._output]
-        if self.attention == "multiplicative":
-            walked.append(self._combine)
-        elif self.attention == "additive":
-            walked += [children["attention"]._query, children["attention"]._score]
-        self._for_decoders = OfParameters(*walked)
+        walked = [self._target_embedding, self._decoder_layer, self._output, self._combine]
+        if self.attention == "additive":
+            walked += [attention_layer._query, attention_layer._score]
+        self._for_decoders = OfParameters(*(layer for layer in walked if layer is not None))
 
     def _states(self) -> str:
         """The names of the arrays of a recurrent state."""

@@ -376,8 +376,8 @@ static void add_values(const head_view *h, int n, ptrdiff_t key, ptrdiff_t count
     const fs_attention *job = h->job;
     const ptrdiff_t width = job->value_width;
     if (!h->pages) {
-        (h->unsure ? multiply_unmarked : multiply)(n, (int)(width / LANES), weights, 1,
-                                                   h->v + key * job->v.row, job->v.row, count, sums, width, keep);
+        (h->unsure ? multiply_unmarked : multiply)(n, (int)(width / LANES), weights, 1, h->v + key * job->v.row,
+                                                   job->v.row, count, sums, width, keep);
         return;
     }
     for (ptrdiff_t first = 0; first < count; first += FS_PAGE) {

@@ -269,11 +269,11 @@ typedef struct fs_leaves {
     ptrdiff_t (*attend_scratch)(const fs_attention *job);
     void (*attend)(const fs_attention *job, ptrdiff_t item, void *scratch);
     /* Keys and values of one token, of all heads of a layer, `head` reals apart, into a page. */
-    void (*page_store)(ptrdiff_t kv_heads, ptrdiff_t width, ptrdiff_t head, const void *k, const void *v, fs_page *page,
-                       ptrdiff_t layer, ptrdiff_t slot);
+    void (*page_store)(ptrdiff_t kv_heads, ptrdiff_t width, ptrdiff_t head, const void *k, const void *v,
+                       fs_page *page, ptrdiff_t layer, ptrdiff_t slot);
     /* And back, of one head, `before` reals of a page before it: `tokens` rows of `n` reals from a slot on. */
-    void (*page_load)(ptrdiff_t width, const fs_page *page, ptrdiff_t before, ptrdiff_t slot, ptrdiff_t tokens, ptrdiff_t n,
-                      void *k, void *v);
+    void (*page_load)(ptrdiff_t width, const fs_page *page, ptrdiff_t before, ptrdiff_t slot, ptrdiff_t tokens,
+                      ptrdiff_t n, void *k, void *v);
     /* The first tokens of a page into another, of so many heads in all. */
     void (*page_copy)(ptrdiff_t heads, ptrdiff_t width, ptrdiff_t tokens, const fs_page *from, fs_page *to);
     ptrdiff_t (*attend_back_scratch)(const fs_attention *job);
