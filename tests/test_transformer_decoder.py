@@ -151,8 +151,12 @@ def test_targets_longer_than_the_positions():
         model.generate([[1, 2]], 101)
     with pytest.raises(ValueError, match="max_length=100"):
         model.stream([[1, 2]], 101)
-    model.parameters["target_embedding.weight"] = np.concatenate([np.ones((11, 24)), np.zeros((1, 24))])
-    assert max(map(len, model.generate([[1, 2]] * 20, 100, seed=0))) == 100
+    endless = pair_model("rotary")
+    endless.parameters["decoder.norm.bias"] = np.full(24, 9.0)
+    endless.parameters["output.weight"] = np.concatenate(
+        [endless.parameters["output.weight"][:11], np.full((1, 24), -9.0)]
+    )
+    assert list(map(len, endless.generate([[1, 2], [3]], 100, seed=0))) == [100, 100]
     state = model.initial_state([[1, 2]])
     for _ in range(100):
         _, state = model.step([1], state)
