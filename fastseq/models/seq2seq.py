@@ -286,6 +286,7 @@ class SequencePairModel(Model):
             nothing is left to choose from.
         """
         given = self._source("source", source, "lengths", lengths)
+        self._check_new(max_new)
         return decoding.generated(
             self,
             self._sequences(given),
@@ -330,6 +331,7 @@ class SequencePairModel(Model):
             int64; -1 where a row has ended.
         """
         given = self._source("source", source, "lengths", lengths)
+        self._check_new(max_new)
         return decoding.streamed(
             self,
             self._sequences(given),
@@ -343,6 +345,9 @@ class SequencePairModel(Model):
             stop=stop,
             seed=seed,
         )
+
+    def _check_new(self, max_new: Any) -> None:
+        """Refuse more new symbols than a target can have."""
 
     @staticmethod
     def _sequences(tokens: _Tokens) -> list[Array]:
@@ -887,6 +892,10 @@ class TransformerSeq2Seq(SequencePairModel):
         x = x if self._target_positions is None else self._target_positions(x, positions=state.lengths)
         y, state = self._decoder_layers._go_on(x, np.arange(len(ids) + 1), state, None)
         return self._output(y), state
+
+    def _check_new(self, max_new: Any) -> None:
+        if checks.size("max_new", max_new) > self.max_length:
+            raise ValueError(f"max_new should be at most max_length={self.max_length}, not {max_new}")
 
     def _check_room(self, tokens: int) -> None:
         if tokens > self.max_length:
