@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from decoder cimport FS_DONE, FS_FULL, fs_decoder
+from decoder cimport FS_AGAIN, FS_DONE, FS_FULL, fs_decoder
 from leaves cimport fs_leaves
 
 import numpy as np
@@ -408,7 +408,7 @@ cdef class Search:
         if status == FS_DONE:
             self.told = True
             return 0
-        return FULL if status == FS_FULL else NO_MEMORY
+        return FULL if status == FS_FULL else LOOK if status == FS_AGAIN else NO_MEMORY
 
     cdef int select(self) noexcept nogil:
         """One symbol for every row, from its logits."""

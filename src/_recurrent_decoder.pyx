@@ -9,6 +9,7 @@ Threads split rows or panels as in `_recurrent.pyx`, and the bits are those of a
 """
 
 cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cython.parallel cimport parallel, threadid
@@ -21,11 +22,12 @@ from cells cimport (
     GRU_BEFORE, CellPointers, CellStep, CellWeights, Split, cell_work, do_cell, init_bytes, input_parts, set_cell_step,
     set_init, split_of, take_share,
 )
-from decoder cimport FS_DONE, FS_NO_MEMORY, fs_decoder
+from decoder cimport FS_AGAIN, FS_DONE, FS_NO_MEMORY, fs_decoder
 from leaves cimport FS_IDENTITY, FS_TANH, fs_attention, fs_finish, fs_leaves, fs_step, fs_weights
 from outer cimport fs_barrier, fs_barrier_wait
 from share cimport (
-    SHARE_LINE, fs_flush_denormals, fs_restore_denormals, fs_team_limit, fs_team_size, lines, share_out,
+    SHARE_CHUNK_WORK, SHARE_LINE, fs_flush_denormals, fs_restore_denormals, fs_team_limit, fs_team_size, lines,
+    share_out,
 )
 
 import numpy as np
@@ -49,10 +51,10 @@ cdef enum:
     MEASURED = 2               # steps by one thread, before a team does one
     LEAST_PAUSE = 8
     MOST_PAUSE = 1024
+    WEIGHT_WORK = 32           # what a weight of attention takes beside the products, in multiply-adds
 
 cdef double SLOW = 1.5         # a step of a team takes long if it takes so many times as long as by one thread alone
 cdef double MOST_BYTES = 1e18  # sizes below do not overflow
-cdef double WEIGHT_WORK = 32   # what a weight of attention takes beside the products, in multiply-adds
 
 
 # What the weights of a decoder are. Read only.
@@ -236,6 +238,7 @@ cdef struct Rows:
     bint backwards           # the next step takes the last panels first
     Pace pace
     # One step.
+    Py_ssize_t done          # rows of it that are done
     const int64_t *symbols
     char *logits
     fs_barrier *barrier      # of the threads that share panels
@@ -458,24 +461,29 @@ cdef inline void meet(Rows *job, int team) noexcept nogil:
         fs_barrier_wait(job.barrier, team)
 
 
-cdef void walk_flushed(Rows *job, Split split, int thread, int team) noexcept nogil:
+cdef void walk_flushed(
+    Rows *job, Py_ssize_t first, Py_ssize_t last, Split split, int thread, int team,
+) noexcept nogil:
+    """What one of the threads does of the rows [first, last)."""
     cdef unsigned long long before
     cdef char *scratch = job.scratch + thread * job.scratch_each
+    cdef Py_ssize_t n = last - first
     if thread >= team:
         return
     before = fs_flush_denormals()
     if split.panels:
-        walk(job, 0, job.rows, thread, team, scratch)
+        walk(job, first, last, thread, team, scratch)
     else:
-        walk(job, job.rows * thread // team, job.rows * (thread + 1) // team, 0, 1, scratch)
+        walk(job, first + n * thread // team, first + n * (thread + 1) // team, 0, 1, scratch)
     fs_restore_denormals(before)
 
 
-cdef Split plan(const Rows *job) noexcept nogil:
-    """How threads share a step."""
+cdef Split plan(const Rows *job, Py_ssize_t *some) noexcept nogil:
+    """How threads share a step, and how many rows are done of it until Ctrl-C is looked for."""
     cdef const Network *network = job.network
     cdef const Sources *sources = &job.sources
-    cdef Py_ssize_t work = product_work(network, network.output), meetings = 0, layer, of_attention = 0
+    cdef Py_ssize_t work = product_work(network, network.output), all_work, meetings = 0, layer, keys, parts
+    cdef int tile = network.leaves.tile_rows[4]
     cdef const CellWeights *cell
     for layer in range(network.layers):
         cell = network.cells[layer]
@@ -486,17 +494,20 @@ cdef Split plan(const Rows *job) noexcept nogil:
         work -= network.table_row // network.item * cell.input_size
     if network.table == NULL:
         work += network.table_row // network.item * network.inputs.input_size
+    all_work = work
     if network.attention != NONE:
         meetings += 2
-        of_attention = sources.all_keys // sources.n * (sources.units + sources.width + <Py_ssize_t> WEIGHT_WORK)
+        keys = sources.all_keys // sources.n
+        all_work += keys * (sources.units + sources.width + WEIGHT_WORK)
         if network.attention == ADDITIVE:
-            of_attention += sources.all_keys // sources.n * sources.units * TANH_WORK
+            all_work += keys * sources.units * TANH_WORK
             work += product_work(network, network.query)
         else:
             work += product_work(network, network.combine)
+    parts = (job.rows - 1) // max(2 * tile * job.n_threads, SHARE_CHUNK_WORK // all_work) + 1
+    some[0] = (job.rows + parts - 1) // parts
     return split_of(
-        job.rows, work, job.rows * (work + of_attention), meetings, cell.main.panels, network.leaves.tile_rows[4],
-        <int> network.item, job.n_threads,
+        some[0], work, some[0] * all_work, meetings, cell.main.panels, tile, <int> network.item, job.n_threads,
     )
 
 
@@ -535,27 +546,32 @@ cdef void learn(Pace *pace, bint team, double seconds) noexcept nogil:
 cdef int step(void *self, ptrdiff_t rows, const int64_t *symbols, void *logits) noexcept nogil:
     """See decoder.h."""
     cdef Rows *job = <Rows *> self
-    cdef Split split = plan(job)
+    cdef Py_ssize_t some, row, first = job.done, last
+    cdef Split split = plan(job, &some)
     cdef bint several = split.threads > 1
     cdef int region = 1
     cdef double start = now() if several else 0
-    cdef Py_ssize_t row
     cdef fs_barrier barrier
-    if several and pays(&job.pace, rows):
+    last = min(rows, first + some)
+    if several and pays(&job.pace, some):
         region = fs_team_limit(job.n_threads)
     split.threads = min(split.threads, region)
     job.symbols = symbols
     job.logits = <char *> logits
     if split.threads == 1:
         split.panels = True
-        walk_flushed(job, split, 0, 1)
+        walk_flushed(job, first, last, split, 0, 1)
     else:
         fs_barrier_init(&barrier)
         job.barrier = &barrier
         with parallel(num_threads=region):
-            walk_flushed(job, split, threadid(), min(fs_team_size(), split.threads))
+            walk_flushed(job, first, last, split, threadid(), min(fs_team_size(), split.threads))
     if several:
         learn(&job.pace, split.threads > 1, now() - start)
+    if last < rows:
+        job.done = last
+        return FS_AGAIN
+    job.done = 0
     job.before, job.after = job.after, job.before
     job.backwards = not job.backwards
     for row in range(rows):
@@ -585,6 +601,7 @@ cdef int choose(void *self, ptrdiff_t rows, const int64_t *parents) noexcept nog
             job.source[row] = old.source[parents[row]]
         PyMem_RawFree(old.memory)
     job.rows = rows
+    job.done = 0  # of a step that was begun, and then not wanted
     return FS_DONE
 
 
@@ -696,9 +713,15 @@ cdef class Decoder:
         """The logits (B, V) of what follows one symbol more of each row, (B,)."""
         cdef cnp.ndarray ids = np.ascontiguousarray(symbols, np.int64)
         cdef cnp.ndarray logits = np.empty((self.job.rows, self.functions.vocab), f"f{self.functions.item_size}")
+        cdef const int64_t *given = <const int64_t *> cnp.PyArray_DATA(ids)
+        cdef void *to = cnp.PyArray_DATA(logits)
+        cdef int status
         if self.job.rows:
-            with nogil:
-                step(&self.job, self.job.rows, <const int64_t *> cnp.PyArray_DATA(ids), cnp.PyArray_DATA(logits))
+            status = FS_AGAIN
+            while status == FS_AGAIN:
+                with nogil:
+                    status = step(&self.job, self.job.rows, given, to)
+                PyErr_CheckSignals()
         return logits
 
     def choose(self, rows):

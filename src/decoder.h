@@ -15,6 +15,8 @@ enum {
     /* Of step alone: nothing was done. With the GIL, `renew` of the object is given all symbols of each row, the
        prompt and what it was told after it, and then the step is asked for again. */
     FS_FULL = 1,
+    /* Of step alone: some of it is done. Once Ctrl-C was looked for, the same step is asked for again, or no more. */
+    FS_AGAIN = 2,
 };
 
 typedef struct fs_decoder {

@@ -7,6 +7,7 @@ cdef extern from "decoder.h" nogil:
         FS_DONE
         FS_NO_MEMORY
         FS_FULL
+        FS_AGAIN
 
     ctypedef struct fs_decoder:
         void *self

@@ -12,7 +12,7 @@ STEP = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p
 )
 CHOOSE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.POINTER(ctypes.c_int64))
-DONE, NO_MEMORY, FULL = 0, -1, 1
+DONE, NO_MEMORY, FULL, AGAIN = 0, -1, 1, 2
 
 
 class Struct(ctypes.Structure):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from typing import Any
 
 import numpy as np
 import pytest
 from common import KINDS, Array, assert_same_bits, make, random_state, run_python, threads
+from decoders import AGAIN, DONE, Struct
 
 import fastseq as fs
 from fastseq import _recurrent_decoder
@@ -92,6 +94,55 @@ def test_threads_change_no_bit(kind: str, dtype: str, n_threads: int) -> None:
         compiled, generic = network.decoders(rows, 2, n_threads)
         with threads(1):
             walk(compiled, generic, 9, rows, 5, rows, rows)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_steps_in_parts(n_threads: int) -> None:
+    """A step that takes long is done some rows at a time, and Ctrl-C looked for; a search may leave it there."""
+    network = Network("lstm", 9, 8, 384, 10, layers=2)
+    compiled, generic = network.decoders(700, 1, n_threads)
+    ids = np.arange(700) % 9
+    logits = np.empty((700, 10), np.float32)
+    step, choose = functions_of(compiled)
+    status = step(ids, logits)
+    assert status == AGAIN
+    while status == AGAIN:
+        status = step(ids, logits)
+    assert status == DONE
+    assert_same_bits(logits, generic.step(ids))
+    for decoder in (compiled, generic):
+        decoder.step(ids)
+    assert step(ids, logits) == AGAIN
+    rows = np.arange(700)[::-1].copy()
+    assert choose(rows) == DONE
+    generic.choose(rows)
+    assert_same_bits(compiled.step(ids), generic.step(ids))
+
+
+def functions_of(decoder: Any) -> tuple[Any, Any]:
+    """What a search calls: step(symbols, logits) and choose(parents); each returns a status."""
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    struct = Struct.from_address(get(decoder.capsule(), b"fastseq.decoder"))
+
+    def ids_of(array: Array) -> Any:
+        return array.ctypes.data_as(ctypes.POINTER(ctypes.c_int64))
+
+    def step(symbols: Array, logits: Array) -> Any:
+        return struct.step(struct.self, len(symbols), ids_of(symbols), logits.ctypes.data)
+
+    def choose(parents: Array) -> Any:
+        return struct.choose(struct.self, len(parents), ids_of(parents))
+
+    return step, choose
+
+
+def test_a_search_asks_again() -> None:
+    model, in_python = (fs.models.RecurrentLM(10, 8, 384, 2, seed=1) for _ in range(2))
+    in_python._decoders = None
+    prompts = np.arange(1400).reshape(700, 2) % 10
+    found, expected = (one.generate(prompts, 3, seed=1, return_log_probs=True) for one in (model, in_python))
+    assert_alike(found, expected)
 
 
 def test_what_is_chosen_before_the_first_step() -> None:
