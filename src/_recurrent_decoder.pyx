@@ -49,11 +49,12 @@ cdef enum:
     TABLE_BYTES = 1 << 23      # the largest table of inputs,
     TABLE_WORK = 1 << 29       # and the most multiply-adds that go into one
     MEASURED = 2               # steps by one thread, before a team does one
-    LEAST_PAUSE = 8
-    MOST_PAUSE = 1024
     WEIGHT_WORK = 32           # what a weight of attention takes beside the products, in multiply-adds
 
-cdef double SLOW = 1.5         # a step of a team takes long if it takes so many times as long as by one thread alone
+# A step of a team takes long if it takes so many times as long as by one thread alone, and is not tried again until it
+# is but this share of all.
+cdef double SLOW = 1.5
+cdef double SHARE = 0.05
 cdef double MOST_BYTES = 1e18  # sizes below do not overflow
 
 
@@ -190,8 +191,7 @@ cdef struct Pace:
     double alone             # the least seconds of a step by one thread,
     int measured             # over so many steps,
     Py_ssize_t rows          # of about so many rows
-    Py_ssize_t pause         # steps that one thread does alone until a team tries again,
-    Py_ssize_t next_pause    # and after the next step that took long
+    double pause             # steps that one thread does alone until a team tries again
 
 
 # What rows attend to: keys and what scores take of them, of one source after another.
@@ -526,8 +526,7 @@ cdef bint pays(Pace *pace, Py_ssize_t rows) noexcept nogil:
     if rows > pace.rows or 2 * rows < pace.rows:
         pace.rows = rows
         pace.measured = 0
-    if pace.pause:
-        pace.pause -= 1
+    pace.pause = max(0.0, pace.pause - 1)
     return pace.pause == 0 and pace.measured >= MEASURED
 
 
@@ -537,10 +536,7 @@ cdef void learn(Pace *pace, bint team, double seconds) noexcept nogil:
         pace.alone = min(pace.alone, seconds) if pace.measured else seconds
         pace.measured = min(MEASURED, pace.measured + 1)
     elif seconds > SLOW * pace.alone:
-        pace.pause = pace.next_pause
-        pace.next_pause = min(MOST_PAUSE, 2 * pace.pause)
-    else:
-        pace.next_pause = max(LEAST_PAUSE, pace.next_pause // 2)
+        pace.pause = seconds / (SHARE * pace.alone)
 
 
 cdef int step(void *self, ptrdiff_t rows, const int64_t *symbols, void *logits) noexcept nogil:
@@ -651,7 +647,6 @@ cdef class Decoder:
         job.c_row = 0 if c is None else lines(cnp.PyArray_DIM(c, 2) * network.item)
         job.state_row = job.c_first + network.layers * job.c_row
         job.middle_row = lines(network.cells[0].hidden_size * network.item)
-        job.pace.next_pause = LEAST_PAUSE
         if network.attention != NONE:
             self.set_sources(keys, projected, lengths)
         if room > MOST_BYTES or make_room(job, room) != FS_DONE:
