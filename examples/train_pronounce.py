@@ -262,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, metavar="N", help="stop after so long; --resume goes on")
     parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help=f"pronunciations a step ({BATCH})")
     parser.add_argument("--rate", type=float, metavar="RATE", help="the highest learning rate")
+    parser.add_argument("--dropout", type=float, metavar="SHARE", help="what training drops")
     parser.add_argument("--width", type=int, metavar="N", help="of the layers")
     parser.add_argument("--count", type=int, metavar="N", help="use only so many words of each part")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of parameters, order and dropout (0)")
@@ -275,6 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--epochs, --batch, --count and --width should be at least 1, --seed at least 0")
     if any(value is not None and not value > 0 for value in (options.minutes, options.rate)):
         parser.error("--minutes and --rate should be more than 0")
+    if options.dropout is not None and not 0 <= options.dropout < 1:
+        parser.error("--dropout should be at least 0 and less than 1")
     if options.resume and options.checkpoints is None:
         parser.error("--resume needs --checkpoints")
     try:
@@ -285,7 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Missing as error:
         parser.exit(1, f"{error}\n")
     recipe = RECIPES[options.model]
-    model = recipe.make(len(words.phonemes), options.width or recipe.width, recipe.dropout, options.seed)
+    dropout = recipe.dropout if options.dropout is None else options.dropout
+    model = recipe.make(len(words.phonemes), options.width or recipe.width, dropout, options.seed)
     history = train(model, recipe, words, options)
     if history.stopped == "epochs" and options.checkpoints is not None:
         average(model, options.checkpoints, first(words.validation, options.count), words.phonemes)

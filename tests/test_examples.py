@@ -364,6 +364,7 @@ def test_train_pronounce_refuses_useless_options(training, capsys):
         ["--seed", "-1"],
         ["--minutes", "0"],
         ["--rate", "-1"],
+        ["--dropout", "1"],
         ["--resume"],
         ["--model", "rnn"],
     ):
