@@ -57,7 +57,10 @@ OUTSIDE = {
     "fastseq.io": {"safetensors"},
     "fastseq.plotting": {"matplotlib"},
     "fastseq.training": {"matplotlib", "safetensors", "tqdm"},
-    "fastseq.cli": {"ctranslate2", "matplotlib", "onnx", "onnxruntime", "openvino", "safetensors", "torch"},
+    "fastseq.cli": {
+        *("ctranslate2", "gguf", "llama_cpp", "matplotlib", "onnx", "onnxruntime", "openvino", "safetensors", "torch"),
+        "transformers",
+    },
 }
 # `load` gives back layers, which stand above it: it finds them by name, when it is called.
 LATE = {("fastseq.io", "fastseq"), ("fastseq.state", "fastseq.io")}
