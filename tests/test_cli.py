@@ -15,7 +15,7 @@ import pytest
 
 import fastseq as fs
 from fastseq import _simd, io
-from fastseq.cli import bench, engines, limits, main, others, plot, progress, recurrent, report, worker
+from fastseq.cli import bench, cases, engines, limits, main, others, plot, progress, recurrent, report, worker
 
 TINY = ("--vs", "reference", "--shape", "1,1,8,8", "--kind", "lstm", "--rounds", "1", "--threads", "1")
 
@@ -180,11 +180,11 @@ def test_a_peer_that_is_wrong_is_left_out_and_named(capsys, monkeypatch):
 
 def test_largest_error_sees_every_output():
     y, h, c = np.ones((2, 3, 4)), np.ones((2, 4)), np.full((2, 4), 2.0)
-    assert bench.largest_error((y, h, c), (y, h, c)) == 0
-    assert bench.largest_error((y, h, c + 0.5), (y, h, c)) == 0.25
-    assert bench.largest_error((y, c, h), (y, h, c)) == 1
-    assert bench.largest_error((y, h), (y, h, c)) == np.inf
-    assert bench.largest_error((y * np.nan, h, c), (y, h, c)) == np.inf
+    assert cases.largest_error((y, h, c), (y, h, c)) == 0
+    assert cases.largest_error((y, h, c + 0.5), (y, h, c)) == 0.25
+    assert cases.largest_error((y, c, h), (y, h, c)) == 1
+    assert cases.largest_error((y, h), (y, h, c)) == np.inf
+    assert cases.largest_error((y * np.nan, h, c), (y, h, c)) == np.inf
 
 
 class Answers:
@@ -231,7 +231,7 @@ def test_engines_compute_the_same(engine, exact):
     try:
         for kind in recurrent.KINDS:
             case = recurrent.Recurrent(kind, 2, 3, 5, 7)
-            assert bench.largest_error(peer.check(case), exact.check(case)) < 1e-5
+            assert cases.largest_error(peer.check(case), exact.check(case)) < 1e-5
     finally:
         peer.close()
 
@@ -248,7 +248,7 @@ def test_engines_train_the_same(engine, exact):
             outputs, expected = peer.check(case), exact.check(case)
             shapes = [(2, 3, 7), *[(2, 7)] * parts, (2, 3, 5), *[(2, 7)] * parts]
             assert [array.shape for array in outputs] == shapes + [array.shape for array in given.weights.values()]
-            assert bench.largest_error(outputs, expected) < 1e-5
+            assert cases.largest_error(outputs, expected) < 1e-5
             assert case.outputs == 1 + parts
     finally:
         peer.close()

@@ -29,26 +29,26 @@ class Row:
         By engine: the largest difference from the float64 reference, over the largest magnitude in it.
     faults : dict
         By engine that was left out: why.
-    symbols : dict
-        By engine, where symbols are chosen: how many of them were compared with those of the float64 reference, of how
-        many. They end where two are as good as equally likely and the engine took the other one.
     seconds : dict
         By engine: seconds a call.
     multiply_adds, read, floors : list of float
         The limits measured beside them: operations a second, bytes a second, seconds a call.
     others : float, optional
         How many processors others kept busy meanwhile, where the system says.
+    symbols : dict
+        By engine, where symbols are chosen: how many of them were compared with those of the float64 reference, of how
+        many. They end where two are as good as equally likely and the engine took the other one.
     """
 
     case: Case
     errors: dict[str, float] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
-    symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     multiply_adds: list[float] = field(default_factory=list)
     read: list[float] = field(default_factory=list)
     floors: list[float] = field(default_factory=list)
     others: float | None = None
+    symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def has(self, engine: str) -> bool:
         """Whether an engine computes the case, and rightly."""
