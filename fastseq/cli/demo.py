@@ -44,7 +44,7 @@ class Pronouncer:
 
     Attributes
     ----------
-    letters : str
+    letters : list of str
         What words are made of; a letter's place is its id.
     phonemes : list of str
         A phoneme's place is its id.
@@ -60,7 +60,7 @@ class Pronouncer:
         self.model: Any = io.load_into(path, engine)
         with safe_open(path, framework="numpy") as file:
             self.metadata: dict[str, str] = file.metadata()
-        self.letters: str = self.metadata["letters"]
+        self.letters: list[str] = json.loads(self.metadata["letters"])
         self.phonemes: list[str] = json.loads(self.metadata["phonemes"])
 
     def ids(self, word: str) -> Array:
@@ -106,7 +106,7 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return shortest
 
 
-def checked(words: Sequence[str], letters: str, longest: int) -> list[str]:
+def checked(words: Sequence[str], letters: Sequence[str], longest: int) -> list[str]:
     """Words as the model takes them."""
     result = []
     for word in words:
