@@ -653,7 +653,7 @@ class TransformerLM(SymbolModel):
     def _prefilled(self, sequences: list[Array], more: int = 0) -> tuple[Array, AttentionState]:
         """What comes out last, (B, d_model), of sequences that start with the begin symbol, and where they stand.
 
-        Of a long one the last window counts that has room for `more` tokens.
+        Of a long one the last window counts that has room for `more` tokens; where `context` is 1, that is empty.
         """
         whose, first, _, _ = self._windows(np.array([len(row) for row in sequences]) + more)
         begins = np.zeros(len(sequences), np.int64)
@@ -666,7 +666,7 @@ class TransformerLM(SymbolModel):
         tokens[real_steps(lengths, rows.time)] = ids
         start = self._encoder._started(rows.batch, tokens=tokens)
         y, state = self._encoder._go_on(self._embedded(ids, rows), rows.starts, start, tokens)
-        return y[rows.starts[1:] - 1], state
+        return y[rows.starts[1:] - 1] if len(y) else y, state
 
     def _decoder(self, prompts: list[Array], copies: int) -> tuple[Array, Decoder]:
         y, state = self._prefilled([self._with_begin(row) for row in prompts])

@@ -124,13 +124,18 @@ def heads_of(block: Block, x: Array, positions: Array | None) -> list[Array]:
     return [q, k, v]
 
 
+def joined(heads: Array) -> Array:
+    """Heads (N, H, D) side by side, (N, H D)."""
+    return heads.reshape(len(heads), heads.shape[1] * heads.shape[2])
+
+
 def self_attention(block: Block, x: Array, run: Run) -> tuple[Array, Array | None]:
     """[q k v] = W_in x + b_in;  y = W_out attention(q, k, v) + b_out"""
     q, k, v = heads_of(block, x, run.positions)
     spans = run.starts, run.starts
     scale, window = 1 / np.sqrt(block.settings["head_dim"]), block.settings["window"]
     out, weights = attention(q, k, v, spans, None, run.mask, run.causal, window, scale, run.want_weights, 1)
-    return linear_forward(block.parts["out_proj"], out.reshape(len(x), -1), 1), weights
+    return linear_forward(block.parts["out_proj"], joined(out), 1), weights
 
 
 def cross_attention(block: Block, x: Array, run: Run) -> tuple[Array, Array | None]:
@@ -143,7 +148,7 @@ def cross_attention(block: Block, x: Array, run: Run) -> tuple[Array, Array | No
     spans: Any = (run.starts, run.memory_starts)
     scale = 1 / np.sqrt(size)
     out, weights = attention(q, k, v, spans, None, run.memory_mask, False, None, scale, run.want_weights, 1)
-    return linear_forward(block.parts["cross_out"], out.reshape(len(x), heads * size), 1), weights
+    return linear_forward(block.parts["cross_out"], joined(out), 1), weights
 
 
 def feed_forward(block: Block, x: Array, run: Run | None = None) -> tuple[Array, None]:
@@ -320,7 +325,9 @@ def run_cached(
         return attended(block, "out_proj", q, starts, own, len(made) - 1, True, window), None
 
     def attend_memory(block: Block, x: Array) -> tuple[Array, None]:
-        q = linear_forward(block.parts["cross_q"], x, 1).reshape(len(x), -1, block.settings["head_dim"])
+        q = linear_forward(block.parts["cross_q"], x, 1).reshape(
+            len(x), block.settings["heads"], block.settings["head_dim"]
+        )
         others: Any = memory
         return attended(block, "cross_out", q, starts, others, len(made) - 1, False, None), None
 
@@ -341,4 +348,4 @@ def attended(
     )
     scale = 1 / np.sqrt(block.settings["head_dim"])
     mixed, _ = attention(q, k, v, (starts, k_starts), None, None, causal, window, scale, False, 1)
-    return linear_forward(block.parts[out], mixed.reshape(len(q), -1), 1)
+    return linear_forward(block.parts[out], joined(mixed), 1)
