@@ -28,6 +28,9 @@ from fastseq import _simd
 
 cnp.import_array()
 
+cdef extern from "stdlib.h" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
 cdef dict ACTIVATIONS = {"relu": FS_RELU, "gelu": FS_GELU, "gelu_tanh": FS_GELU_TANH}
 
 
@@ -664,7 +667,7 @@ cdef class Decoder:
         prefill(list of arrays of symbols) gives the pages of whole sequences.
     """
 
-    cdef Decoding d
+    cdef Decoding *d  # on a cache line of its own, as its barrier wants
     cdef fs_decoder decoder
     cdef list kept
     cdef object prefill
@@ -674,7 +677,11 @@ cdef class Decoder:
         Pages pages not None, Pages memory, int64_t most, prefill, int n_threads,
     ):
         cdef Stack stack = Stack(blocks, final_norm)
-        cdef Decoding *d = &self.d
+        cdef Decoding *d = <Decoding *> aligned_alloc(64, sizeof(Decoding))
+        if d == NULL:
+            raise MemoryError("a decoder")
+        memset(d, 0, sizeof(Decoding))
+        self.d = d
         self.kept = [stack, embedding, positions, output]
         self.prefill = prefill
         stack.start(&d.task)
@@ -702,10 +709,13 @@ cdef class Decoder:
         self.decoder.choose = decoder_choose
 
     def __dealloc__(self):
+        if self.d == NULL:
+            return
         plan_free(&self.d.plan)
         free(self.d.room)
         clear_tables(self.d.tables, self.d.rows)
         clear_tables(self.d.memory_tables, self.d.rows)
+        free(self.d)
 
     cdef int tables_from(self, Pages pages) except -1:
         cdef cnp.ndarray rows = np.arange(pages.rows)
