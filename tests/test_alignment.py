@@ -57,7 +57,7 @@ def everything(layer: Any, query: Array, keys: Array, dcontext: Array, lengths: 
 @BOTH
 @EVERY
 def test_is_the_formula_and_its_gradients_are_those_of_pytorch(kind: str, module: Any) -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: take the extra 'peers'")
     layer = made(kind, module)
     query, keys, dcontext = arrays()
     p = {n: torch.tensor(a, requires_grad=True) for n, a in layer.parameters.items()}

@@ -829,6 +829,9 @@ def test_more_symbols_than_any_memory():
         with pytest.raises((MemoryError, ValueError, OverflowError)):
             chain.generate([[1]], many, num_beams=2)
         assert len(chain.generate([[1]], many, stop=2, seed=1)[0]) < 100
+        # A search ends once as many hypotheses as beams have ended and none can become better; here all end at once.
+        everything = list(range(chain.vocab_size))
+        assert len(chain.generate([[1]], many, stop=everything, num_beams=2, length_penalty=0)[0]) == 1
     assert chain.generate([[1]], 5).shape == (1, 5)
 
 

@@ -130,7 +130,7 @@ def torch_model(torch, made, mistake=None):
 
 
 def check_against_torch(made, mistake=None):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: take the extra 'peers'")
     p, logits_of = torch_model(torch, made, mistake)
     ours, grads = trained(made, SOURCES, TARGETS)
     dlogits = dlogits_of(ours)
