@@ -26,8 +26,9 @@ import numpy as np
 
 import fastseq as fs
 
-END_OF_WORD = 2
 GRAPHEMES = ["<pad>", "<unk>", "</s>", *"abcdefghijklmnopqrstuvwxyz"]
+IDS = {grapheme: i for i, grapheme in enumerate(GRAPHEMES)}
+UNKNOWN, END_OF_WORD = IDS["<unk>"], IDS["</s>"]
 BEGIN, END = 2, 3
 # Vowels, marked here by a star, come with their three stresses; UW comes without one, too.
 SYMBOLS = """
@@ -72,24 +73,31 @@ class Pronouncer:
     Parameters
     ----------
     engine : module
-        Where GRU comes from: `fastseq`, or `fastseq.reference` for the same layers in NumPy.
+        Where `models.Seq2Seq` comes from: `fastseq`, or `fastseq.reference` for the same model in NumPy.
     weights : mapping
         What `read_weights` returns.
     """
 
     def __init__(self, engine: Any, weights: dict[str, np.ndarray]) -> None:
-        self.letters, self.phonemes = weights["enc_emb"], weights["dec_emb"]
-        self.projection, self.bias = weights["fc_w"], weights["fc_b"]
-        self.encoder = self.gru(engine, weights, "enc")
-        self.decoder = self.gru(engine, weights, "dec")
-
-    @staticmethod
-    def gru(engine: Any, weights: dict[str, np.ndarray], prefix: str) -> Any:
-        rows, inputs = weights[f"{prefix}_w_ih"].shape
-        layer = engine.GRU(inputs, rows // 3)
-        names = {"weight_ih_l0": "w_ih", "weight_hh_l0": "w_hh", "bias_ih_l0": "b_ih", "bias_hh_l0": "b_hh"}
-        layer.load_state_dict({name: weights[f"{prefix}_{ours}"] for name, ours in names.items()})
-        return layer
+        # The model has one id for both ends of what is said, the last: as a symbol that is read it is the begin, and
+        # as one that is said the end. What the checkpoint has for reading the end and saying the begin is of no use.
+        read = [i for i in range(len(PHONEMES)) if i not in (BEGIN, END)]
+        self.phonemes = [PHONEMES[i] for i in read]
+        hidden, embedding_dim = weights["enc_w_hh"].shape[1], weights["enc_emb"].shape[1]
+        self.model = engine.models.Seq2Seq(
+            len(GRAPHEMES), len(self.phonemes), embedding_dim, hidden, cell="gru", bidirectional=False
+        )
+        state = {
+            "source_embedding.weight": weights["enc_emb"],
+            "target_embedding.weight": weights["dec_emb"][[*read, BEGIN]],
+            "output.weight": weights["fc_w"][[*read, END]],
+            "output.bias": weights["fc_b"][[*read, END]],
+        }
+        for layer, prefix in ("encoder", "enc"), ("decoder", "dec"):
+            for ours, theirs in ("weight", "w"), ("bias", "b"):
+                for gates in "ih", "hh":
+                    state[f"{layer}.{ours}_{gates}_l0"] = weights[f"{prefix}_{theirs}_{gates}"]
+        self.model.load_state_dict(state)
 
     def __call__(self, words: Sequence[str]) -> list[list[str]]:
         """The phonemes of every word."""
@@ -98,32 +106,15 @@ class Pronouncer:
         order = sorted(range(len(words)), key=lambda i: len(words[i]))
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
-            for row, phonemes in zip(rows, self.batch([words[row] for row in rows]), strict=True):
-                result[row] = phonemes
+            said = self.model.generate([letters(words[row]) for row in rows], MOST_PHONEMES, temperature=0)
+            for row, ids in zip(rows, said, strict=True):
+                result[row] = [self.phonemes[i] for i in ids]
         return result
 
-    def batch(self, words: Sequence[str]) -> list[list[str]]:
-        ids = [[*(GRAPHEMES.index(c) if c in GRAPHEMES else 1 for c in word), END_OF_WORD] for word in words]
-        lengths = np.array([len(row) for row in ids])
-        padded = np.zeros((len(words), lengths.max()), int)
-        for row, letters in zip(padded, ids, strict=True):
-            row[: len(letters)] = letters
-        _, state = self.encoder(self.letters[padded], lengths=lengths)
 
-        said: list[list[str]] = [[] for _ in words]
-        running = np.arange(len(words))  # the words whose end has not been said
-        last = np.full(len(words), BEGIN)
-        for _ in range(MOST_PHONEMES):
-            y, state = self.decoder.step(self.phonemes[last], state)
-            last = (y @ self.projection.T + self.bias).argmax(axis=1)
-            going = np.flatnonzero(last != END)
-            if len(going) < len(running):
-                running, last, state = running[going], last[going], state[going]
-            if not len(running):
-                break
-            for row, phoneme in zip(running, last, strict=True):
-                said[row].append(PHONEMES[phoneme])
-        return said
+def letters(word: str) -> list[int]:
+    """The ids of a word's letters, and of its end."""
+    return [*(IDS.get(letter, UNKNOWN) for letter in word), END_OF_WORD]
 
 
 def timed(engine: str, words: Sequence[str]) -> tuple[float, list[list[str]]]:

@@ -17,6 +17,8 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+_MOST = np.iinfo(np.int64).max
+
 
 def describe(value: object) -> str:
     """What a value is, for a message: its type, and for arrays the dtype and shape."""
@@ -38,7 +40,7 @@ def size(name: str, value: Any, least: int = 0) -> int:
         raise TypeError(f"{name} should be an integer, not {describe(value)}") from None
     if number < least:
         raise ValueError(f"{name} should be at least {least}, not {describe(number)}")
-    if number > np.iinfo(np.int64).max:
+    if number > _MOST:
         raise OverflowError(f"{name} should fit 64 bits, not be {describe(number)}")
     return number
 
@@ -65,15 +67,15 @@ def number(
     """A finite real number: at least `least`, more than `above`, less than `below`, where those are given."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} should be a number, not {describe(value)}")
-    bounds = [f"at least {least:g}"] if least is not None else []
-    bounds += [f"more than {above:g}"] if above is not None else []
-    bounds += [f"less than {below:g}"] if below is not None else []
     try:
         result = float(value)
     except OverflowError:
         result = math.inf
     fits = (least is None or result >= least) and (above is None or result > above)
     if not (math.isfinite(result) and fits and (below is None or result < below)):
+        bounds = [f"at least {least:g}"] if least is not None else []
+        bounds += [f"more than {above:g}"] if above is not None else []
+        bounds += [f"less than {below:g}"] if below is not None else []
         raise ValueError(f"{name} should be {' and '.join(bounds) or 'finite'}, not {describe(value)}")
     return result
 

@@ -16,6 +16,8 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from decoder cimport FS_AGAIN, FS_DONE, FS_FULL, fs_decoder
 from leaves cimport fs_leaves
 
+import itertools
+
 import numpy as np
 
 from fastseq import _simd
@@ -318,7 +320,7 @@ cdef class Search:
         ordered = sorted(stops, key=lambda sequence: sequence[-1])
         self.n_stops = len(ordered)
         self.stop_ends = <int64_t *> self.keep([sequence[-1] for sequence in ordered], np.int64)
-        self.stop_starts = <int64_t *> self.keep(np.cumsum([0] + [len(s) for s in ordered]), np.int64)
+        self.stop_starts = <int64_t *> self.keep([0, *itertools.accumulate(map(len, ordered))], np.int64)
         self.stop_symbols = <int64_t *> self.keep([symbol for s in ordered for symbol in s], np.int64)
         return 0
 
@@ -478,7 +480,7 @@ cdef class Draws(Search):
     cdef Py_ssize_t copies
     cdef int64_t *row           # (active,): which of all rows each is
     cdef int64_t *lengths       # (most,): of those that ended
-    cdef uint64_t *keys         # (most,): of the random numbers
+    cdef uint64_t *keys         # (most,): of the random numbers; NULL where none are drawn
     cdef double temperature
     cdef double top_p
     cdef Py_ssize_t top_k
@@ -486,14 +488,14 @@ cdef class Draws(Search):
     cdef int64_t *left          # (vocab,): ids that the filters left, in order
     cdef Candidate *heap        # (top_k,), where that is few
 
-    def __init__(self, decoder, logits, list prompts, cnp.ndarray keys not None, settings):
+    def __init__(self, decoder, logits, list prompts, keys, settings):
         cdef Py_ssize_t i
         self.copies = settings.num_results
         super().__init__(decoder, logits, prompts, settings, len(prompts) * self.copies)
         self.active = self.most
         self.row = <int64_t *> self.hold(self.most, np.int64)
         self.lengths = <int64_t *> self.hold(self.most, np.int64)
-        self.keys = <uint64_t *> self.keep(keys, np.uint64)
+        self.keys = NULL if keys is None else <uint64_t *> self.keep(keys, np.uint64)
         self.temperature = settings.temperature
         self.top_k = self.vocab if settings.top_k is None else min(self.vocab, settings.top_k)
         self.top_p = 1 if settings.top_p is None else settings.top_p

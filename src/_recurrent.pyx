@@ -19,11 +19,12 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cython.parallel cimport parallel, threadid
+from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from cells cimport (
     GATE_WORK, GRU_AFTER, GRU_BEFORE, LSTM_CELL, RNN_CELL, CellPointers, CellStep, CellWeights, Kind, Split,
-    cell_work, do_cell, init_bytes, input_parts, set_cell_step, set_init, split_of, take_share, work_of,
+    cell_work, do_cell, init_bytes, input_parts, inputs_bytes, set_cell_step, set_init, split_of, take_share, work_of,
 )
 from leaves cimport (
     FS_ADD, FS_BACK_GRU_AFTER, FS_BACK_GRU_OUTPUT, FS_BACK_GRU_RESET, FS_BACK_IDENTITY, FS_BACK_LSTM, FS_BACK_RELU,
@@ -34,6 +35,8 @@ from outer cimport (
     OUTER_ROWS, Outer, add_outer, add_row, fs_barrier, lay_out_factors, lay_out_sums, set_factor, set_product,
     take_sums, taken,
 )
+
+from share cimport share_out
 
 import os
 
@@ -71,6 +74,9 @@ cdef Py_ssize_t AHEAD_ROWS = 1024
 cdef Py_ssize_t AHEAD_BYTES = 1024 * 1024
 
 cdef enum:
+    TABLE_BYTES = 1 << 23  # the largest table of inputs,
+    TABLE_WORK = 1 << 29   # and the most multiply-adds that go into one
+    TABLE_ROWS = 128       # rows of it whose pointers are made at once
     SMALL = 8192   # up to this many bytes of scratch stand on the stack
     POINTERS = 12  # arrays of pointers that `walk` keeps, one entry a row
     AHEAD = 3      # and those of the input parts, one entry a row and step
@@ -189,13 +195,72 @@ def pack(str kind, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr):
     return cell
 
 
+cdef struct Table:
+    const CellWeights *cell
+    const char *embedding
+    Py_ssize_t embedding_row
+    char *rows
+    Py_ssize_t row
+
+
+cdef void table_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """The input parts of some symbols."""
+    cdef const Table *table = <const Table *> job
+    cdef const void *x[TABLE_ROWS]
+    cdef const void *init[TABLE_ROWS]
+    cdef void *out[TABLE_ROWS]
+    cdef CellPointers at
+    cdef CellStep step
+    cdef Py_ssize_t base = first, i, n
+    memset(&at, 0, sizeof(at))
+    set_cell_step(&step, table.cell, &at, True, 0, 1)
+    while base < last:
+        n = min(TABLE_ROWS, last - base)
+        for i in range(n):
+            x[i] = table.embedding + (base + i) * table.embedding_row
+            out[i] = table.rows + (base + i) * table.row
+        input_parts(&step, table.cell, n, x, init, out)
+        base += TABLE_ROWS
+
+
+def input_table(Cell cell not None, cnp.ndarray embedding not None, int n_threads):
+    """What a layer makes of the vector of each symbol, as far as its chains go without state.
+
+    Parameters
+    ----------
+    cell : Cell
+    embedding : ndarray of shape (symbols, input_size)
+    n_threads : int
+
+    Returns
+    -------
+    ndarray or None
+        A row for each symbol, for `run`; None where that would be large.
+    """
+    cdef Table table
+    cdef Py_ssize_t symbols = cnp.PyArray_DIM(embedding, 0)
+    cdef double work
+    table.cell = &cell.w
+    table.row = inputs_bytes(&cell.w)
+    work = <double> table.row / cell.item * cell.w.input_size
+    if <double> symbols * table.row > TABLE_BYTES or symbols * work > TABLE_WORK:
+        return None
+    cdef cnp.ndarray rows = np.empty((symbols, table.row // cell.item), embedding.dtype)
+    table.embedding = cnp.PyArray_BYTES(embedding)
+    table.embedding_row = cnp.PyArray_STRIDE(embedding, 0)
+    table.rows = cnp.PyArray_BYTES(rows)
+    share_out(table_part, &table, symbols, work, n_threads)
+    return rows
+
+
 cdef struct Job:
     const CellWeights *cell
     Py_ssize_t item
     # Arrays by row and time, strides in bytes, the last axis contiguous.
-    const char *x
+    const char *x            # or ids, int64, where there is a table
     Py_ssize_t x_row
     Py_ssize_t x_time
+    const char *table        # the input parts of each id, or NULL
     char *y
     Py_ssize_t y_row
     Py_ssize_t y_time
@@ -244,7 +309,7 @@ cdef void plan(Job *job, int n_threads) noexcept nogil:
     job.threads = split.threads
     job.split_panels = split.panels
     job.ahead = 0
-    if job.rows < most and job.time > 1:
+    if job.rows < most and job.time > 1 and job.table == NULL:
         each = job.rows * init_bytes(job.cell, &job.cell.main, job.cell.main_vectors)
         job.ahead = max(1, min(job.time, AHEAD_ROWS // job.rows, AHEAD_BYTES // each))
 
@@ -310,7 +375,7 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
         return
 
     cdef CellStep step
-    set_cell_step(&step, cell, &at, job.ahead == 0, share, shares)
+    set_cell_step(&step, cell, &at, job.ahead == 0 and job.table == NULL, share, shares)
 
     # The input part of these steps, ahead of them. Each thread computes what it will itself read.
     if job.ahead:
@@ -342,6 +407,11 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
                     at.h[i] = job.zeros
                     at.c_before[i] = job.zeros
                 reset[i] += -1 if job.reverse else 1
+        if job.table != NULL:
+            for i in range(n):
+                at.init[i] = job.table + (<const int64_t *> at.x[i])[0] * job.input_part_row
+                if cell.kind == GRU_BEFORE:
+                    at.candidate_init[i] = <const char *> at.init[i] + job.input_part_main
         do_cell(&step, cell, n, False, shares, barrier)
         for i in range(n):
             at.x[i] = <const char *> at.x[i] + x_step
@@ -382,9 +452,7 @@ cdef int execute(Job *job, int n_threads) except -1:
     # Rows of scratch start on cache lines of their own.
     job.middle_row = (job.cell.main.units * job.item + 63) // 64 * 64
     job.input_part_main = init_bytes(job.cell, &job.cell.main, job.cell.main_vectors)
-    job.input_part_row = job.input_part_main
-    if job.cell.kind == GRU_BEFORE:
-        job.input_part_row += init_bytes(job.cell, &job.cell.candidate, 4)
+    job.input_part_row = inputs_bytes(job.cell)
     cdef Py_ssize_t pointer_bytes = (job.threads * job.pointers_each + 63) // 64 * 64
     cdef Py_ssize_t middle_bytes = 0
     if job.cell.kind == GRU_BEFORE or job.cell.projection.units:
@@ -431,6 +499,7 @@ cdef int execute(Job *job, int n_threads) except -1:
 cdef void set_cell(Job *job, Cell cell) noexcept:
     job.cell = &cell.w
     job.item = cell.item
+    job.table = NULL
 
 
 cdef cnp.ndarray state_copy(cnp.ndarray state):
@@ -474,8 +543,8 @@ cdef class Rows:
     cdef object lengths, resets
     cdef cnp.ndarray order, steps, reset_bytes, zeros
 
-    cdef int set(self, Job *job, cnp.ndarray x, lengths, resets, Py_ssize_t width) except -1:
-        """Put them into a job over the rows and times of x, whose states are at most `width` wide."""
+    cdef int set(self, Job *job, cnp.ndarray x, lengths, resets, dtype, Py_ssize_t width) except -1:
+        """Put them into a job over the rows and times of x, whose states are of a dtype and at most `width` wide."""
         job.rows = cnp.PyArray_DIM(x, 0)
         job.time = cnp.PyArray_DIM(x, 1)
         job.order = NULL
@@ -488,7 +557,7 @@ cdef class Rows:
             job.steps = <const Py_ssize_t *> cnp.PyArray_DATA(self.steps)
         if resets is not None:
             self.reset_bytes = np.ascontiguousarray(resets).view(np.uint8)
-            self.zeros = np.zeros(width, x.dtype)
+            self.zeros = np.zeros(width, dtype)
             job.resets = cnp.PyArray_BYTES(self.reset_bytes)
             job.resets_row = job.time
             job.zeros = cnp.PyArray_BYTES(self.zeros)
@@ -503,13 +572,13 @@ cdef void set_sequence(Job *job, cnp.ndarray x, cnp.ndarray y) noexcept:
     job.y_time = cnp.PyArray_STRIDE(y, 1)
 
 
-cdef cnp.ndarray sequence(cnp.ndarray x, Py_ssize_t width, bint padded):
-    """An array (B, T, width) for something of every step of x; what is padding holds zeros, the rest anything."""
+cdef cnp.ndarray sequence(cnp.ndarray x, Py_ssize_t width, int dtype, bint padded):
+    """An array (B, T, width) of a dtype for something of every step of x; what is padding holds zeros, the rest anything."""
     cdef cnp.npy_intp[3] shape
     shape[0], shape[1], shape[2] = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), width
     if padded:
-        return cnp.PyArray_ZEROS(3, shape, cnp.PyArray_TYPE(x), 0)
-    return cnp.PyArray_EMPTY(3, shape, cnp.PyArray_TYPE(x), 0)
+        return cnp.PyArray_ZEROS(3, shape, dtype, 0)
+    return cnp.PyArray_EMPTY(3, shape, dtype, 0)
 
 
 cdef void take_last(
@@ -532,22 +601,27 @@ cdef void take_last(
 
 def run(
     tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, lengths, resets,
-    int n_threads,
+    int n_threads, tuple tables=None,
 ):
-    """Whole sequences through all layers and directions; see `fastseq.reference.operations.run`."""
+    """Whole sequences through all layers and directions; see `fastseq.reference.operations.run`.
+
+    With `tables`, one `input_table` for each direction of the first layer, x is (B, T) of ids, int64 and contiguous.
+    """
     cdef Py_ssize_t width = cnp.PyArray_DIM(h, 2), slot = 0
     cdef int direction, directions
     cdef Job job
     cdef Rows rows = Rows()
-    cdef cnp.ndarray y = x, h_n = state_copy(h), c_n = state_copy(c)
-    rows.set(&job, x, lengths, resets, width if c is None else cnp.PyArray_DIM(c, 2))
+    cdef cnp.ndarray ids = x, y = x, h_n = state_copy(h), c_n = state_copy(c)
+    rows.set(&job, x, lengths, resets, h.dtype, width if c is None else cnp.PyArray_DIM(c, 2))
     for layer in cells:
         directions = len(layer)
-        y = sequence(x, directions * width, lengths is not None)
+        y = sequence(x, directions * width, cnp.PyArray_TYPE(h), lengths is not None)
         set_sequence(&job, x, y)
         for direction in range(directions):
             set_cell(&job, layer[direction])
             set_state(&job, h, c_n, slot)
+            if tables is not None and x is ids:
+                job.table = cnp.PyArray_BYTES(<cnp.ndarray> tables[direction])
             job.reverse = direction == 1
             job.y = cnp.PyArray_BYTES(y)
             job.y += direction * width * job.item

@@ -19,8 +19,8 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from alignment cimport TANH_WORK, align_one, real
 from cells cimport (
-    GRU_BEFORE, CellPointers, CellStep, CellWeights, Split, cell_work, do_cell, init_bytes, input_parts, set_cell_step,
-    set_init, split_of, take_share,
+    CellPointers, CellStep, CellWeights, GRU_BEFORE, Split, cell_work, do_cell, init_bytes, input_parts, inputs_bytes,
+    set_cell_step, set_init, split_of, take_share,
 )
 from decoder cimport FS_AGAIN, FS_DONE, FS_NO_MEMORY, fs_decoder
 from leaves cimport FS_IDENTITY, FS_TANH, fs_attention, fs_finish, fs_leaves, fs_step, fs_weights
@@ -46,8 +46,6 @@ cdef dict ATTENTIONS = {None: NONE, "multiplicative": MULTIPLICATIVE, "additive"
 
 cdef enum:
     BLOCK_ROWS = 128           # rows whose pointers are made at once
-    TABLE_BYTES = 1 << 23      # the largest table of inputs,
-    TABLE_WORK = 1 << 29       # and the most multiply-adds that go into one
     MEASURED = 2               # steps by one thread, before a team does one
     WEIGHT_WORK = 32           # what a weight of attention takes beside the products, in multiply-adds
 
@@ -77,46 +75,21 @@ cdef struct Network:
     const char *score
 
 
-cdef struct Table:
-    const Network *network
-    char *rows
-
-
-cdef void table_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
-    """The inputs of some symbols."""
-    cdef const Table *table = <const Table *> job
-    cdef const Network *network = table.network
-    cdef const void *x[BLOCK_ROWS]
-    cdef const void *init[BLOCK_ROWS]
-    cdef void *out[BLOCK_ROWS]
-    cdef CellPointers at
-    cdef CellStep step
-    cdef Py_ssize_t base = first, i, n
-    memset(&at, 0, sizeof(at))
-    set_cell_step(&step, network.inputs, &at, True, 0, 1)
-    while base < last:
-        n = min(BLOCK_ROWS, last - base)
-        for i in range(n):
-            x[i] = network.embedding + (base + i) * network.embedding_row
-            out[i] = table.rows + (base + i) * network.table_row
-        input_parts(&step, network.inputs, n, x, init, out)
-        base += BLOCK_ROWS
-
-
 cdef class Weights:
-    """The weights of a model, packed before, and the table of its inputs. Immutable.
+    """The weights of a model, packed before. Immutable.
 
     Parameters
     ----------
     embedding : ndarray of shape (symbols, E)
     inputs : Cell
         What the first layer makes of the vector of a symbol, before it looks at anything else.
+    table : ndarray or None
+        That of all symbols, `_recurrent.input_table`.
     cells : sequence of Cell
         One a layer. The inputs of the first are the context, with additive attention; else they are not looked at.
     output : Packed or Cell
         From what a step says to logits: its output, or with additive attention output and context, of which a cell
         takes the output for its input, and the context for its state.
-    n_threads : int
     attention : {"multiplicative", "additive"}, optional
     combine : Cell, optional
         With multiplicative attention: from context and output, which are its input and its state, to what is said.
@@ -130,13 +103,13 @@ cdef class Weights:
     cdef list kept  # what the pointers are into
 
     def __init__(
-        self, cnp.ndarray embedding not None, inputs, cells, output, int n_threads, *, attention=None, combine=None,
-        query=None, cnp.ndarray score=None,
+        self, cnp.ndarray embedding not None, inputs, cnp.ndarray table, cells, output, *, attention=None,
+        combine=None, query=None, cnp.ndarray score=None,
     ):
         cdef Network *network = &self.network
         cdef Py_ssize_t i
         cdef cnp.ndarray pointers = np.empty(len(cells), np.uintp)
-        self.kept = [embedding, pointers, score]
+        self.kept = [embedding, table, pointers, score]
         network.layers = len(cells)
         network.cells = <const CellWeights **> cnp.PyArray_DATA(pointers)
         for i in range(network.layers):
@@ -151,7 +124,9 @@ cdef class Weights:
         network.score = NULL if score is None else cnp.PyArray_BYTES(score)
         network.embedding = cnp.PyArray_BYTES(embedding)
         network.embedding_row = cnp.PyArray_STRIDE(embedding, 0)
-        self.make_table(cnp.PyArray_DIM(embedding, 0), n_threads)
+        network.table_main = init_bytes(network.inputs, &network.inputs.main, network.inputs.main_vectors)
+        network.table_row = inputs_bytes(network.inputs)
+        network.table = NULL if table is None else cnp.PyArray_BYTES(table)
 
     cdef const CellWeights *cell(self, cell) except NULL:
         self.kept.append(cell)
@@ -162,27 +137,6 @@ cdef class Weights:
             return NULL
         self.kept.append(packed)
         return <const fs_weights *> PyCapsule_GetPointer(packed.panels(), "fastseq.weights")
-
-    cdef int make_table(self, Py_ssize_t symbols, int n_threads) except -1:
-        cdef Network *network = &self.network
-        cdef const CellWeights *inputs = network.inputs
-        cdef cnp.ndarray rows
-        cdef Table table
-        cdef double work
-        network.table_main = init_bytes(inputs, &inputs.main, inputs.main_vectors)
-        network.table_row = network.table_main
-        if inputs.kind == GRU_BEFORE:
-            network.table_row += init_bytes(inputs, &inputs.candidate, 4)
-        work = <double> network.table_row / network.item * inputs.input_size
-        if <double> symbols * network.table_row > TABLE_BYTES or symbols * work > TABLE_WORK:
-            return 0
-        rows = np.empty(symbols * network.table_row, np.uint8)
-        self.kept.append(rows)
-        table.network = network
-        table.rows = cnp.PyArray_BYTES(rows)
-        share_out(table_part, &table, symbols, work, n_threads)
-        network.table = table.rows
-        return 0
 
 
 # How long steps take. A team waits for whichever of its threads has no processor, so where others use them, steps by

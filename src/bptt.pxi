@@ -59,8 +59,8 @@ def forward(
     tape.cells, tape.x, tape.h, tape.c = cells, x, h, c
     tape.gates, tape.c_steps = [], []
     tape.rows = Rows()
-    tape.rows.set(&job, x, lengths, resets, width if c is None else cnp.PyArray_DIM(c, 2))
-    tape.y = y = sequence(x, len(cells) * width, padded)
+    tape.rows.set(&job, x, lengths, resets, x.dtype, width if c is None else cnp.PyArray_DIM(c, 2))
+    tape.y = y = sequence(x, len(cells) * width, cnp.PyArray_TYPE(x), padded)
     set_sequence(&job, x, y)
     for direction in range(len(cells)):
         cell = cells[direction]
@@ -732,7 +732,7 @@ def backward(
     cdef int direction, directions = len(tape.cells)
     cdef bint padded = tape.rows.steps is not None
     cdef cnp.ndarray x = tape.x, dh_0, dc_0 = None, gates, c_steps, flow_h = None, flow_c = None
-    cdef cnp.ndarray dx = sequence(x, cnp.PyArray_DIM(x, 2), padded)
+    cdef cnp.ndarray dx = sequence(x, cnp.PyArray_DIM(x, 2), cnp.PyArray_TYPE(x), padded)
     cdef Cell cell
     cdef Undo job
     memset(&job, 0, sizeof(Undo))

@@ -183,6 +183,14 @@ cdef inline Py_ssize_t init_bytes(const CellWeights *w, const fs_weights *weight
     return weights.panels * vectors * w.leaves.lanes * w.leaves.item_size
 
 
+cdef inline Py_ssize_t inputs_bytes(const CellWeights *w) noexcept nogil:
+    """Bytes of what `input_parts` makes of one row."""
+    cdef Py_ssize_t n_bytes = init_bytes(w, &w.main, w.main_vectors)
+    if w.kind == GRU_BEFORE:
+        n_bytes += init_bytes(w, &w.candidate, 4)
+    return n_bytes
+
+
 cdef inline Py_ssize_t work_of_part(const CellWeights *w, const fs_weights *weights, int vectors) noexcept nogil:
     return weights.panels * vectors * w.leaves.lanes * (weights.x_size + weights.h_size + GATE_WORK)
 

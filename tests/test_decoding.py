@@ -1,6 +1,7 @@
 """`generate` and `stream`: the searches, compiled and in NumPy, against enumeration, distributions and each other."""
 
 import concurrent.futures
+import functools
 import itertools
 import signal
 import subprocess
@@ -97,7 +98,7 @@ def test_draws_are_those_of_the_filtered_distribution(engine, settings, shape, v
     dtype = "float32" if vocab == 40 else "float64"
     model = Whim(vocab, dtype=dtype, engine=engine, shape=SHAPES[shape])
     drawn = model.generate(PROMPTS, 6, seed=4, **settings)
-    keys = decoding.keys([np.array(p, np.int64) for p in PROMPTS], 4, 1)
+    keys = decoding.keys([np.array(p, np.int64) for p in PROMPTS], 4, decoding.Settings(1))
     for prompt, row, key in zip(PROMPTS, drawn, keys, strict=True):
         history = list(prompt)
         for t, symbol in enumerate(row):
@@ -617,11 +618,12 @@ class Ending(Whim):
     def begun(self, prompts, max_new, **settings):
         rows = [np.array(prompt, np.int64) for prompt in prompts]
         given = {"seed": None, "end": self.vocab_size, **settings}
-        return decoding.generated(self, rows, False, max_new, **given)
+        return decoding.generated(self, rows, functools.partial(self._decoder, rows), False, max_new, **given)
 
     def streamed(self, prompts, max_new, **settings):
         rows = [np.array(prompt, np.int64) for prompt in prompts]
-        return decoding.streamed(self, rows, False, max_new, end=self.vocab_size, **settings)
+        begin = functools.partial(self._decoder, rows)
+        return decoding.streamed(self, rows, begin, False, max_new, end=self.vocab_size, **settings)
 
 
 @ENGINES

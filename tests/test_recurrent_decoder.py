@@ -12,8 +12,9 @@ from common import KINDS, Array, assert_same_bits, make, random_state, run_pytho
 from decoders import AGAIN, DONE, Struct
 
 import fastseq as fs
-from fastseq import _recurrent_decoder
+from fastseq import _recurrent, _recurrent_decoder
 from fastseq.models.decoding import StateDecoder
+from fastseq.models.recurrent import Reader
 
 pytestmark = pytest.mark.every_isa
 
@@ -37,7 +38,8 @@ class Network:
     def decoder(self, state: Any, copies: int, n_threads: int) -> Any:
         cells = [cell for (cell,) in self.recurrent._cells()]
         embedding = self.embedding.parameters["weight"]
-        weights = _recurrent_decoder.Weights(embedding, cells[0], cells, self.output._weights(), n_threads)
+        table = _recurrent.input_table(cells[0], embedding, n_threads)
+        weights = _recurrent_decoder.Weights(embedding, cells[0], table, cells, self.output._weights())
         return _recurrent_decoder.Decoder(weights, state.h, getattr(state, "c", None), copies, n_threads)
 
     def decoders(self, rows: int, copies: int, n_threads: int) -> tuple[Any, StateDecoder]:
@@ -66,6 +68,39 @@ def test_same_bits_as_steps(kind: str, layers: int, dtype: str) -> None:
         network = Network(kind, 11, 6, hidden, 7 + hidden, layers=layers, dtype=dtype)
         compiled, generic = network.decoders(rows, 2, 1)
         walk(compiled, generic, 11, rows, 12, 2 * rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_from_a_table_are_those_of_an_embedding(kind: str, bidirectional: bool, dtype: str) -> None:
+    """Few rows and many, of different lengths, by one thread and by two."""
+    rng = np.random.default_rng(2)
+    for hidden, rows, time, layers in ((5, 1, 9, 1), (37, 3, 1, 2), (150, 2, 6, 1), (20, 40, 7, 2)):
+        embedding = fs.Embedding(11, 6, dtype=dtype, seed=1)
+        layer = make(kind, 6, hidden, num_layers=layers, bidirectional=bidirectional, dtype=dtype, seed=2)
+        reader = Reader(embedding, layer, True)
+        tables = reader.tables()
+        assert tables is not None and len(tables) == 1 + bidirectional
+        ids, lengths = rng.integers(0, 11, (rows, time)), rng.integers(0, time + 1, rows)
+        for counts, n_threads in ((None, 1), (lengths, 1), (None, 2), (lengths, 2)):
+            state = random_state(layer, rows)
+            with threads(n_threads):
+                y, end = reader(ids, state, counts)
+                expected, expected_end = layer(embedding(ids), state, lengths=counts)
+            assert_same_bits(y, expected)
+            for one, other in zip(end, expected_end, strict=True):
+                assert_same_bits(one, other)
+
+
+def test_a_table_follows_the_parameters() -> None:
+    model = fs.models.RecurrentLM(7, 5, 6, seed=1)
+    before = model([[1, 2, 3]])
+    model.parameters["recurrent.weight_ih_l0"] = 2 * model.parameters["recurrent.weight_ih_l0"]
+    fresh = fs.models.RecurrentLM(7, 5, 6, seed=1)
+    fresh.load_state_dict(model.state_dict())
+    assert not np.array_equal(model([[1, 2, 3]]), before)
+    assert_same_bits(model([[1, 2, 3]]), fresh([[1, 2, 3]]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,7 +260,7 @@ def decoders_of(model: Any, lengths: tuple[int, ...], copies: int = 2) -> tuple[
     """The compiled decoder of a model from sequence to sequence, and one that takes its steps; they begin alike."""
     rng = np.random.default_rng(1)
     sources = [rng.integers(0, model.source_vocab_size, n) for n in lengths]
-    logits, compiled = model._decoder(sources, copies)
+    logits, compiled = model._decoder(model._source("source", sources, "lengths", None), copies)
     expected, state = model.step(np.full(len(sources), model.begin), model.initial_state(sources))
     assert_same_bits(logits, expected)
     return compiled, StateDecoder(model, state)

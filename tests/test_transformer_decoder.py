@@ -83,7 +83,8 @@ def pair_model(kind, dtype="float32"):
 def compare(model, prompts, vocab, steps, seed=0, longest=10**9):
     """Both decoders through the same steps, forks and drops."""
     rng = np.random.default_rng(seed)
-    logits, decoder = model._decoder(prompts, 1)
+    begun = prompts if vocab == 11 else model._source("source", prompts, "lengths", None)
+    logits, decoder = model._decoder(begun, 1)
     one = Driven(decoder, prompts if vocab == 11 else [[] for _ in prompts], vocab)
     if vocab == 11:
         expected, state = model._prefilled([model._with_begin(row) for row in prompts])

@@ -244,6 +244,12 @@ class Recurrent(Layer):
         y, h, c = self._operations.run(cells, x, h, c, lengths, resets, threads.get_num_threads())
         return (y if batched else y[0]), adopt(h, c)
 
+    def _read(self, ids: Array, tables: Any, state: Any, lengths: Array | None) -> tuple[Array, State]:
+        """A call on symbols (B, T) whose inputs are in tables, `_operations.input_table`; `lengths` are checked."""
+        h, c = self._state_arrays(state, *ids.shape)
+        y, h, c = self._operations.run(self._cells(), ids, h, c, lengths, None, threads.get_num_threads(), tables)
+        return y, adopt(h, c)
+
     def _check_call(self, x: Any, state: Any) -> tuple[Array, Array, Array | None, bool]:
         """Inputs and state as the operations want them, and whether there was a batch."""
         x = checks.real_array("x", x, self.dtype)

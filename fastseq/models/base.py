@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -118,12 +119,15 @@ def symbols(name: str, value: Any, lengths: Any, vocab_size: int, lengths_name: 
     A list of sequences; an array (T,), which is one; or (B, T), with `lengths` where the rows are padded.
     """
     if lengths is None and is_list_of_rows(value):
-        rows = [checks.ids(f"{name}[{i}]", row, vocab_size) for i, row in enumerate(value)]
+        rows = [checks.integers(f"{name}[{i}]", row) for i, row in enumerate(value)]
         for i, row in enumerate(rows):
             if row.ndim != 1:
                 raise ValueError(f"{name}[{i}] should be a sequence of ids, not {checks.describe(row)}")
-        counts = np.array([len(row) for row in rows], np.int64)
-        return Symbols(np.concatenate(rows), counts)
+        ids = np.concatenate(rows, dtype=np.int64, casting="unsafe")  # what does not fit becomes negative
+        if ((ids < 0) | (ids >= vocab_size)).any():
+            for i, row in enumerate(rows):
+                checks.ids(f"{name}[{i}]", row, vocab_size)  # says where
+        return Symbols(ids, np.array([len(row) for row in rows], np.int64))
     array = checks.as_array(name, value)
     if array.ndim == 1:
         array = array[None]
@@ -273,6 +277,7 @@ class SymbolModel(Model):
         return decoding.generated(
             self,
             prompts,
+            functools.partial(self._decoder, prompts),
             alone,
             max_new,
             end=None,
@@ -317,6 +322,7 @@ class SymbolModel(Model):
         return decoding.streamed(
             self,
             prompts,
+            functools.partial(self._decoder, prompts),
             alone,
             max_new,
             end=None,

@@ -1,7 +1,7 @@
 """`generate` and `stream`: arguments, the decoder of a model, the search over it, and the form of what comes back.
 
-A model of symbols has a method ``_decoder(prompts, copies)``. It gives the logits (B, V) of what follows each of B
-prompts, and a `Decoder` whose rows stand there; `copies` says how many rows each prompt may be forked to. A compiled
+A model of symbols begins with ``begin(copies)``: the logits (B, V) of what follows each of B prompts, and a `Decoder`
+whose rows stand there; `copies` says how many rows each prompt may be forked to. A compiled
 decoder has a method ``capsule`` (src/decoder.h), and what goes on from it runs compiled; any other is driven by
 `fastseq.reference.decoding`.
 """
@@ -9,7 +9,7 @@ decoder has a method ``capsule`` (src/decoder.h), and what goes on from it runs 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,6 +29,9 @@ class Decoder(Protocol):
     def choose(self, rows: Array) -> None:
         """The rows become these of the rows there were: forked, in another order, without some."""
         ...
+
+
+Begin = Callable[[int], tuple[Array, Decoder]]
 
 
 class StateDecoder:
@@ -60,6 +63,11 @@ class Settings(NamedTuple):
     num_results: int = 1
     stop: tuple[tuple[int, ...], ...] = ()  # sequences that end a row, each once
     log_probs: bool = False
+
+    @property
+    def draws(self) -> bool:
+        """Whether symbols are drawn, and not chosen."""
+        return self.temperature > 0 and self.num_beams == 1
 
     @property
     def copies(self) -> int:
@@ -141,49 +149,57 @@ def _stop_sequences(stop: Any, vocab_size: int) -> list[tuple[int, ...]]:
     return found
 
 
-def keys(prompts: list[Array], seed: Any, copies: int) -> Array:
-    """A number for each copy of each prompt, (B * copies,) uint64: its random numbers follow from it.
+def keys(prompts: list[Array], seed: Any, settings: Settings) -> Array | None:
+    """A number for each copy of each prompt, (B * num_results,) uint64: its random numbers follow from it.
 
     A row depends on its prompt, its seed, and how often the same prompt stood before it: of rows with the same prompt
-    each draws numbers of its own. With a seed a row, only copies of one row are counted.
+    each draws numbers of its own. With a seed a row, only copies of one row are counted. None where nothing is drawn.
     """
     many = seed is not None and np.ndim(checks.as_array("seed", seed)) > 0
     if many:
         array = checks.integers("seed", seed)
         if array.shape != (len(prompts),):
             raise ValueError(f"seed should be an integer, or of shape ({len(prompts)},), one a row, not {array.shape}")
-        of_rows = [_of_seed(checks.size(f"seed[{i}]", one)) for i, one in enumerate(array)]
+        seeds: list[int | None] = [checks.size(f"seed[{i}]", one) for i, one in enumerate(array)]
     else:
-        of_rows = [_of_seed(checks.seed("seed", seed))] * len(prompts)
+        seeds = [checks.seed("seed", seed)]
+    if not settings.draws:
+        return None
+    of_rows = np.array([np.random.SeedSequence(one).generate_state(1, np.uint64)[0] for one in seeds], np.uint64)
     seen: dict[bytes, int] = {}
-    result = np.empty((len(prompts), copies), np.uint64)
+    result = np.empty((len(prompts), settings.num_results), np.uint64)
     for i, prompt in enumerate(prompts):
         if many:
             seen.clear()
         symbols = prompt.astype("<i8").tobytes()
-        for copy in range(copies):
+        for copy in range(settings.num_results):
             seen[symbols] = seen.get(symbols, 0) + 1
             digest = hashlib.blake2b(symbols + seen[symbols].to_bytes(8, "little"), digest_size=8).digest()
             result[i, copy] = int.from_bytes(digest, "little")
-    key = np.array(of_rows, np.uint64)[:, None]
-    return numpy_decoding.mixed(key + numpy_decoding.mixed(result)).reshape(-1)
-
-
-def _of_seed(seed: int | None) -> Any:
-    return np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
+    return numpy_decoding.mixed(of_rows[:, None] + numpy_decoding.mixed(result)).reshape(-1)
 
 
 def generated(
-    model: Any, prompts: list[Array], alone: bool, max_new: Any, *, end: int | None, seed: Any, **settings: Any
+    model: Any,
+    prompts: list[Array],
+    begin: Begin,
+    alone: bool,
+    max_new: Any,
+    *,
+    end: int | None,
+    seed: Any,
+    **settings: Any,
 ) -> Any:
     """What `generate` of a model returns.
 
     Parameters
     ----------
     model : Model
-        With `_decoder`, and the set of operations `_decoding`.
+        With the set of operations `_decoding`.
     prompts : list of int64 arrays
-        What `_decoder` is given, one a row.
+        One a row.
+    begin : callable
+        begin(copies) reads them.
     alone : bool
         Whether there is one prompt that was given without a batch.
     end : int or None
@@ -195,7 +211,7 @@ def generated(
     """
     vocab_size = model.vocab_size if end is None else end
     of_search = checked(vocab_size, max_new, end=end, **settings)
-    found = _search(model, prompts, of_search, end, seed)
+    found = _search(model, prompts, begin, of_search, end, seed)
     if of_search.max_new and prompts:
         found.advance(of_search.max_new)
         results = found.results()
@@ -211,11 +227,19 @@ def generated(
 
 
 def streamed(
-    model: Any, prompts: list[Array], alone: bool, max_new: Any, *, end: int | None, seed: Any, **settings: Any
+    model: Any,
+    prompts: list[Array],
+    begin: Begin,
+    alone: bool,
+    max_new: Any,
+    *,
+    end: int | None,
+    seed: Any,
+    **settings: Any,
 ) -> Iterator[Any]:
     """What `stream` of a model returns; parameters as of `generated`. Arguments are checked before the first symbol."""
     of_search = checked(model.vocab_size if end is None else end, max_new, end=end, **settings)
-    found = _search(model, prompts, of_search, end, seed)
+    found = _search(model, prompts, begin, of_search, end, seed)
     return _stream(found, of_search, alone, end) if of_search.max_new and prompts else iter(())
 
 
@@ -231,12 +255,12 @@ def _stream(search: Any, settings: Settings, alone: bool, end: int | None) -> It
         yield int(symbols[0]) if alone else symbols
 
 
-def _search(model: Any, prompts: list[Array], settings: Settings, end: int | None, seed: Any) -> Any:
+def _search(model: Any, prompts: list[Array], begin: Begin, settings: Settings, end: int | None, seed: Any) -> Any:
     """The search over the decoder of a model, at its beginning; None where there is nothing to do."""
-    of_rows = keys(prompts, seed, settings.num_results)
+    of_rows = keys(prompts, seed, settings)
     if not settings.max_new or not prompts:
         return None
-    logits, decoder = model._decoder(prompts, settings.copies)
+    logits, decoder = begin(settings.copies)
     operations = model._decoding if hasattr(decoder, "capsule") else numpy_decoding
     histories = prompts if end is None else [np.empty(0, np.int64)] * len(prompts)
     return operations.search(decoder, logits, histories, of_rows, settings)

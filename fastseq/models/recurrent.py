@@ -49,6 +49,46 @@ class OfParameters:
         return kept[1]
 
 
+class Reader:
+    """An embedding and the recurrent layer over it, in inference.
+
+    What the first layer makes of a symbol, before it looks at its state, is looked up: a table has it of all symbols,
+    unless that would be large.
+
+    Parameters
+    ----------
+    embedding, layer
+        The layers.
+    compiled : bool
+        Whether their operations have tables.
+    """
+
+    def __init__(self, embedding: Any, layer: Any, compiled: bool) -> None:
+        self._embedding, self._layer, self._compiled = embedding, layer, compiled
+        self._tables = OfParameters(embedding, layer)
+
+    def tables(self) -> tuple[Array, ...] | None:
+        """One for each direction, or None."""
+        if not self._compiled:
+            return None
+        tables: tuple[Array, ...] | None = self._tables.get(self._make)
+        return tables
+
+    def _make(self) -> tuple[Array, ...] | None:
+        make, n_threads = self._layer._operations.input_table, threads.get_num_threads()
+        tables = [make(cell, self._embedding._arrays["weight"], n_threads) for cell in self._layer._cells()[0]]
+        return None if any(table is None for table in tables) else tuple(tables)
+
+    def __call__(self, ids: Array, state: Any = None, lengths: Array | None = None) -> tuple[Array, Any]:
+        """Outputs (B, T, D * H) and state after symbols (B, T), all as the layer has them; ids are checked."""
+        tables = self.tables()
+        if tables is None:
+            outputs: tuple[Array, Any] = self._layer(self._embedding(ids), state, lengths=lengths)
+            return outputs
+        read: tuple[Array, Any] = self._layer._read(np.ascontiguousarray(ids), tables, state, lengths)
+        return read
+
+
 class _Kept(NamedTuple):
     """The tapes of the layers of a language model."""
 
@@ -142,6 +182,7 @@ class RecurrentLM(SymbolModel):
         self._recurrent: Any = self._children["recurrent"]
         self._output: Any = self._children["output"]
         self._drop = kinds.Dropout(self.dropout, **of_type)
+        self._reader = Reader(self._embedding, self._recurrent, self._decoders is not None)
         self._for_decoders = OfParameters(self._embedding, self._recurrent, self._output)
 
     @property
@@ -197,7 +238,7 @@ class RecurrentLM(SymbolModel):
         """
         ids, counts, batched = self._ids(x, lengths)
         state = self.initial_state(len(ids)) if state is None else state
-        y, _ = self._recurrent(self._embedding(ids), state, lengths=counts)
+        y, _ = self._reader(ids, state, counts)
         logits: Array = self._output(y)
         if counts is not None:
             logits[~real_steps(counts, ids.shape[1])] = 0
@@ -357,7 +398,7 @@ class RecurrentLM(SymbolModel):
     def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
         """Loss, count and state as of `training_forward`, without dropout."""
         inputs, targets, counts = self._batch(batch, state)
-        y, state = self._recurrent(self._embedding(inputs), state, lengths=counts)
+        y, state = self._reader(inputs, state, counts)
         loss, _ = self._losses.softmax_cross_entropy(self._output(y), targets, lengths=counts)
         return loss, targets.size if counts is None else int(counts.sum()), state
 
@@ -425,14 +466,14 @@ class RecurrentLM(SymbolModel):
                 before[real] = given.ids[places - 1]  # of the first symbol of all, the last: it is replaced
                 if at == 0:
                     before[:, 0] = self.begin
-                y, state = self._recurrent(self._embedding(before), state, lengths=counts)
+                y, state = self._reader(before, state, counts)
                 result[places] = log_softmax_at(self._output(y[real]), given.ids[places])
         return result
 
     def _decoder(self, prompts: list[Array], copies: int) -> tuple[Array, Decoder]:
         given = Symbols(np.concatenate(prompts), np.array([len(row) for row in prompts]))
         ids = self._after_begin(given.padded())
-        y, state = self._recurrent(self._embedding(ids), lengths=given.lengths + 1)
+        y, state = self._reader(ids, None, given.lengths + 1)
         logits = self._output(y[np.arange(len(ids)), given.lengths])
         if self._decoders is None:
             return logits, StateDecoder(self, state)
@@ -443,8 +484,10 @@ class RecurrentLM(SymbolModel):
     def _decoder_weights(self) -> Any:
         """The weights as a compiled decoder wants them."""
         cells = [cell for (cell,) in self._recurrent._cells()]
-        embedding = self._embedding._arrays["weight"]
-        return self._decoders.Weights(embedding, cells[0], cells, self._output._weights(), threads.get_num_threads())
+        tables = self._reader.tables()
+        return self._decoders.Weights(
+            self._embedding._arrays["weight"], cells[0], tables and tables[0], cells, self._output._weights()
+        )
 
 
 def rollout(recurrent: Any, output: Any, x: Array, state: Any, steps: int) -> Array:

@@ -11,9 +11,8 @@ from fastseq.checks import Array
 from fastseq.layers.alignment import AllSteps
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
-from fastseq.layers.rows import rows_of
 from fastseq.models.decoding import Decoder, StateDecoder
-from fastseq.models.recurrent import CELLS, OfParameters, recurrent_layer
+from fastseq.models.recurrent import CELLS, OfParameters, Reader, recurrent_layer
 from fastseq.models.seq2seq import Pairs, SequencePairModel
 from fastseq.models.transformer import _Tokens
 from fastseq.state import Seq2SeqState, State, adopt, adopt_pair
@@ -214,6 +213,10 @@ class Seq2Seq(SequencePairModel):
         walked = [self._target_embedding, self._decoder_layer, self._output, self._combine]
         if self.attention == "additive":
             walked += [attention_layer._query, attention_layer._score]
+        compiled = self._decoders is not None
+        self._source_reader = Reader(self._source_embedding, self._encoder_layer, compiled)
+        # With additive attention the decoder looks at more than the symbol.
+        self._target_reader = Reader(self._target_embedding, self._decoder_layer, compiled and not context)
         self._for_decoders = OfParameters(*(layer for layer in walked if layer is not None))
 
     def _states(self) -> str:
@@ -225,7 +228,7 @@ class Seq2Seq(SequencePairModel):
     def _read(self, source: _Tokens) -> _Read:
         """What the decoder has of the sources; inference."""
         rows = source.rows
-        y, state = self._encoder_layer(rows.scatter(self._source_embedding(source.ids)), lengths=rows.lengths)
+        y, state = self._source_reader(rows.scatter(source.ids[:, None])[:, :, 0], None, rows.lengths)
         if self._bridges:
             state = self._crossed([self._tanh(bridge(x)) for bridge, x in self._ends(state)])
         return _Read(rows.gather(y), state)
@@ -293,11 +296,12 @@ class Seq2Seq(SequencePairModel):
     def _spoken(self, pairs: Pairs, read: _Read, want_weights: bool) -> tuple[Array, Any]:
         """The logits (N, V + 1) of what follows each symbol, and if wanted the weights (B, T + 1, S); inference."""
         rows, weights = pairs.begun.rows, None
-        x = rows.scatter(self._target_embedding(pairs.begun.ids))
+        ids = rows.scatter(pairs.begun.ids[:, None])[:, :, 0]
         if self.attention == "additive":
+            x = self._target_embedding(ids)
             h, weights = self._walk(pairs, read, x, want_weights)
             return self._output(rows.gather(h)), weights
-        h = rows.gather(self._decoder_layer(x, read.state, lengths=rows.lengths)[0])
+        h = rows.gather(self._target_reader(ids, read.state, rows.lengths)[0])
         if self._attention is not None:
             projected = self._attention._projected(read.keys)
             frame = Frame(rows, pairs.source.rows, False)
@@ -452,7 +456,7 @@ class Seq2Seq(SequencePairModel):
         rows = pairs.begun.rows
         ids = rows.scatter(pairs.begun.ids[:, None])[:, :, 0].copy()
         replaced = np.random.default_rng(seed).random((rows.longest, rows.batch)) < share
-        state = self._start_of(pairs.source)
+        state = adopt_pair(*self._begun(pairs.source))
         for t in range(1, rows.longest):
             logits, state = self._said(ids[:, t - 1], state)
             likeliest = logits[:, : self.target_vocab_size].argmax(axis=1)
@@ -476,16 +480,17 @@ class Seq2Seq(SequencePairModel):
         Seq2SeqState
             For `step`, whose first symbol is `begin`.
         """
-        return self._start_of(self._source("source", source, "lengths", lengths))
+        return adopt_pair(*self._begun(self._source("source", source, "lengths", lengths)))
 
-    def _start_of(self, source: _Tokens) -> Seq2SeqState:
+    def _begun(self, source: _Tokens) -> tuple[Array | None, ...]:
+        """The arrays of the state before the first symbol."""
         read, rows = self._read(source), source.rows
         h, c = read.state.h, getattr(read.state, "c", None)
         if self._attention is None:
-            return adopt_pair(h, c, None, None, None)
+            return h, c, None, None, None
         projected = self._attention._projected(read.keys)
         # Rows without padding are not copied, and an output of the encoder is nobody else's.
-        return adopt_pair(h, c, rows.scatter(read.keys), rows.scatter(projected), np.diff(rows.starts))
+        return h, c, rows.scatter(read.keys), rows.scatter(projected), np.diff(rows.starts)
 
     def step(self, y_t: Any, state: Any) -> tuple[Array, Seq2SeqState]:
         """The logits of what follows one symbol of each row.
@@ -555,16 +560,15 @@ class Seq2Seq(SequencePairModel):
                 h = self._tanh(self._combine(np.concatenate([context, h], axis=1)))
         return self._output(h), adopt_pair(after.h, getattr(after, "c", None), keys, projected, lengths)
 
-    def _decoder(self, sources: list[Array], copies: int) -> tuple[Array, Decoder]:
-        lengths = np.array([len(row) for row in sources])
-        rows = rows_of(len(sources), int(lengths.max()), lengths)
-        state = self._start_of(_Tokens(np.concatenate(sources), rows, False))
-        logits, state = self._said(np.full(len(sources), self.begin), state)
+    def _decoder(self, source: _Tokens, copies: int) -> tuple[Array, Decoder]:
+        begun = self._begun(source)
+        decoder: Any
         if self._decoders is None:
-            return logits, StateDecoder(self, state)
-        weights, n_threads = self._for_decoders.get(self._decoder_weights), threads.get_num_threads()
-        of_source = state.keys, state.projected, state.lengths
-        return logits, self._decoders.Decoder(weights, state.h, state.c, copies, n_threads, *of_source)
+            decoder = StateDecoder(self, adopt_pair(*begun))
+        else:
+            weights, n_threads = self._for_decoders.get(self._decoder_weights), threads.get_num_threads()
+            decoder = self._decoders.Decoder(weights, *begun[:2], copies, n_threads, *begun[2:])
+        return decoder.step(np.full(source.rows.batch, self.begin)), decoder
 
     def _decoder_weights(self) -> Any:
         """The weights as a compiled decoder wants them."""
@@ -585,9 +589,12 @@ class Seq2Seq(SequencePairModel):
             output = pack("linear", of_output, of_context, bias, np.full_like(bias, -0.0), None)  # x + -0 is x
             more["query"] = self._attention._query._weights()
             more["score"] = self._attention._score._arrays["weight"][0]
-        embedding = self._target_embedding._arrays["weight"]
-        n_threads = threads.get_num_threads()
-        return self._decoders.Weights(embedding, inputs, cells, output, n_threads, attention=self.attention, **more)
+        embedding, table = self._target_embedding._arrays["weight"], None
+        if self.attention == "additive":
+            table = self._decoder_layer._operations.input_table(inputs, embedding, threads.get_num_threads())
+        elif (tables := self._target_reader.tables()) is not None:
+            (table,) = tables
+        return self._decoders.Weights(embedding, inputs, table, cells, output, attention=self.attention, **more)
 
 
 def _parts(weight: Array, columns: int) -> tuple[Array, Array]:

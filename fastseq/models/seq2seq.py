@@ -5,6 +5,7 @@ Like the models of `fastseq.models.transformer` they see the real symbols of a b
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -105,8 +106,8 @@ class SequencePairModel(Model):
     def _source(self, name: str, source: Any, lengths_name: str, lengths: Any) -> _Tokens:
         """Sources in any form."""
         given = _tokens(name, source, lengths, self.source_vocab_size, lengths_name)
-        empty = np.flatnonzero(np.diff(given.rows.starts) == 0)
-        if len(empty):
+        if (given.rows.starts[1:] == given.rows.starts[:-1]).any():
+            empty = np.flatnonzero(np.diff(given.rows.starts) == 0)
             which = name if given.alone else f"{name}[{empty[0]}]"
             raise ValueError(f"{which} should have at least one symbol, not none")
         return given
@@ -236,7 +237,7 @@ class SequencePairModel(Model):
         rows = pairs.begun.rows
         return sums(np.repeat(np.arange(rows.batch), np.diff(rows.starts)), result, rows.batch)
 
-    def _decoder(self, sources: list[Array], copies: int) -> tuple[Array, Decoder]:
+    def _decoder(self, source: _Tokens, copies: int) -> tuple[Array, Decoder]:
         """The logits (B, V + 1) of the first symbol said of each source, and a decoder whose rows stand there."""
         raise NotImplementedError
 
@@ -290,6 +291,7 @@ class SequencePairModel(Model):
         return decoding.generated(
             self,
             self._sequences(given),
+            functools.partial(self._decoder, given),
             given.alone,
             max_new,
             end=self.end,
@@ -335,6 +337,7 @@ class SequencePairModel(Model):
         return decoding.streamed(
             self,
             self._sequences(given),
+            functools.partial(self._decoder, given),
             given.alone,
             max_new,
             end=self.end,
@@ -352,7 +355,7 @@ class SequencePairModel(Model):
     @staticmethod
     def _sequences(tokens: _Tokens) -> list[Array]:
         """The sequences one by one."""
-        return np.split(tokens.ids, tokens.rows.starts[1:-1]) if tokens.rows.batch else []
+        return [tokens.ids[first:last] for first, last in itertools.pairwise(tokens.rows.starts)]
 
     def _batch(self, batch: Batch) -> Pairs:
         """The pairs of a batch."""
@@ -901,11 +904,9 @@ class TransformerSeq2Seq(SequencePairModel):
         if tokens > self.max_length:
             raise ValueError(f"a target should have at most max_length={self.max_length} symbols, not {tokens}")
 
-    def _decoder(self, sources: list[Array], copies: int) -> tuple[Array, Decoder]:
-        lengths = np.array([len(row) for row in sources])
-        rows = rows_of(len(sources), int(lengths.max()), lengths)
-        state = self._encoded_state(_Tokens(np.concatenate(sources), rows, False))
-        logits, state = self.step(np.full(len(sources), self.begin), state)
+    def _decoder(self, source: _Tokens, copies: int) -> tuple[Array, Decoder]:
+        state = self._encoded_state(source)
+        logits, state = self.step(np.full(source.rows.batch, self.begin), state)
         operations = self._decoder_layers._operations
         if not hasattr(operations, "Decoder"):
             return logits, StateDecoder(self, state)

@@ -58,7 +58,7 @@ def _tokens(name: str, value: Any, lengths: Any, count: int, lengths_name: str =
     given = symbols(name, value, lengths, count, lengths_name)
     is_list = lengths is None and is_list_of_rows(value)
     shape: tuple[int, ...] = () if is_list else np.shape(value)
-    time = int(given.lengths.max(initial=0)) if is_list else shape[-1]
+    time = max(map(len, value), default=0) if is_list else shape[-1]
     return _Tokens(given.ids, rows_of(len(given.lengths), time, given.lengths), len(shape) == 1)
 
 

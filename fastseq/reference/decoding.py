@@ -140,7 +140,7 @@ class _Row(NamedTuple):
 class Draws:
     """One symbol after another of every row, drawn or the likeliest; see `search`."""
 
-    def __init__(self, decoder: Any, logits: Array, prompts: list[Array], keys: Array, settings: Any) -> None:
+    def __init__(self, decoder: Any, logits: Array, prompts: list[Array], keys: Array | None, settings: Any) -> None:
         self._settings = settings
         self._rows = _Rows(decoder, logits)
         copies = settings.num_results
@@ -161,20 +161,20 @@ class Draws:
                 last = [self._chosen[row.number][-1] for row in self._active]
                 self._rows.go_on([row.source for row in self._active], last)
                 self._active = [_Row(row.number, i) for i, row in enumerate(self._active)]
-            numbers = uniform(self._keys, self._step)
+            numbers = None if self._keys is None else uniform(self._keys, self._step)
             for row in self._active:
-                self._choose(row, numbers[row.number])
+                self._choose(row, None if numbers is None else numbers[row.number])
             self._active = [row for row in self._active if not self._ended(row.number)]
             self._step += 1
         return bool(self._active) and self._step < self._settings.max_new
 
-    def _choose(self, row: _Row, number: float) -> None:
+    def _choose(self, row: _Row, number: float | None) -> None:
         settings = self._settings
         logits = _sound(self._rows.logits[row.source], self._prompt[row.number], self._step)
         history, chosen = self._histories[row.number], self._chosen[row.number]
         scores = penalised(logits, np.unique(history + chosen).astype(np.int64), settings.repetition_penalty)
         scores = _sound(scores, self._prompt[row.number], self._step)
-        if settings.temperature == 0:
+        if number is None:
             symbol = int(scores.argmax())
         else:
             scores = with_temperature(scores, settings.temperature)
@@ -317,7 +317,7 @@ def search(decoder: Any, logits: Array, prompts: list[Array], keys: Array | None
         Of what follows each prompt.
     prompts : list of int64 arrays
         B of them; what the repetition penalty counts as seen.
-    keys : uint64 array of shape (B * num_results,), or None for beams
+    keys : uint64 array of shape (B * num_results,), or None where nothing is drawn
         Of the random numbers of each row; the rows of a prompt stand together.
     settings : Settings
         Checked. Of equal symbols that end a row, or that a penalty is on, nothing is counted twice.
@@ -329,5 +329,4 @@ def search(decoder: Any, logits: Array, prompts: list[Array], keys: Array | None
     """
     if settings.num_beams > 1:
         return Beams(decoder, logits, prompts, settings)
-    assert keys is not None
     return Draws(decoder, logits, prompts, keys, settings)
