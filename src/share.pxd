@@ -10,6 +10,7 @@ cdef extern from "team.h" nogil:
     ctypedef struct fs_counter:
         pass
     void fs_counter_set(fs_counter *counter, long long first)
+    long long fs_counter_get(fs_counter *counter)
     long long fs_take(fs_counter *counter)
     unsigned long long fs_flush_denormals()
     void fs_restore_denormals(unsigned long long before)

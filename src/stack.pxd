@@ -4,7 +4,8 @@ A run is a list of steps over the rows of all sequences, and a team of threads w
 more than their own row stand in one segment, which is done in one of two ways:
 
 * rows: threads take blocks of rows, and go through all steps of the segment with a block while it is in their cache;
-* panels: where rows are few, each step is a segment of its own, and threads take panels of its weights.
+* panels: where rows are few, each product is a segment of its own. Each thread has panels of its weights, the same in every
+  run of a plan: between two steps of decoding they stay in the cache of its core, as keys and values do.
 
 Attention is a segment of its own. The threads meet after every segment. No choice changes a bit of the result: an
 output is one chain over k, whoever computes it.
@@ -22,7 +23,7 @@ from leaves cimport (
 from outer cimport fs_barrier, fs_barrier_wait
 from pages cimport fs_page_kind, fs_page_layer
 from share cimport (
-    SHARE_CHUNK_WORK, SHARE_LINE, fs_counter, fs_counter_set, fs_flush_denormals, fs_restore_denormals, fs_take,
+    SHARE_CHUNK_WORK, SHARE_LINE, fs_counter, fs_counter_get, fs_counter_set, fs_flush_denormals, fs_restore_denormals, fs_take,
     fs_team_limit, fs_team_size, lines, threads_for,
 )
 
@@ -48,11 +49,13 @@ cdef enum:
     ROW_BLOCK = 192      # rows of a block: they read all weights of a segment once, and stay in a core's cache
     FEW_ROWS = 64        # so many rows a thread, and each reads the weights as fast as it multiplies
     POINTER_ROWS = 128   # rows whose pointers are made at once
-    NORM_ROWS = 16       # rows of an item where a norm is a segment of its own
+    NORM_ROWS = 16       # rows of an item at most, where a norm is a segment of its own
     MOST_STEPS = 24      # of a block
     ITEMS = 4            # items each thread finds at least, where there are so many
     FEW_STEPS = 7        # of a block whose threads wait for each other, where rows are few
     FEW_WORK = 1 << 17   # multiply-adds of such a step for each thread, or waiting costs more than it gives
+    CACHE = 1 << 20      # bytes of weights that surely stay in a core's own cache;
+    READ_WORK = 12       # if they do not, to read one takes as long as so many multiply-adds
 
 # What an element of a norm, of a copy, and a weight of attention takes beside the products, in multiply-adds.
 cdef enum:
@@ -170,7 +173,8 @@ cdef struct Segment:
     Py_ssize_t rows_each       # rows of an item, or
     Py_ssize_t panels_each     # panels of an item; 0: rows
     double work                # of an item
-    fs_counter counter
+    bint dealt                 # items are dealt out, not taken
+    fs_counter counter         # the next to be taken, or where dealing begins
 
 
 cdef struct Plan:
@@ -316,10 +320,15 @@ cdef inline void walk(
         end = last_item if segment == last_segment else s.items
         if plan.steps[s.first].kind == ATTEND:
             (<int64_t *> scratch)[0] = -1  # whose keys are packed there
-        item = fs_take(&s.counter)
-        while item < end:
-            do_item(plan, s, item, scratch)
+        if s.dealt:
+            item = fs_counter_get(&s.counter)
+            for item in range(item + (end - item) * thread // team, item + (end - item) * (thread + 1) // team):
+                do_item(plan, s, item, scratch)
+        else:
             item = fs_take(&s.counter)
+            while item < end:
+                do_item(plan, s, item, scratch)
+                item = fs_take(&s.counter)
         if team > 1:
             fs_barrier_wait(&plan.barrier, team)
         segment += 1
@@ -627,16 +636,22 @@ cdef inline void make_segments(Plan *plan) noexcept nogil:
                 <Py_ssize_t> min(8 * work / (max(1, pairs) * SHARE_CHUNK_WORK), 1e6),
             )
             s.items = pairs * step.attention.parts
+            s.dealt = plan.few
         elif plan.few and step.kind == PRODUCT:
-            s.panels_each = max(1, step.weights.panels // (ITEMS * n_threads))
+            s.panels_each = max(1, (step.weights.panels + n_threads - 1) // n_threads)
             s.items = (step.weights.panels + s.panels_each - 1) // s.panels_each
+            s.dealt = True
         else:
             while i < plan.n_steps and plan.steps[i].kind != ATTEND and plan.steps[i].rows == step.rows:
                 if plan.few and plan.steps[i].kind == PRODUCT:
                     break
                 work += plan.steps[i].work
                 i += 1
-            s.rows_each = NORM_ROWS if plan.few else rows_each(step.rows, n_threads)
+            s.dealt = plan.few
+            if plan.few:
+                s.rows_each = max(1, min(NORM_ROWS, (step.rows + n_threads - 1) // n_threads))
+            else:
+                s.rows_each = rows_each(step.rows, n_threads)
             s.items = (step.rows + s.rows_each - 1) // s.rows_each
         s.last = i
         s.work = work / max(1, s.items)
@@ -652,7 +667,7 @@ cdef inline void plan_free(Plan *plan) noexcept nogil:
 cdef inline int plan_make(Plan *plan, const Task *task, bint of_memory, int n_threads) noexcept nogil:
     """Steps, segments and memory of a run; -1 without memory."""
     cdef const Layer *layer = task.layers[0]
-    cdef double work = 0
+    cdef double work = 0, work_each
     cdef Py_ssize_t i, most_steps, n_bytes, step_bytes, segment_bytes, scratch_bytes
     memset(plan, 0, sizeof(Plan))
     plan.leaves = task.leaves
@@ -663,8 +678,9 @@ cdef inline int plan_make(Plan *plan, const Task *task, bint of_memory, int n_th
         ) * layer.out_proj.units
     plan.threads = threads_for(task.rows, work, n_threads)
     if task.rows < FEW_ROWS and not of_memory:
+        work_each = max(task.rows, READ_WORK) if work * plan.item > CACHE else task.rows
         plan.threads = <int> max(
-            1, min(<double> n_threads, task.rows * work / (<double> FEW_STEPS * task.n_layers * FEW_WORK)),
+            1, min(<double> n_threads, work_each * work / (<double> FEW_STEPS * task.n_layers * FEW_WORK)),
         )
     plan.region = fs_team_limit(n_threads) if plan.threads > 1 else 1
     plan.threads = min(plan.threads, plan.region)

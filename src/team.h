@@ -154,6 +154,11 @@ static inline void fs_counter_set(fs_counter *counter, long long first)
     atomic_store_explicit(&counter->next, first, memory_order_relaxed);
 }
 
+static inline long long fs_counter_get(fs_counter *counter)
+{
+    return atomic_load_explicit(&counter->next, memory_order_relaxed);
+}
+
 static inline long long fs_take(fs_counter *counter)
 {
     return atomic_fetch_add_explicit(&counter->next, 1, memory_order_relaxed);
