@@ -7,6 +7,7 @@ installed by ``pip install -e ".[examples]"``.
 
     python examples/train_pronounce.py --checkpoints runs/transformer --out transformer.safetensors
     python examples/train_pronounce.py --checkpoints runs/transformer --out transformer.safetensors --resume
+    python examples/train_pronounce.py --start transformer.safetensors --epochs 22 --out better.safetensors
     python examples/train_pronounce.py --model gru --checkpoints runs/gru --out gru.safetensors
     python examples/train_pronounce.py --evaluate transformer.safetensors
 """
@@ -266,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, metavar="N", help="of the layers")
     parser.add_argument("--count", type=int, metavar="N", help="use only so many words of each part")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of parameters, order and dropout (0)")
+    parser.add_argument("--start", metavar="FILE", help="begin with the parameters of a model that was written")
     parser.add_argument("--checkpoints", metavar="FOLDER", help="where to leave one after every epoch")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--out", metavar="FILE", help="write the trained model")
@@ -290,6 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = RECIPES[options.model]
     dropout = recipe.dropout if options.dropout is None else options.dropout
     model = recipe.make(len(words.phonemes), options.width or recipe.width, dropout, options.seed)
+    if options.start is not None:
+        model.load_state_dict(fs.load(options.start).state_dict())
     history = train(model, recipe, words, options)
     if history.stopped == "epochs" and options.checkpoints is not None:
         average(model, options.checkpoints, first(words.validation, options.count), words.phonemes)

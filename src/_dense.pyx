@@ -15,6 +15,7 @@ from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
+from huge cimport huge_zeros
 from leaves cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_finish, fs_leaves, fs_step, fs_weights
 from outer cimport (
     OUTER_ROWS, Outer, add_outer, add_row, fs_barrier, fs_barrier_wait, lay_out_factors, lay_out_sums, multiply_share,
@@ -69,12 +70,11 @@ cdef class Packed:
 
 
 cdef char *panels_for(Packed packed, Py_ssize_t units, Py_ssize_t k):
-    """Room for the panels of `units` columns and k rows, on a cache line of its own; zeros."""
+    """Room for the panels of `units` columns and k rows; zeros."""
     cdef Py_ssize_t per_panel = PANEL_BLOCKS * packed.leaves.lanes
-    raw = np.zeros((units + per_panel - 1) // per_panel * per_panel * k * packed.leaves.item_size + LINE, np.uint8)
-    packed.buffers.append(raw)
-    cdef char *start = cnp.PyArray_BYTES(raw)
-    return start + (-(<Py_ssize_t> start) & (LINE - 1))
+    room = huge_zeros((units + per_panel - 1) // per_panel * per_panel * k * packed.leaves.item_size)
+    packed.buffers.append(room)
+    return cnp.PyArray_BYTES(room)
 
 
 cdef fs_weights no_panels(Packed packed, Py_ssize_t units, Py_ssize_t k):

@@ -26,6 +26,7 @@ from cells cimport (
     GATE_WORK, GRU_AFTER, GRU_BEFORE, LSTM_CELL, RNN_CELL, CellPointers, CellStep, CellWeights, Kind, Split,
     cell_work, do_cell, init_bytes, input_parts, inputs_bytes, set_cell_step, set_init, split_of, take_share, work_of,
 )
+from huge cimport huge_zeros
 from leaves cimport (
     FS_ADD, FS_BACK_GRU_AFTER, FS_BACK_GRU_OUTPUT, FS_BACK_GRU_RESET, FS_BACK_IDENTITY, FS_BACK_LSTM, FS_BACK_RELU,
     FS_BACK_SIGMOID, FS_BACK_TANH, FS_IDENTITY, FS_RELU, FS_SIGMOID, FS_TANH, fs_back, fs_finish, fs_leaves,
@@ -112,10 +113,7 @@ cdef class Cell:
 
 cdef cnp.ndarray aligned(Cell cell, Py_ssize_t count):
     """`count` zeros on a cache line of their own, kept by the cell."""
-    cdef Py_ssize_t n_bytes = count * cell.item
-    raw = np.zeros(n_bytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    array = raw[start:start + n_bytes].view(f"f{cell.item}")
+    array = huge_zeros(count * cell.item).view(f"f{cell.item}")
     cell.buffers.append(array)
     return array
 

@@ -120,6 +120,34 @@ def test_parity_of_work_for_several_threads(case: str) -> None:
 
 
 @pytest.mark.every_isa
+@DTYPES
+def test_linear_of_every_number_of_rows(dtype: str) -> None:
+    """How rows are put into tiles, and panels cut, changes no bit."""
+    for width, units in ((7, 300), (70, 64), (33, 130), (128, 50)):
+        layer = fs.Linear(width, units, dtype=dtype, seed=1)
+        x = inputs((40, width), dtype)
+        compare(layer, x)
+        whole = layer(x)
+        for rows in range(1, 20):
+            assert_same_bits(layer(x[:rows]), whole[:rows])
+
+
+def test_packed_weights_share_memory_with_no_other() -> None:
+    """Layers of all sizes come and go; those that are left give what they gave."""
+    rng = np.random.default_rng(0)
+    alive: dict[int, tuple[Any, Array, Array]] = {}
+    for i in range(300):
+        width, units = (int(n) for n in rng.choice([3, 60, 130, 500, 900], 2))
+        layer = fs.Linear(width, units, seed=i) if i % 2 else fs.GRU(width, units // 3 + 1, seed=i)
+        x = rng.standard_normal((1, 2, width), dtype="float32")
+        alive[i] = layer, x, layer(x) if i % 2 else layer(x)[0]
+        for gone in rng.choice(list(alive), rng.integers(0, min(4, len(alive))), replace=False):
+            del alive[gone]
+    for i, (layer, x, expected) in alive.items():
+        assert_same_bits(layer(x) if i % 2 else layer(x)[0], expected)
+
+
+@pytest.mark.every_isa
 def test_linear_of_many_and_of_few_rows() -> None:
     """More rows than pointers are made for at once, and so few that threads split the outputs."""
     layer = build("linear", 40)
