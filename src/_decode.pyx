@@ -294,19 +294,19 @@ cdef class Search:
         held[:self.rows] = logits
         self.kept.append(held)
         self.logits = cnp.PyArray_BYTES(held)
-        self.source = <int64_t *> self.hold(most, np.int64)
-        self.symbols = <int64_t *> self.hold(most, np.int64)
-        self.scores = <double *> self.hold(self.vocab, np.float64)
-        self.weights = <double *> self.hold(self.vocab, np.float64)
+        self.source = <int64_t *> self.hold(most)
+        self.symbols = <int64_t *> self.hold(most)
+        self.scores = <double *> self.hold(self.vocab)
+        self.weights = <double *> self.hold(self.vocab)
         self.words = (self.vocab + 63) // 64 if self.penalty != 1 else 0
-        self.seen = <uint64_t *> self.hold((most, self.words), np.uint64)
+        self.seen = <uint64_t *> self.hold(most * self.words)
         self.set_stops(settings.stop)
         self.make_room(self.max_new if not self.n_stops else min(self.max_new, ROOM))
         self.looked = now()
 
-    cdef void *hold(self, shape, dtype) except? NULL:
-        """Zeros that stay as long as this does."""
-        cdef cnp.ndarray array = np.zeros(shape, dtype)
+    cdef void *hold(self, cnp.npy_intp count) except? NULL:
+        """So many zeros of 8 bytes, which stay as long as this does."""
+        cdef cnp.ndarray array = cnp.PyArray_ZEROS(1, &count, cnp.NPY_INT64, 0)
         self.kept.append(array)
         return cnp.PyArray_DATA(array)
 
@@ -493,8 +493,8 @@ cdef class Draws(Search):
         self.copies = settings.num_results
         super().__init__(decoder, logits, prompts, settings, len(prompts) * self.copies)
         self.active = self.most
-        self.row = <int64_t *> self.hold(self.most, np.int64)
-        self.lengths = <int64_t *> self.hold(self.most, np.int64)
+        self.row = <int64_t *> self.hold(self.most)
+        self.lengths = <int64_t *> self.hold(self.most)
         self.keys = NULL if keys is None else <uint64_t *> self.keep(keys, np.uint64)
         self.temperature = settings.temperature
         self.top_k = self.vocab if settings.top_k is None else min(self.vocab, settings.top_k)
@@ -505,10 +505,10 @@ cdef class Draws(Search):
             self.lengths[i] = -1
         self.start_seen([prompts[i // self.copies] for i in range(self.most)])
         if self.temperature > 0 and (self.top_k < self.vocab or self.top_p < 1):
-            self.places = <int64_t *> self.hold(self.vocab, np.int64)
-            self.left = <int64_t *> self.hold(self.vocab, np.int64)
+            self.places = <int64_t *> self.hold(self.vocab)
+            self.left = <int64_t *> self.hold(self.vocab)
             if self.few():
-                self.heap = <Candidate *> self.hold((self.top_k, sizeof(Candidate) // 8), np.int64)
+                self.heap = <Candidate *> self.hold(self.top_k * (sizeof(Candidate) // 8))
 
     cdef inline bint few(self) noexcept nogil:
         return self.top_k <= self.vocab // FEW
@@ -715,18 +715,18 @@ cdef class Beams(Search):
         super().__init__(decoder, logits, prompts, settings, len(prompts) * self.beams)
         self.wanted = settings.num_results
         self.length_penalty = settings.length_penalty
-        self.prompt = <int64_t *> self.hold(self.most, np.int64)
-        self.sums = <double *> self.hold(self.most, np.float64)
-        self.most_of = <double *> self.hold(self.most, np.float64)
-        self.total_of = <double *> self.hold(self.most, np.float64)
-        self.plain_most_of = <double *> self.hold(self.most, np.float64)
-        self.plain_total_of = <double *> self.hold(self.most, np.float64)
-        self.next_prompt = <int64_t *> self.hold(self.most, np.int64)
-        self.next_sums = <double *> self.hold(self.most, np.float64)
-        self.next_seen = <uint64_t *> self.hold((self.most, self.words), np.uint64)
-        self.heap = <Candidate *> self.hold((self.beams, sizeof(Candidate) // 8), np.int64)
-        self.hypotheses = <Hypothesis *> self.hold((self.most, sizeof(Hypothesis) // 8), np.int64)
-        self.finished = <int64_t *> self.hold(len(prompts), np.int64)
+        self.prompt = <int64_t *> self.hold(self.most)
+        self.sums = <double *> self.hold(self.most)
+        self.most_of = <double *> self.hold(self.most)
+        self.total_of = <double *> self.hold(self.most)
+        self.plain_most_of = <double *> self.hold(self.most)
+        self.plain_total_of = <double *> self.hold(self.most)
+        self.next_prompt = <int64_t *> self.hold(self.most)
+        self.next_sums = <double *> self.hold(self.most)
+        self.next_seen = <uint64_t *> self.hold(self.most * self.words)
+        self.heap = <Candidate *> self.hold(self.beams * (sizeof(Candidate) // 8))
+        self.hypotheses = <Hypothesis *> self.hold(self.most * (sizeof(Hypothesis) // 8))
+        self.finished = <int64_t *> self.hold(len(prompts))
         for i in range(self.active):
             self.prompt[i] = i
             self.source[i] = i

@@ -571,7 +571,7 @@ cdef void set_sequence(Job *job, cnp.ndarray x, cnp.ndarray y) noexcept:
 
 
 cdef cnp.ndarray sequence(cnp.ndarray x, Py_ssize_t width, int dtype, bint padded):
-    """An array (B, T, width) of a dtype for something of every step of x; what is padding holds zeros, the rest anything."""
+    """An array (B, T, width) for something of every step of x; what is padding holds zeros, the rest anything."""
     cdef cnp.npy_intp[3] shape
     shape[0], shape[1], shape[2] = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), width
     if padded:

@@ -27,7 +27,6 @@ from leaves cimport FS_IDENTITY, FS_TANH, fs_attention, fs_finish, fs_leaves, fs
 from outer cimport fs_barrier, fs_barrier_wait
 from share cimport (
     SHARE_CHUNK_WORK, SHARE_LINE, fs_flush_denormals, fs_restore_denormals, fs_team_limit, fs_team_size, lines,
-    share_out,
 )
 
 import numpy as np

@@ -4,8 +4,8 @@ A run is a list of steps over the rows of all sequences, and a team of threads w
 more than their own row stand in one segment, which is done in one of two ways:
 
 * rows: threads take blocks of rows, and go through all steps of the segment with a block while it is in their cache;
-* panels: where rows are few, each product is a segment of its own. Each thread has panels of its weights, the same in every
-  run of a plan: between two steps of decoding they stay in the cache of its core, as keys and values do.
+* panels: where rows are few, each product is a segment of its own. Each thread has panels of its weights, the same in
+  every run of a plan: between two steps of decoding they stay in the cache of its core, as keys and values do.
 
 Attention is a segment of its own. The threads meet after every segment. No choice changes a bit of the result: an
 output is one chain over k, whoever computes it.
@@ -23,8 +23,8 @@ from leaves cimport (
 from outer cimport fs_barrier, fs_barrier_wait
 from pages cimport fs_page_kind, fs_page_layer
 from share cimport (
-    SHARE_CHUNK_WORK, SHARE_LINE, fs_counter, fs_counter_get, fs_counter_set, fs_flush_denormals, fs_restore_denormals, fs_take,
-    fs_team_limit, fs_team_size, lines, threads_for,
+    SHARE_CHUNK_WORK, SHARE_LINE, fs_counter, fs_counter_get, fs_counter_set, fs_flush_denormals,
+    fs_restore_denormals, fs_take, fs_team_limit, fs_team_size, lines, threads_for,
 )
 
 cdef extern from "team.h" nogil:

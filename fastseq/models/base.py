@@ -124,7 +124,7 @@ def symbols(name: str, value: Any, lengths: Any, vocab_size: int, lengths_name: 
             if row.ndim != 1:
                 raise ValueError(f"{name}[{i}] should be a sequence of ids, not {checks.describe(row)}")
         ids = np.concatenate(rows, dtype=np.int64, casting="unsafe")  # what does not fit becomes negative
-        if ((ids < 0) | (ids >= vocab_size)).any():
+        if np.count_nonzero((ids < 0) | (ids >= vocab_size)):
             for i, row in enumerate(rows):
                 checks.ids(f"{name}[{i}]", row, vocab_size)  # says where
         return Symbols(ids, np.array([len(row) for row in rows], np.int64))

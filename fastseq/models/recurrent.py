@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -44,7 +45,7 @@ class OfParameters:
     def get(self, make: Callable[[], Any]) -> Any:
         """What there is, or what `make` makes."""
         arrays, kept = [layer._arrays for layer in self._layers], self._kept
-        if kept is None or any(one is not other for one, other in zip(kept[0], arrays, strict=True)):
+        if kept is None or any(map(operator.is_not, kept[0], arrays)):
             kept = self._kept = arrays, make()
         return kept[1]
 

@@ -568,7 +568,9 @@ class Seq2Seq(SequencePairModel):
         else:
             weights, n_threads = self._for_decoders.get(self._decoder_weights), threads.get_num_threads()
             decoder = self._decoders.Decoder(weights, *begun[:2], copies, n_threads, *begun[2:])
-        return decoder.step(np.full(source.rows.batch, self.begin)), decoder
+        begin = np.empty(source.rows.batch, np.int64)
+        begin.fill(self.begin)
+        return decoder.step(begin), decoder
 
     def _decoder_weights(self) -> Any:
         """The weights as a compiled decoder wants them."""

@@ -106,8 +106,9 @@ class SequencePairModel(Model):
     def _source(self, name: str, source: Any, lengths_name: str, lengths: Any) -> _Tokens:
         """Sources in any form."""
         given = _tokens(name, source, lengths, self.source_vocab_size, lengths_name)
-        if (given.rows.starts[1:] == given.rows.starts[:-1]).any():
-            empty = np.flatnonzero(np.diff(given.rows.starts) == 0)
+        starts = given.rows.starts
+        if np.count_nonzero(starts[1:] > starts[:-1]) < given.rows.batch:
+            empty = np.flatnonzero(np.diff(starts) == 0)
             which = name if given.alone else f"{name}[{empty[0]}]"
             raise ValueError(f"{which} should have at least one symbol, not none")
         return given
