@@ -259,9 +259,9 @@ def evaluate(path: str, count: int | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train a model that pronounces English words.")
     parser.add_argument("--model", choices=sorted(RECIPES), default="transformer", help="which (transformer)")
-    parser.add_argument("--epochs", type=int, default=40, metavar="N", help="how long (40)")
+    parser.add_argument("--epochs", type=int, default=50, metavar="N", help="how long (50)")
     parser.add_argument("--minutes", type=float, metavar="N", help="stop after so long; --resume goes on")
-    parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help=f"pronunciations a step ({BATCH})")
+    parser.add_argument("--batch", type=int, default=128, metavar="N", help="pronunciations a step (128)")
     parser.add_argument("--rate", type=float, metavar="RATE", help="the highest learning rate")
     parser.add_argument("--dropout", type=float, metavar="SHARE", help="what training drops")
     parser.add_argument("--width", type=int, metavar="N", help="of the layers")
