@@ -20,6 +20,7 @@ def pack(
     bias_hh: Array | None,
     weight_hr: Array | None,
 ) -> Cell: ...
+def input_table(cell: Any, embedding: Any, n_threads: int) -> Any: ...
 def run(
     cells: tuple[tuple[Cell, ...], ...],
     x: Array,
