@@ -29,6 +29,7 @@ def run(
     lengths: Array | None,
     resets: Array | None,
     n_threads: int,
+    tables: tuple[Array, ...] | None = None,
 ) -> tuple[Array, Array, Array | None]: ...
 def fits(cells: tuple[tuple[Cell, ...], ...], x: object, dims: int, state: object, out: object) -> bool: ...
 def step(
