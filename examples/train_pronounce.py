@@ -7,7 +7,7 @@ installed by ``pip install -e ".[examples]"``.
 
     python examples/train_pronounce.py --checkpoints runs/transformer --out transformer.safetensors
     python examples/train_pronounce.py --checkpoints runs/transformer --out transformer.safetensors --resume
-    python examples/train_pronounce.py --start transformer.safetensors --epochs 22 --out better.safetensors
+    python examples/train_pronounce.py --start transformer.safetensors --epochs 22 --seed 1 --out better.safetensors
     python examples/train_pronounce.py --model gru --checkpoints runs/gru --out gru.safetensors
     python examples/train_pronounce.py --evaluate transformer.safetensors
 """

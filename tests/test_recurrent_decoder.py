@@ -79,7 +79,7 @@ def test_inputs_from_a_table_are_those_of_an_embedding(kind: str, bidirectional:
     for hidden, rows, time, layers in ((5, 1, 9, 1), (37, 3, 1, 2), (150, 2, 6, 1), (20, 40, 7, 2)):
         embedding = fs.Embedding(11, 6, dtype=dtype, seed=1)
         layer = make(kind, 6, hidden, num_layers=layers, bidirectional=bidirectional, dtype=dtype, seed=2)
-        reader = Reader(embedding, layer, True)
+        reader = Reader(embedding, layer)
         tables = reader.tables()
         assert tables is not None and len(tables) == 1 + bidirectional
         ids, lengths = rng.integers(0, 11, (rows, time)), rng.integers(0, time + 1, rows)

@@ -273,14 +273,10 @@ class SymbolModel(Model):
            language model for controllable generation", 2019.
         .. [4] Y. Wu et al., "Google's neural machine translation system", 2016; without its offset and its coverage.
         """
-        prompts, alone = self._prompts(prompt, lengths)
         return decoding.generated(
             self,
-            prompts,
-            functools.partial(self._decoder, prompts),
-            alone,
+            self._given(prompt, lengths),
             max_new,
-            end=None,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -318,14 +314,10 @@ class SymbolModel(Model):
         iterator of int, for a prompt (T,); else of ndarrays of shape (B,)
             int64; -1 where a row had ended before.
         """
-        prompts, alone = self._prompts(prompt, lengths)
         return decoding.streamed(
             self,
-            prompts,
-            functools.partial(self._decoder, prompts),
-            alone,
+            self._given(prompt, lengths),
             max_new,
-            end=None,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -334,10 +326,11 @@ class SymbolModel(Model):
             seed=seed,
         )
 
-    def _prompts(self, prompt: Any, lengths: Any) -> tuple[list[Array], bool]:
-        """The prompts one by one, and whether it was one without a batch."""
+    def _given(self, prompt: Any, lengths: Any) -> decoding.Given:
+        """The prompts, looked at."""
         rows = symbols("prompt", prompt, lengths, self.vocab_size).split()
-        return rows, not is_list_of_rows(prompt) and np.ndim(prompt) == 1
+        alone = not is_list_of_rows(prompt) and np.ndim(prompt) == 1
+        return decoding.Given(rows, functools.partial(self._decoder, rows), alone)
 
 
 def real_steps(lengths: Array, time: int) -> Array:

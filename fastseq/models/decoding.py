@@ -9,7 +9,7 @@ decoder has a method ``capsule`` (src/decoder.h), and what goes on from it runs 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -31,9 +31,6 @@ class Decoder(Protocol):
         ...
 
 
-Begin = Callable[[int], tuple[Array, Decoder]]
-
-
 class StateDecoder:
     """The decoder of a model with ``step(x_t, state)`` whose states have rows: ``state[rows]``."""
 
@@ -48,6 +45,18 @@ class StateDecoder:
 
     def choose(self, rows: Array) -> None:  # noqa: D102
         self._state = self._state[rows]
+
+
+class Given(NamedTuple):
+    """What a model is asked to go on from."""
+
+    prompts: list[Array]  # int64, one a row
+    begin: Callable[[int], tuple[Array, Decoder]]  # begin(copies) reads them
+    alone: bool  # there is one, and it was given without a batch
+    # An output that ends a row, is no symbol and not part of the result. Where there is one, results are lists and
+    # prompts are of other symbols: the repetition penalty does not count them. Symbols are 0..end-1 then, and those of
+    # `model.vocab_size` else.
+    end: int | None = None
 
 
 class Settings(NamedTuple):
@@ -179,71 +188,39 @@ def keys(prompts: list[Array], seed: Any, settings: Settings) -> Array | None:
     return numpy_decoding.mixed(of_rows[:, None] + numpy_decoding.mixed(result)).reshape(-1)
 
 
-def generated(
-    model: Any,
-    prompts: list[Array],
-    begin: Begin,
-    alone: bool,
-    max_new: Any,
-    *,
-    end: int | None,
-    seed: Any,
-    **settings: Any,
-) -> Any:
+def generated(model: Any, given: Given, max_new: Any, *, seed: Any, **settings: Any) -> Any:
     """What `generate` of a model returns.
 
     Parameters
     ----------
     model : Model
         With the set of operations `_decoding`.
-    prompts : list of int64 arrays
-        One a row.
-    begin : callable
-        begin(copies) reads them.
-    alone : bool
-        Whether there is one prompt that was given without a batch.
-    end : int or None
-        An output that ends a row, is no symbol and not part of the result. Where there is one, results are lists and
-        prompts are of other symbols: the repetition penalty does not count them. Symbols are 0..end-1 then, and those
-        of `model.vocab_size` else.
+    given : Given
     max_new, seed, **settings
         As of `generate`.
     """
-    vocab_size = model.vocab_size if end is None else end
-    of_search = checked(vocab_size, max_new, end=end, **settings)
-    found = _search(model, prompts, begin, of_search, end, seed)
-    if of_search.max_new and prompts:
+    of_search, found = _begun(model, given, max_new, seed, settings)
+    if found is not None:
         found.advance(of_search.max_new)
         results = found.results()
     else:
         nothing = np.empty(0, np.int64), np.empty(0) if of_search.log_probs else None
-        results = [[nothing] * of_search.num_results for _ in prompts]
-    as_lists = end is not None or settings.get("stop") is not None
-    ids = [[_without(one, end) for one, _ in each] for each in results]
-    formed = _formed(ids, alone, of_search, as_lists, np.int64)
+        results = [[nothing] * of_search.num_results for _ in given.prompts]
+    as_lists = given.end is not None or settings.get("stop") is not None
+    ids = [[_without(one, given.end) for one, _ in each] for each in results]
+    formed = _formed(ids, given.alone, of_search, as_lists, np.int64)
     if not of_search.log_probs:
         return formed
-    return formed, _formed([[p for _, p in each] for each in results], alone, of_search, as_lists, np.float64)
+    return formed, _formed([[p for _, p in each] for each in results], given.alone, of_search, as_lists, np.float64)
 
 
-def streamed(
-    model: Any,
-    prompts: list[Array],
-    begin: Begin,
-    alone: bool,
-    max_new: Any,
-    *,
-    end: int | None,
-    seed: Any,
-    **settings: Any,
-) -> Iterator[Any]:
+def streamed(model: Any, given: Given, max_new: Any, *, seed: Any, **settings: Any) -> Iterator[Any]:
     """What `stream` of a model returns; parameters as of `generated`. Arguments are checked before the first symbol."""
-    of_search = checked(model.vocab_size if end is None else end, max_new, end=end, **settings)
-    found = _search(model, prompts, begin, of_search, end, seed)
-    return _stream(found, of_search, alone, end) if of_search.max_new and prompts else iter(())
+    _, found = _begun(model, given, max_new, seed, settings)
+    return iter(()) if found is None else _stream(found, given.alone, given.end)
 
 
-def _stream(search: Any, settings: Settings, alone: bool, end: int | None) -> Iterator[Any]:
+def _stream(search: Any, alone: bool, end: int | None) -> Iterator[Any]:
     going_on = True
     while going_on:
         going_on = search.advance(1)
@@ -255,15 +232,17 @@ def _stream(search: Any, settings: Settings, alone: bool, end: int | None) -> It
         yield int(symbols[0]) if alone else symbols
 
 
-def _search(model: Any, prompts: list[Array], begin: Begin, settings: Settings, end: int | None, seed: Any) -> Any:
-    """The search over the decoder of a model, at its beginning; None where there is nothing to do."""
-    of_rows = keys(prompts, seed, settings)
-    if not settings.max_new or not prompts:
-        return None
-    logits, decoder = begin(settings.copies)
+def _begun(model: Any, given: Given, max_new: Any, seed: Any, settings: Mapping[str, Any]) -> tuple[Settings, Any]:
+    """The arguments, checked, and the search over the decoder of a model, at its beginning; None: nothing to do."""
+    prompts, end = given.prompts, given.end
+    of_search = checked(model.vocab_size if end is None else end, max_new, end=end, **settings)
+    of_rows = keys(prompts, seed, of_search)
+    if not of_search.max_new or not prompts:
+        return of_search, None
+    logits, decoder = given.begin(of_search.copies)
     operations = model._decoding if hasattr(decoder, "capsule") else numpy_decoding
     histories = prompts if end is None else [np.empty(0, np.int64)] * len(prompts)
-    return operations.search(decoder, logits, histories, of_rows, settings)
+    return of_search, operations.search(decoder, logits, histories, of_rows, of_search)
 
 
 def _without(ids: Array, end: int | None) -> Array:

@@ -60,24 +60,23 @@ class Reader:
     ----------
     embedding, layer
         The layers.
-    compiled : bool
-        Whether their operations have tables.
     """
 
-    def __init__(self, embedding: Any, layer: Any, compiled: bool) -> None:
-        self._embedding, self._layer, self._compiled = embedding, layer, compiled
+    def __init__(self, embedding: Any, layer: Any) -> None:
+        self._embedding, self._layer = embedding, layer
         self._tables = OfParameters(embedding, layer)
 
     def tables(self) -> tuple[Array, ...] | None:
-        """One for each direction, or None."""
-        if not self._compiled:
-            return None
+        """One for each direction; None where there are none."""
         tables: tuple[Array, ...] | None = self._tables.get(self._make)
         return tables
 
     def _make(self) -> tuple[Array, ...] | None:
-        make, n_threads = self._layer._operations.input_table, threads.get_num_threads()
-        tables = [make(cell, self._embedding._arrays["weight"], n_threads) for cell in self._layer._cells()[0]]
+        operations, n_threads = self._layer._operations, threads.get_num_threads()
+        if not hasattr(operations, "input_table"):
+            return None
+        weight = self._embedding._arrays["weight"]
+        tables = [operations.input_table(cell, weight, n_threads) for cell in self._layer._cells()[0]]
         return None if any(table is None for table in tables) else tuple(tables)
 
     def __call__(self, ids: Array, state: Any = None, lengths: Array | None = None) -> tuple[Array, Any]:
@@ -183,7 +182,7 @@ class RecurrentLM(SymbolModel):
         self._recurrent: Any = self._children["recurrent"]
         self._output: Any = self._children["output"]
         self._drop = kinds.Dropout(self.dropout, **of_type)
-        self._reader = Reader(self._embedding, self._recurrent, self._decoders is not None)
+        self._reader = Reader(self._embedding, self._recurrent)
         self._for_decoders = OfParameters(self._embedding, self._recurrent, self._output)
 
     @property

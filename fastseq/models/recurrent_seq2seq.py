@@ -213,10 +213,9 @@ class Seq2Seq(SequencePairModel):
         walked = [self._target_embedding, self._decoder_layer, self._output, self._combine]
         if self.attention == "additive":
             walked += [attention_layer._query, attention_layer._score]
-        compiled = self._decoders is not None
-        self._source_reader = Reader(self._source_embedding, self._encoder_layer, compiled)
-        # With additive attention the decoder looks at more than the symbol.
-        self._target_reader = Reader(self._target_embedding, self._decoder_layer, compiled and not context)
+        self._source_reader = Reader(self._source_embedding, self._encoder_layer)
+        # Not with additive attention, with which the decoder is given more than a symbol.
+        self._target_reader = Reader(self._target_embedding, self._decoder_layer)
         self._for_decoders = OfParameters(*(layer for layer in walked if layer is not None))
 
     def _states(self) -> str:
@@ -591,11 +590,12 @@ class Seq2Seq(SequencePairModel):
             output = pack("linear", of_output, of_context, bias, np.full_like(bias, -0.0), None)  # x + -0 is x
             more["query"] = self._attention._query._weights()
             more["score"] = self._attention._score._arrays["weight"][0]
-        embedding, table = self._target_embedding._arrays["weight"], None
+        embedding = self._target_embedding._arrays["weight"]
         if self.attention == "additive":
             table = self._decoder_layer._operations.input_table(inputs, embedding, threads.get_num_threads())
-        elif (tables := self._target_reader.tables()) is not None:
-            (table,) = tables
+        else:
+            tables = self._target_reader.tables()
+            table = tables and tables[0]
         return self._decoders.Weights(embedding, inputs, table, cells, output, attention=self.attention, **more)
 
 

@@ -287,15 +287,10 @@ class SequencePairModel(Model):
             Naming the argument, what it was and what it should be; of a source and a step at which logits are NaN, or
             nothing is left to choose from.
         """
-        given = self._source("source", source, "lengths", lengths)
-        self._check_new(max_new)
         return decoding.generated(
             self,
-            self._sequences(given),
-            functools.partial(self._decoder, given),
-            given.alone,
+            self._given(source, lengths, max_new),
             max_new,
-            end=self.end,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -333,15 +328,10 @@ class SequencePairModel(Model):
         iterator of int, for a source (S,); else of ndarrays of shape (B,)
             int64; -1 where a row has ended.
         """
-        given = self._source("source", source, "lengths", lengths)
-        self._check_new(max_new)
         return decoding.streamed(
             self,
-            self._sequences(given),
-            functools.partial(self._decoder, given),
-            given.alone,
+            self._given(source, lengths, max_new),
             max_new,
-            end=self.end,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -350,13 +340,15 @@ class SequencePairModel(Model):
             seed=seed,
         )
 
+    def _given(self, source: Any, lengths: Any, max_new: Any) -> decoding.Given:
+        """The sources, looked at, and how many symbols are asked for."""
+        given = self._source("source", source, "lengths", lengths)
+        self._check_new(max_new)
+        sequences = [given.ids[first:last] for first, last in itertools.pairwise(given.rows.starts)]
+        return decoding.Given(sequences, functools.partial(self._decoder, given), given.alone, self.end)
+
     def _check_new(self, max_new: Any) -> None:
         """Refuse more new symbols than a target can have."""
-
-    @staticmethod
-    def _sequences(tokens: _Tokens) -> list[Array]:
-        """The sequences one by one."""
-        return [tokens.ids[first:last] for first, last in itertools.pairwise(tokens.rows.starts)]
 
     def _batch(self, batch: Batch) -> Pairs:
         """The pairs of a batch."""

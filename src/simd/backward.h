@@ -119,13 +119,13 @@ INLINE void back_gru_reset(const fs_step *s, ptrdiff_t row, ptrdiff_t unit, vec 
     store_units(b->middle[row], r * h_before, unit, units);
 }
 
-/* What a tile summed, `vectors` blocks of LANES units of one row. */
-static void finish_backward(const fs_step *s, ptrdiff_t row, ptrdiff_t block, int vectors, const vec *a)
+/* What a tile summed, `vectors` blocks of units of one row. */
+static void finish_backward(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, int vectors, const vec *a)
 {
     const fs_back *b = s->back;
     const ptrdiff_t units = s->weights->units;
     for (int v = 0; v < vectors; v++) {
-        const ptrdiff_t unit = (block + v) * LANES;
+        const ptrdiff_t unit = (panel * 4 + v) * LANES;
         vec dh = a[v];
         if (b->dy) {
             dh += load_units(b->dy[row], unit, units);

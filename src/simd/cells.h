@@ -16,15 +16,15 @@
 enum cell { PLAIN, PRODUCT, LSTM, GRU, GRU_GATES };
 
 /* h = f(a); or the candidate of the GRU that resets before: n = tanh(a), h = (1 - z) n + z carry */
-static inline void finish_plain(const fs_step *s, ptrdiff_t row, ptrdiff_t block, int vectors, const vec *a)
+static inline void finish_plain(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, int vectors, const vec *a)
 {
     const ptrdiff_t units = s->weights->units;
     if (s->back) {
-        finish_backward(s, row, block, vectors, a);
+        finish_backward(s, row, panel, vectors, a);
         return;
     }
     for (int v = 0; v < vectors; v++) {
-        ptrdiff_t unit = (block + v) * LANES;
+        ptrdiff_t unit = (panel * 4 + v) * LANES;
         vec h = a[v];
         switch (s->finish) {
         case FS_IDENTITY: break;
@@ -115,12 +115,11 @@ static inline void finish_gru_gates(const fs_step *s, ptrdiff_t row, ptrdiff_t p
 }
 
 /*
- * ROWS rows from `row` on, PANELS panels from `panel` on, of each VECTORS vectors from AT on. CELL, ROWS, PANELS, VECTORS,
- * STRIDE, AT and FETCH are constants where this is inlined; AT is not 0 for plain cells alone.
+ * ROWS rows from `row` on, PANELS panels from `panel` on. CELL, ROWS, PANELS, VECTORS and STRIDE are constants
+ * where this is inlined.
  */
 INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const int VECTORS, const int STRIDE,
-                      const int AT, const int FETCH, const fs_step *s, ptrdiff_t row, ptrdiff_t panel,
-                      const char *ahead)
+                      const fs_step *s, ptrdiff_t row, ptrdiff_t panel, const char *ahead)
 {
     const fs_weights *w = s->weights;
     const ptrdiff_t panel_row = STRIDE * LANES;
@@ -134,12 +133,11 @@ INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const in
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++)
                 sums[(r * PANELS + p) * VECTORS + v] =
-                    load((const real *)s->init[row + r] + (panel + p) * panel_row + (AT + v) * LANES);
+                    load((const real *)s->init[row + r] + (panel + p) * panel_row + v * LANES);
 
     if (s->with_x)
         chain(ROWS, PANELS, VECTORS, STRIDE, 1, sums, s->x + row,
-              (const real *)w->x + panel * w->x_size * panel_row + AT * LANES, w->x_size * panel_row,
-              w->x_size);
+              (const real *)w->x + panel * w->x_size * panel_row, w->x_size * panel_row, w->x_size);
     if (CELL == GRU) {
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
@@ -150,20 +148,19 @@ INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const in
             }
     }
     if (CELL != PRODUCT)
-        chain_rows(ROWS, PANELS, VECTORS, panel_row, 1, FETCH, sums, s->h + row,
-                   (const real *)w->h + panel * w->h_size * panel_row + AT * LANES, w->h_size * panel_row,
-                   w->h_size, ahead);
+        chain_rows(ROWS, PANELS, VECTORS, panel_row, 1, sums, s->h + row,
+                   (const real *)w->h + panel * w->h_size * panel_row, w->h_size * panel_row, w->h_size, ahead);
 
     /* What is stored as it is, or added, needs no more than its registers. */
     if (CELL == PLAIN && PANELS == 1 && !s->back && (s->finish == FS_IDENTITY || s->finish == FS_ADD) &&
-        (4 * panel + AT + VECTORS) * LANES <= w->units) {
+        (4 * panel + VECTORS) * LANES <= w->units) {
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
-            real *out = (real *)s->out[row + r] + (4 * panel + AT) * LANES;
+            real *out = (real *)s->out[row + r] + 4 * panel * LANES;
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) {
-                vec *h = &sums[r * VECTORS + v];
-                store(out + v * LANES, s->finish == FS_ADD ? *h + load(out + v * LANES) : *h);
+                const vec h = sums[r * VECTORS + v];
+                store(out + v * LANES, s->finish == FS_ADD ? h + load(out + v * LANES) : h);
             }
         }
         return;
@@ -180,7 +177,7 @@ INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const in
     for (int i = 0; i < ROWS * PANELS; i++) {
         const ptrdiff_t r = row + i / PANELS, p = panel + i % PANELS;
         switch (CELL) {
-        case PLAIN: finish_plain(s, r, 4 * p + AT, VECTORS, a + i * VECTORS); break;
+        case PLAIN: finish_plain(s, r, p, VECTORS, a + i * VECTORS); break;
         case LSTM: finish_lstm_cell(s, r, p, a + i * VECTORS); break;
         case GRU: finish_gru_gates_after(s, r, p, a + i * VECTORS, x_n[i]); break;
         case GRU_GATES: finish_gru_gates(s, r, p, a + i * VECTORS); break;
@@ -202,7 +199,7 @@ INLINE void step_tile(const int CELL, const int ROWS, const int PANELS, const in
 /* All rows against one panel. Of a plain cell, the tiles fetch the next panel meanwhile, a quarter or half of it each. */
 INLINE void step_panel(const int CELL, const int VECTORS, const int STRIDE, const fs_step *s, ptrdiff_t panel)
 {
-    const int most = STRIDE == 3 ? ROWS_OF_3 : ROWS_OF_4, FETCH = CELL == PLAIN ? NEXT_PANEL : NOTHING;
+    const int most = STRIDE == 3 ? ROWS_OF_3 : ROWS_OF_4;
     const ptrdiff_t k_size = s->weights->h_size, next = panel + 1 < s->last ? panel + 1 : panel;
     const char *base =
         CELL == PLAIN ? (const char *)s->weights->h + next * k_size * STRIDE * LANES * (ptrdiff_t)sizeof(real)
@@ -214,51 +211,31 @@ INLINE void step_panel(const int CELL, const int VECTORS, const int STRIDE, cons
         if (CELL == PLAIN)
             ahead = base + tile++ * LINES_AHEAD(n) % 4 * k_size * CACHE_LINE;
         switch (n) {
-        case 1: step_tile(CELL, 1, 1, VECTORS, STRIDE, 0, FETCH, s, row, panel, ahead); break;
-        case 2: step_tile(CELL, 2, 1, VECTORS, STRIDE, 0, FETCH, s, row, panel, ahead); break;
-        case 3: step_tile(CELL, 3, 1, VECTORS, STRIDE, 0, FETCH, s, row, panel, ahead); break;
+        case 1: step_tile(CELL, 1, 1, VECTORS, STRIDE, s, row, panel, ahead); break;
+        case 2: step_tile(CELL, 2, 1, VECTORS, STRIDE, s, row, panel, ahead); break;
+        case 3: step_tile(CELL, 3, 1, VECTORS, STRIDE, s, row, panel, ahead); break;
         case 4:
             if (most >= 4)
-                step_tile(CELL, 4, 1, VECTORS, STRIDE, 0, FETCH, s, row, panel, ahead);
+                step_tile(CELL, 4, 1, VECTORS, STRIDE, s, row, panel, ahead);
             break;
         case 5:
             if (most >= 5)
-                step_tile(CELL, 5, 1, VECTORS, STRIDE, 0, FETCH, s, row, panel, ahead);
+                step_tile(CELL, 5, 1, VECTORS, STRIDE, s, row, panel, ahead);
             break;
         case 6:
             if (most >= 6)
-                step_tile(CELL, 6, 1, VECTORS, STRIDE, 0, FETCH, s, row, panel, ahead);
+                step_tile(CELL, 6, 1, VECTORS, STRIDE, s, row, panel, ahead);
             break;
         case 7:
             if (most >= 7)
-                step_tile(CELL, 7, 1, VECTORS, STRIDE, 0, FETCH, s, row, panel, ahead);
+                step_tile(CELL, 7, 1, VECTORS, STRIDE, s, row, panel, ahead);
             break;
         case 8:
             if (most >= 8)
-                step_tile(CELL, 8, 1, VECTORS, STRIDE, 0, FETCH, s, row, panel, ahead);
+                step_tile(CELL, 8, 1, VECTORS, STRIDE, s, row, panel, ahead);
             break;
         }
     }
-}
-
-/*
- * As many rows as a tile of half a panel holds, all at once: each weight is read once, and memory has no pause while a
- * second tile goes over what the first one fetched.
- */
-INLINE void half_step(const int AT, const fs_step *s, ptrdiff_t panel)
-{
-    switch (s->rows) {
-    case 5: step_tile(PLAIN, 5, 1, 2, 4, AT, ITSELF, s, 0, panel, NULL); break;
-    case 6: step_tile(PLAIN, 6, 1, 2, 4, AT, ITSELF, s, 0, panel, NULL); break;
-    case 7: step_tile(PLAIN, 7, 1, 2, 4, AT, ITSELF, s, 0, panel, NULL); break;
-    case 8: step_tile(PLAIN, 8, 1, 2, 4, AT, ITSELF, s, 0, panel, NULL); break;
-    }
-}
-
-INLINE void step_halves(const fs_step *s, ptrdiff_t panel)
-{
-    half_step(0, s, panel);
-    half_step(2, s, panel);
 }
 
 INLINE void step(const int CELL, const int VECTORS, const fs_step *s)
@@ -275,15 +252,12 @@ INLINE void step(const int CELL, const int VECTORS, const fs_step *s)
          * sums wait on themselves and one stream of memory waits on the prefetcher. */
         const int most = 12 / VECTORS;
         for (; panel + most <= whole; panel += most)
-            step_tile(CELL, 1, most, VECTORS, VECTORS, 0, NOTHING, s, 0, panel, NULL);
+            step_tile(CELL, 1, most, VECTORS, VECTORS, s, 0, panel, NULL);
         for (; panel + 2 <= whole; panel += 2)
-            step_tile(CELL, 1, 2, VECTORS, VECTORS, 0, NOTHING, s, 0, panel, NULL);
+            step_tile(CELL, 1, 2, VECTORS, VECTORS, s, 0, panel, NULL);
     }
     for (; panel < whole; panel++)
-        if (CELL == PLAIN && ROWS_OF_4 == 6 && s->rows >= 5 && s->rows <= MAX_ROWS)
-            step_halves(s, panel);
-        else
-            step_panel(CELL, VECTORS, VECTORS, s, panel);
+        step_panel(CELL, VECTORS, VECTORS, s, panel);
     if (ragged && panel < s->last)
         switch (last_blocks) {
         case 1: step_panel(CELL, 1, VECTORS, s, panel); break;

@@ -13,15 +13,7 @@ enum {
     MAX_TILE = 24 /* the most sums a tile holds: 6 rows of 4 vectors, or 8 of 3 */
 };
 
-/*
- * What a chain fetches meanwhile. NEXT_PANEL: what lies from `ahead` on, into the second cache, so many lines at every k: as
- * there are few rows, so are there tiles to do it. ITSELF: of its own panels what comes FETCH_BYTES later. The processor's
- * prefetcher stops at every page of 4096 bytes, and between long runs of multiply-adds its next loads come late.
- */
-enum fetch { NOTHING, NEXT_PANEL, ITSELF };
-
-enum { FETCH_BYTES = 4096 };
-
+/* Lines fetched ahead at every k: as there are few rows, so are there tiles to do it. */
 #define LINES_AHEAD(ROWS) ((ROWS) <= 4 ? 2 : 1)
 
 /* One k of a chain; the panels move on to the next. */
@@ -65,12 +57,13 @@ INLINE void chain_step(const int ROWS, const int PANELS, const int VECTORS, cons
  * sums[row][panel][v] += sum over k, in order, of x[row][k] * weights[panel][k][v]
  *
  * ROWS, PANELS and VECTORS are constants where this is inlined: the loops over them must vanish, or the
- * compiler keeps the sums in memory, at a fifth of the speed. So is FETCH. Panels lie panel_size reals apart and their
- * rows STRIDE vectors, of which the first VECTORS are used. From one k to the next, x moves on by X_STRIDE reals.
+ * compiler keeps the sums in memory, at a fifth of the speed. Panels lie panel_size reals apart and their
+ * rows STRIDE vectors, of which the first VECTORS are used. From one k to the next, x moves on by X_STRIDE reals. What lies
+ * from `ahead` on is fetched into the second cache meanwhile, a line or two at every k; NULL, constant: nothing is.
  */
 INLINE void chain_rows(const int ROWS, const int PANELS, const int VECTORS, const ptrdiff_t stride,
-                       const ptrdiff_t x_stride, const int FETCH, vec *sums, const void *const *x,
-                       const real *weights, ptrdiff_t panel_size, ptrdiff_t k_size, const char *ahead)
+                       const ptrdiff_t x_stride, vec *sums, const void *const *x, const real *weights,
+                       ptrdiff_t panel_size, ptrdiff_t k_size, const char *ahead)
 {
     const real *row[MAX_ROWS], *panel[MAX_PANELS];
 #pragma GCC unroll 8
@@ -84,14 +77,10 @@ INLINE void chain_rows(const int ROWS, const int PANELS, const int VECTORS, cons
 #pragma GCC unroll 4
 #endif
     for (ptrdiff_t k = 0; k < k_size; k++) {
-        if (FETCH == NEXT_PANEL)
-#pragma GCC unroll 2
-            for (int i = 0; i < LINES_AHEAD(ROWS); i++)
-                __builtin_prefetch(ahead + (k * LINES_AHEAD(ROWS) + i) * CACHE_LINE, 0, 2);
-        if (FETCH == ITSELF)
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v += CACHE_LINE / FS_VECTOR_BYTES)
-                __builtin_prefetch((const char *)(panel[0] + v * LANES) + FETCH_BYTES, 0, 3);
+        if (ahead)
+            __builtin_prefetch(ahead + k * LINES_AHEAD(ROWS) * CACHE_LINE, 0, 2);
+        if (ahead && LINES_AHEAD(ROWS) > 1)
+            __builtin_prefetch(ahead + (k * LINES_AHEAD(ROWS) + 1) * CACHE_LINE, 0, 2);
         chain_step(ROWS, PANELS, VECTORS, stride, x_stride, sums, row, panel, k);
     }
 }
@@ -99,8 +88,7 @@ INLINE void chain_rows(const int ROWS, const int PANELS, const int VECTORS, cons
 INLINE void chain(const int ROWS, const int PANELS, const int VECTORS, const int STRIDE, const int X_STRIDE,
                   vec *sums, const void *const *x, const real *weights, ptrdiff_t panel_size, ptrdiff_t k_size)
 {
-    chain_rows(ROWS, PANELS, VECTORS, STRIDE * LANES, X_STRIDE, NOTHING, sums, x, weights, panel_size, k_size,
-               NULL);
+    chain_rows(ROWS, PANELS, VECTORS, STRIDE * LANES, X_STRIDE, sums, x, weights, panel_size, k_size, NULL);
 }
 
 /* How many of the rows left the next tile takes: as few tiles as possible, of even height. */
