@@ -204,6 +204,9 @@ cdef extern from "simd/leaves.h" nogil:
         void (*activate_dx)(fs_finish f, ptrdiff_t n, const void *x, const void *dy, void *dx) noexcept nogil
         ptrdiff_t (*attend_scratch)(const fs_attention *job) noexcept nogil
         void (*attend)(const fs_attention *job, ptrdiff_t item, void *scratch) noexcept nogil
+        void (*attend_last)(
+            const fs_attention *job, ptrdiff_t b, ptrdiff_t first, ptrdiff_t last, void *scratch,
+        ) noexcept nogil
         void (*page_store)(
             ptrdiff_t kv_heads, ptrdiff_t width, ptrdiff_t head, const void *k, const void *v, fs_page *page,
             ptrdiff_t layer, ptrdiff_t slot,

@@ -171,6 +171,7 @@ cdef struct Segment:
     Py_ssize_t items
     Py_ssize_t rows_each       # rows of an item, or
     Py_ssize_t panels_each     # panels of an item; 0: rows
+    Py_ssize_t heads_parts     # items of a sequence with one query, each some of the heads; 0: those of `attend`
     double work                # of an item
     bint dealt                 # items are dealt out, not taken
     fs_counter counter         # the next to be taken, or where dealing begins
@@ -286,7 +287,14 @@ cdef inline void do_item(const Plan *plan, const Segment *segment, Py_ssize_t it
     cdef char *sums = scratch + plan.attend_bytes
     cdef char *own = sums + plan.norm_bytes
     if s.kind == ATTEND:
-        plan.leaves.attend(&s.attention, item, scratch)
+        if segment.heads_parts:
+            first, i = item // segment.heads_parts, item % segment.heads_parts
+            plan.leaves.attend_last(
+                &s.attention, first, s.attention.heads * i // segment.heads_parts,
+                s.attention.heads * (i + 1) // segment.heads_parts, scratch,
+            )
+        else:
+            plan.leaves.attend(&s.attention, item, scratch)
         return
     if segment.panels_each:
         first = item * segment.panels_each
@@ -611,6 +619,11 @@ cdef inline Py_ssize_t rows_each(Py_ssize_t rows, int n_threads) noexcept nogil:
     return min(ROW_BLOCK, (each + 5) // 6 * 6)
 
 
+cdef inline bint takes_turns(const fs_attention *job) noexcept nogil:
+    """Whether a step of decoding: `attend_last` is quicker at that."""
+    return job.pages != NULL and job.most_queries == 1 and job.mask == NULL and job.weights == NULL
+
+
 cdef inline void make_segments(Plan *plan) noexcept nogil:
     """The steps as segments."""
     cdef Py_ssize_t n = 0, i = 0, pairs, longest
@@ -626,7 +639,11 @@ cdef inline void make_segments(Plan *plan) noexcept nogil:
         s.first = i
         work = step.work
         i += 1
-        if step.kind == ATTEND:
+        if step.kind == ATTEND and takes_turns(&step.attention):
+            s.heads_parts = max(1, min(step.attention.heads, n_threads // step.attention.batch))
+            s.items = step.attention.batch * s.heads_parts
+            s.dealt = plan.few
+        elif step.kind == ATTEND:
             pairs = step.attention.batch * step.attention.kv_heads
             longest = max(1, step.attention.most_queries // 8)
             # Few heads are split so that every thread finds some, and long ones so that Ctrl-C is seen.

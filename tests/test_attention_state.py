@@ -69,6 +69,21 @@ def test_steps_of_an_encoder_are_its_causal_call(engine, kind, dtype, width):
     assert state.lengths.tolist() == [time] * 3 and state.dtype == dtype
 
 
+# Heads take turns in a step, as many as their size allows; 300 keys are more than a block of scores.
+@DTYPES
+@pytest.mark.parametrize("window", [None, 130])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"),
+    [(1, 1, 5), (2, 2, 16), (3, 1, 24), (4, 4, 32), (5, 5, 48), (6, 2, 64), (7, 7, 8), (8, 4, 33), (6, 6, 130)],
+)
+def test_steps_of_any_heads(heads, kv_heads, size, window, dtype):
+    layer = fs.TransformerEncoderLayer(
+        heads * size, heads, 8, num_kv_heads=kv_heads, window=window, dropout=0.0, dtype=dtype, seed=2
+    )
+    x = inputs((2, 300, heads * size), dtype)
+    assert_same_bits(stepped(layer, x, layer.initial_state(2))[0], layer(x, causal=True))
+
+
 @EACH
 @pytest.mark.parametrize("width", [24, 64])
 def test_steps_of_a_decoder_are_its_call(kind, width):

@@ -27,6 +27,7 @@ enum {
     PANEL = PAGE_PANEL, /* keys of a packed panel                                                      */
     TILE = ROWS_OF_4 > 4 ? 6
                          : 3, /* rows of a tile                                                              */
+    TURNS = 4, /* heads that take turns in `attend_last`                                      */
 };
 
 /*
@@ -394,6 +395,38 @@ static void add_values(const head_view *h, int n, ptrdiff_t key, ptrdiff_t count
     }
 }
 
+/*
+ * The scores of a block of one query become weights, in place, whose sum is added to `total`; both under the new `most`.
+ * Returns what to multiply by all that was summed under the old one.
+ */
+INLINE real weigh(const head_view *h, ptrdiff_t query, ptrdiff_t key, ptrdiff_t vectors, real *s, real *most,
+                  real *total)
+{
+    const real before = *most,
+               now = most_of(final_scores(h, query, key, vectors, s)) * scale_left(h->job);
+    *most = now > before || now != now ? now : before;
+    /* Where nothing may be attended to yet, all weights are 0, and exp(-inf) is that. */
+    const real base = *most == -INFINITE ? 0 : *most;
+    const vec left = broadcast(scale_left(h->job));
+    vec sum[2] = {{0}};
+    ptrdiff_t v = 0;
+    for (; v + 2 <= vectors; v += 2)
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            const vec p = weight_of(load(s + (v + i) * LANES), left, broadcast(base));
+            store(s + (v + i) * LANES, p);
+            sum[i] += p;
+        }
+    if (v < vectors) {
+        const vec p = weight_of(load(s + v * LANES), left, broadcast(base));
+        store(s + v * LANES, p);
+        sum[0] += p;
+    }
+    const real keep = exp_of_negative(broadcast(before - base))[0];
+    *total = *total * keep + sum_of(sum[0] + sum[1]);
+    return keep;
+}
+
 /* What a block of keys adds to a tile of n queries. */
 static void attend_tile(const head_view *h, ptrdiff_t query, int n, ptrdiff_t key, real *scores, real *sums,
                         real *most, real *total)
@@ -415,28 +448,7 @@ static void attend_tile(const head_view *h, ptrdiff_t query, int n, ptrdiff_t ke
     block_scores(h, query, n, key, vectors, scores);
     for (int r = 0; r < n; r++) {
         real *s = scores + r * KEY_BLOCK;
-        const real before = most[r],
-                   now = most_of(final_scores(h, query + r, key, vectors, s)) * scale_left(job);
-        most[r] = now > before || now != now ? now : before;
-        /* Where nothing may be attended to yet, all weights are 0, and exp(-inf) is that. */
-        const real base = most[r] == -INFINITE ? 0 : most[r];
-        const vec left = broadcast(scale_left(job));
-        vec sum[2] = {{0}};
-        ptrdiff_t v = 0;
-        for (; v + 2 <= vectors; v += 2)
-#pragma GCC unroll 2
-            for (int i = 0; i < 2; i++) {
-                const vec p = weight_of(load(s + (v + i) * LANES), left, broadcast(base));
-                store(s + (v + i) * LANES, p);
-                sum[i] += p;
-            }
-        if (v < vectors) {
-            const vec p = weight_of(load(s + v * LANES), left, broadcast(base));
-            store(s + v * LANES, p);
-            sum[0] += p;
-        }
-        keep[r] = exp_of_negative(broadcast(before - base))[0];
-        total[r] = total[r] * keep[r] + sum_of(sum[0] + sum[1]);
+        keep[r] = weigh(h, query + r, key, vectors, s, most + r, total + r);
         if (job->threshold)
             drop_weights(h, query + r, key, last - key, s, s);
         if (h->unsure)
@@ -470,6 +482,16 @@ static void write_weights(const head_view *h, ptrdiff_t query, int n, real *scor
     }
 }
 
+/* What is left of one query when it has seen all its keys. */
+INLINE void finish_query(real *out, real *stats, ptrdiff_t width, const real *sums, real most, real total)
+{
+    const real inverse = total == 0 ? 0 : 1 / total;
+    for (ptrdiff_t e = 0; e < width; e += LANES) /* + 0: a sum of nothing but underflow is +0 */
+        store(out + e, load(sums + e) * broadcast(inverse) + broadcast(0));
+    stats[0] = most == -INFINITE ? 0 : most;
+    stats[1] = inverse;
+}
+
 /* The queries [from, to) of one head. */
 static void attend_queries(const head_view *h, ptrdiff_t from, ptrdiff_t to, real *scratch)
 {
@@ -492,14 +514,9 @@ static void attend_queries(const head_view *h, ptrdiff_t from, ptrdiff_t to, rea
                 n = tile_height(rows - r, TILE);
                 attend_tile(h, block + r, (int)n, key, scores, sums + r * value_width, most + r, total + r);
             }
-        for (ptrdiff_t r = 0; r < rows; r++) {
-            const real inverse = total[r] == 0 ? 0 : 1 / total[r];
-            real *out = h->out + (block + r) * job->out.row;
-            for (ptrdiff_t e = 0; e < value_width; e += LANES) /* + 0: a sum of nothing but underflow is +0 */
-                store(out + e, load(sums + r * value_width + e) * broadcast(inverse) + broadcast(0));
-            h->stats[2 * (block + r)] = most[r] == -INFINITE ? 0 : most[r];
-            h->stats[2 * (block + r) + 1] = inverse;
-        }
+        for (ptrdiff_t r = 0; r < rows; r++)
+            finish_query(h->out + (block + r) * job->out.row, h->stats + 2 * (block + r), value_width,
+                         sums + r * value_width, most[r], total[r]);
         if (h->weights)
             for (ptrdiff_t r = 0, n; r < rows; r += n) {
                 n = tile_height(rows - r, TILE);
@@ -597,7 +614,7 @@ static int any_unsure(const head_view *h)
 /* Reals of scratch. */
 static ptrdiff_t attend_scratch(const fs_attention *job)
 {
-    return 16 + packed_keys(job) + TILE * KEY_BLOCK + QUERY_BLOCK * job->value_width;
+    return 16 + packed_keys(job) + (TILE > TURNS ? TILE : TURNS) * KEY_BLOCK + QUERY_BLOCK * job->value_width;
 }
 
 /*

@@ -268,6 +268,8 @@ typedef struct fs_leaves {
     /* simd/attention.h: one item of a forward and of a backward, and how many reals of scratch they take. */
     ptrdiff_t (*attend_scratch)(const fs_attention *job);
     void (*attend)(const fs_attention *job, ptrdiff_t item, void *scratch);
+    /* simd/attend_last.h: some heads of sequence b where each has one query, and pages; no mask, weights, or dropout. */
+    void (*attend_last)(const fs_attention *job, ptrdiff_t b, ptrdiff_t first, ptrdiff_t last, void *scratch);
     /* Keys and values of one token, of all heads of a layer, `head` reals apart, into a page. */
     void (*page_store)(ptrdiff_t kv_heads, ptrdiff_t width, ptrdiff_t head, const void *k, const void *v,
                        fs_page *page, ptrdiff_t layer, ptrdiff_t slot);
