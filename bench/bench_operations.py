@@ -185,6 +185,21 @@ def bench_encoder_block(benchmark, rng, direction, batch, time, width, heads, no
 
 
 @both
+@pytest.mark.parametrize("batch, time, width, heads", [(1, 100, 128, 4), (8, 100, 128, 4), (8, 1000, 256, 4)])
+def bench_encoder_step(benchmark, rng, batch, time, width, heads, engine):
+    benchmark.group = f"encoder step {batch}×{time}×{width}"
+    layers = pair("TransformerEncoderLayer", width, heads, 4 * width, dropout=0.0)
+    x = rng.standard_normal((batch, time, width), np.float32)
+    state = layers[0].initial_state(batch)
+    for t in range(time - 1):
+        state = layers[0].step(x[:, t], state)[1]
+    layer = layers[engine == "numpy"]
+    expected, _ = layers[1].step(x[:, -1], state)  # a state of another dtype would be refused
+    assert_close(layer.step(x[:, -1], state)[0], expected, max(time, 4 * width))
+    benchmark(lambda: layer.step(x[:, -1], state)[0])
+
+
+@both
 @pytest.mark.parametrize("size", [4096, 524288])
 def bench_dropout(benchmark, rng, size, engine):
     benchmark.group = f"dropout {size}"

@@ -13,14 +13,13 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-from decoder cimport FS_DONE, FS_FULL, FS_NO_MEMORY, fs_decoder
+from decoder cimport FS_AGAIN, FS_DONE, FS_FULL, FS_NO_MEMORY, fs_decoder
 from leaves cimport FS_GELU, FS_GELU_TANH, FS_PAGE, FS_RELU, fs_leaves, fs_page, fs_weights
 from pages cimport (
     fs_page_kind, fs_page_layer, fs_table, fs_table_clear, fs_table_drop, fs_table_extend, fs_table_first,
     fs_table_roll, fs_table_share,
 )
-from share cimport SHARE_CHUNK_WORK, fs_counter_set
-from stack cimport Layer, Mask, Norm, Plan, Task, plan_free, plan_make, walk_together
+from stack cimport Cursor, Layer, Mask, Norm, Plan, Task, plan_free, plan_make, walk_some
 
 import numpy as np
 
@@ -179,34 +178,12 @@ cdef int run(const Task *task, bint of_memory, int n_threads) except -1:
 
 cdef int walk_all(Plan *plan) except -1:
     """All segments, with a look for Ctrl-C after every so much work."""
-    cdef Py_ssize_t segment = 0, item = 0, last, last_item, i
-    cdef double budget, left
-    while segment < plan.n_segments:
-        # As far as the work allows, and at least an item for each thread.
-        budget = <double> plan.threads * SHARE_CHUNK_WORK
-        last = segment
-        last_item = item
-        fs_counter_set(&plan.segments[segment].counter, item)
-        while True:
-            left = plan.segments[last].items - last_item
-            if left * plan.segments[last].work > budget and last_item + plan.threads < plan.segments[last].items:
-                # As many for each thread, or some would wait for the others.
-                i = <Py_ssize_t> (budget / plan.segments[last].work)
-                last_item += max(i // plan.threads, 1) * plan.threads
-                break
-            budget -= left * plan.segments[last].work
-            last_item = plan.segments[last].items
-            if last + 1 == plan.n_segments or budget <= 0:
-                break
-            last += 1
-            last_item = 0
-            fs_counter_set(&plan.segments[last].counter, 0)
+    cdef Cursor cursor
+    memset(&cursor, 0, sizeof(cursor))
+    while cursor.segment < plan.n_segments:
         with nogil:
-            walk_together(plan, segment, last, last_item)
+            walk_some(plan, &cursor)
         PyErr_CheckSignals()
-        segment, item = last, last_item
-        if item == plan.segments[last].items:
-            segment, item = last + 1, 0
     return 0
 
 
@@ -502,6 +479,7 @@ def run_cached(
 cdef struct Decoding:
     Task task                  # over a token of each row
     Plan plan                  # for so many rows
+    Cursor cursor              # how far a step of it is
     int n_threads
     fs_page_kind kind
     Py_ssize_t rows
@@ -594,26 +572,35 @@ cdef void enter(Decoding *d, Py_ssize_t row, int64_t symbol) noexcept nogil:
             (<double *> x)[i] += (<const double *> position)[i]
 
 
+cdef void go_back(Decoding *d, Py_ssize_t rows) noexcept nogil:
+    """The first rows give up the place of a token that did not come."""
+    cdef Py_ssize_t i
+    for i in range(rows):
+        d.tables[i].length -= 1
+
+
 cdef int decoder_step(void *self, ptrdiff_t rows, const int64_t *symbols, void *logits) noexcept nogil:
     cdef Decoding *d = <Decoding *> self
     cdef Py_ssize_t i
     if d.plan.room == NULL and make_room(d):
         return FS_NO_MEMORY
-    for i in range(rows):
-        if d.tables[i].length >= d.most:
-            return FS_FULL
-    for i in range(rows):
-        enter(d, i, symbols[i])
-        d.places[i] = d.tables[i].length
-        if fs_table_extend(&d.tables[i], &d.kind, 1):
-            return FS_NO_MEMORY
-        d.lengths[i] = d.tables[i].length
-        d.pages[i] = d.tables[i].pages
+    if d.cursor.segment == 0 and d.cursor.item == 0:
+        for i in range(rows):
+            if d.tables[i].length >= d.most:
+                return FS_FULL
+        for i in range(rows):
+            enter(d, i, symbols[i])
+            d.places[i] = d.tables[i].length
+            if fs_table_extend(&d.tables[i], &d.kind, 1):
+                go_back(d, i)
+                return FS_NO_MEMORY
+            d.lengths[i] = d.tables[i].length
+            d.pages[i] = d.tables[i].pages
     d.plan.steps[d.plan.n_steps - 1].y.data = <char *> logits
-    for i in range(d.plan.n_segments):
-        fs_counter_set(&d.plan.segments[i].counter, 0)
-    i = d.plan.n_segments - 1
-    walk_together(&d.plan, 0, i, d.plan.segments[i].items)
+    walk_some(&d.plan, &d.cursor)
+    if d.cursor.segment < d.plan.n_segments:
+        return FS_AGAIN
+    memset(&d.cursor, 0, sizeof(Cursor))
     for i in range(rows):
         fs_table_roll(&d.tables[i], &d.kind)
     return FS_DONE
@@ -621,9 +608,13 @@ cdef int decoder_step(void *self, ptrdiff_t rows, const int64_t *symbols, void *
 
 cdef int decoder_choose(void *self, ptrdiff_t rows, const int64_t *parents) noexcept nogil:
     cdef Decoding *d = <Decoding *> self
-    cdef fs_table *tables = tables_of(d.tables, rows, parents)
+    cdef fs_table *tables
     cdef fs_table *memory = NULL
     cdef Py_ssize_t i
+    if d.cursor.segment or d.cursor.item:
+        memset(&d.cursor, 0, sizeof(Cursor))  # of a step that was left
+        go_back(d, d.rows)
+    tables = tables_of(d.tables, rows, parents)
     if tables == NULL:
         return FS_NO_MEMORY
     if d.memory_tables != NULL:

@@ -177,6 +177,12 @@ cdef struct Segment:
     fs_counter counter         # the next to be taken, or where dealing begins
 
 
+# How far a run is: what comes next.
+cdef struct Cursor:
+    Py_ssize_t segment
+    Py_ssize_t item
+
+
 cdef struct Plan:
     const fs_leaves *leaves
     int item
@@ -355,6 +361,31 @@ cdef inline void walk_together(
         thread = threadid()
         if thread < plan.threads:
             walk(plan, segment, last_segment, last_item, thread, min(fs_team_size(), plan.threads))
+
+
+cdef inline void walk_some(Plan *plan, Cursor *cursor) noexcept nogil:
+    """From where the cursor stands as far as so much work allows, and at least an item for each thread."""
+    cdef Py_ssize_t first = cursor.segment, last = first, last_item = cursor.item, each
+    cdef double budget = <double> plan.threads * SHARE_CHUNK_WORK, left
+    fs_counter_set(&plan.segments[first].counter, last_item)
+    while True:
+        left = plan.segments[last].items - last_item
+        if left * plan.segments[last].work > budget and last_item + plan.threads < plan.segments[last].items:
+            # As many for each thread, or some would wait for the others.
+            each = <Py_ssize_t> (budget / plan.segments[last].work) // plan.threads
+            last_item += max(each, 1) * plan.threads
+            break
+        budget -= left * plan.segments[last].work
+        last_item = plan.segments[last].items
+        if last + 1 == plan.n_segments or budget <= 0:
+            break
+        last += 1
+        last_item = 0
+        fs_counter_set(&plan.segments[last].counter, 0)
+    walk_together(plan, first, last, last_item)
+    cursor.segment, cursor.item = last, last_item
+    if last_item == plan.segments[last].items:
+        cursor.segment, cursor.item = last + 1, 0
 
 
 cdef inline Place place(Plan *plan, Py_ssize_t rows, Py_ssize_t width) noexcept nogil:

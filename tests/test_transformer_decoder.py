@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 from common import assert_same_bits, threads
-from decoders import Struct
+from decoders import AGAIN, DONE, FULL, Struct
 
 import fastseq as fs
 from fastseq.models.decoding import StateDecoder
@@ -43,18 +43,26 @@ class Driven:
         self.capsule = decoder.capsule()
         self.struct = Struct.from_address(pointer_of(self.capsule, b"fastseq.decoder"))
         assert self.struct.vocab == vocab
+        self.parts = 0  # of steps
 
     def step(self, symbols):
-        given = (ctypes.c_int64 * len(symbols))(*map(int, symbols))
         logits = np.empty((len(symbols), self.struct.vocab), f"f{self.struct.item_size}")
-        status = self.struct.step(self.struct.self, len(symbols), given, logits.ctypes.data)
-        if status == 1:
+        status = self.begin(symbols, logits)
+        if status == FULL:
             self.decoder.renew([np.array(row, np.int64) for row in self.rows])
-            status = self.struct.step(self.struct.self, len(symbols), given, logits.ctypes.data)
-        assert status == 0
+            status = self.begin(symbols, logits)
+        while status == AGAIN:
+            status = self.begin(symbols, logits)
+        assert status == DONE
         for row, symbol in zip(self.rows, symbols, strict=True):
             row.append(int(symbol))
         return logits
+
+    def begin(self, symbols, logits):
+        """A step, or a part of it: its status."""
+        given = (ctypes.c_int64 * len(symbols))(*map(int, symbols))
+        self.parts += 1
+        return self.struct.step(self.struct.self, len(symbols), given, logits.ctypes.data)
 
     def choose(self, rows):
         given = (ctypes.c_int64 * len(rows))(*map(int, rows))
@@ -144,6 +152,25 @@ def test_a_row_does_not_know_its_neighbours(kind):
     for row, (prompt, seed) in enumerate(zip(prompts, [5, 6, 7, 8], strict=True)):
         alone = model.generate([prompt], 40, seed=[seed], temperature=1.2, stop=[4, [2, 1]])
         assert_same_bits(together[row], alone[0])
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_steps_in_parts(n_threads):
+    """A step that takes long is done some segments at a time, and Ctrl-C looked for; a search may leave it there."""
+    model = spread_out(fs.models.TransformerLM(10, 512, 4, 3, context=80, seed=1))
+    prompts = [np.arange(length) % 10 for length in (3, 63)] * 60  # one of the two begins a page
+    with threads(n_threads):
+        _, one = model._decoder(prompts, 1)
+        _, state = model._prefilled([model._with_begin(row) for row in prompts])
+        one, other = Driven(one, prompts, 10), StateDecoder(model, state)
+        symbols = np.arange(120) % 10
+        assert one.begin(symbols, np.empty((120, 10), np.float32)) == AGAIN
+        rows = np.arange(120)[::-1].copy()
+        one.choose(rows)
+        other.choose(rows)
+        assert_same_bits(one.step(symbols), other.step(symbols))
+        assert_same_bits(one.step(symbols), other.step(symbols))
+    assert one.parts > 3
 
 
 def test_targets_longer_than_the_positions():
