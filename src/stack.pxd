@@ -171,7 +171,7 @@ cdef struct Segment:
     Py_ssize_t items
     Py_ssize_t rows_each       # rows of an item, or
     Py_ssize_t panels_each     # panels of an item; 0: rows
-    Py_ssize_t heads_parts     # items of a sequence with one query, each some of the heads; 0: those of `attend`
+    Py_ssize_t heads_parts     # items of a sequence for `attend_last`, each some of its heads; 0: items of `attend`
     double work                # of an item
     bint dealt                 # items are dealt out, not taken
     fs_counter counter         # the next to be taken, or where dealing begins
@@ -671,7 +671,8 @@ cdef inline void make_segments(Plan *plan) noexcept nogil:
         work = step.work
         i += 1
         if step.kind == ATTEND and takes_turns(&step.attention):
-            s.heads_parts = max(1, min(step.attention.heads, n_threads // step.attention.batch))
+            # As many heads for each thread.
+            s.heads_parts = 1 if step.attention.batch % n_threads == 0 else min(step.attention.heads, n_threads)
             s.items = step.attention.batch * s.heads_parts
             s.dealt = plan.few
         elif step.kind == ATTEND:
