@@ -115,8 +115,8 @@ static void attend_last(const fs_attention *job, ptrdiff_t b, ptrdiff_t first, p
                     turns(n, vectors < 4 ? (int)vectors : 4, q, w, PANEL, width, s, NULL);
             }
             for (int i = 0; i < n; i++)
-                keep[i] = weigh(&h, 0, key, (count + LANES - 1) / LANES, scores + i * KEY_BLOCK, most + i,
-                                total + i);
+                keep[i] =
+                    weigh(&h, 0, key, (count + LANES - 1) / LANES, scores + i * KEY_BLOCK, most + i, total + i);
             const real *kept = keep;
             for (ptrdiff_t at = 0; at < count; at += FS_PAGE) {
                 const fs_page *page = h.pages[(key + at) / FS_PAGE];
@@ -134,7 +134,8 @@ static void attend_last(const fs_attention *job, ptrdiff_t b, ptrdiff_t first, p
         }
         for (int i = 0; i < n; i++)
             finish_query(h.out + (first + i) * job->out.head,
-                         (real *)job->stats + 2 * (b * job->heads + first + i), width, sum[i], most[i], total[i]);
+                         (real *)job->stats + 2 * (b * job->heads + first + i), width, sum[i], most[i],
+                         total[i]);
     }
 }
 

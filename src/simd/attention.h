@@ -402,8 +402,7 @@ static void add_values(const head_view *h, int n, ptrdiff_t key, ptrdiff_t count
 INLINE real weigh(const head_view *h, ptrdiff_t query, ptrdiff_t key, ptrdiff_t vectors, real *s, real *most,
                   real *total)
 {
-    const real before = *most,
-               now = most_of(final_scores(h, query, key, vectors, s)) * scale_left(h->job);
+    const real before = *most, now = most_of(final_scores(h, query, key, vectors, s)) * scale_left(h->job);
     *most = now > before || now != now ? now : before;
     /* Where nothing may be attended to yet, all weights are 0, and exp(-inf) is that. */
     const real base = *most == -INFINITE ? 0 : *most;
