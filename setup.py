@@ -28,8 +28,7 @@ if X86_64:
 
 # What is fused is written in the source; the compiler fuses nothing of its own.
 FLAGS = ["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# With more than -O1, a leaf takes GCC many minutes.
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 
 PROBE = """
 #include <omp.h>
