@@ -20,7 +20,7 @@ def _decayed(p: Array, g: Array, weight_decay: float) -> Array:
 
 
 def _squarable(g: Array) -> Array:
-    """g where it can be squared; else the largest number that is, so that a mean of squares does not become infinite."""
+    """g where it can be squared, else the largest number that is: or a mean of squares would stay infinite."""
     limit: Any = g.dtype.type(2) ** (np.finfo(g.dtype).maxexp // 2 - 1)
     return np.where((np.abs(g) > limit) & np.isfinite(g), np.copysign(limit, g), g)
 
