@@ -696,7 +696,11 @@ def of_batch(m, **changed):
             "tape should be",
         ),
         (lambda m: m.backward(np.zeros((1, 2, 6)), None), TypeError, "tape should be"),
-        (lambda m: m.backward(np.zeros((1, 2, 6)), m.forward([[0]], [[1]])[1], grads={}), ValueError, "(is|are) missing"),
+        (
+            lambda m: m.backward(np.zeros((1, 2, 6)), m.forward([[0]], [[1]])[1], grads={}),
+            ValueError,
+            "(is|are) missing",
+        ),
         (lambda m: m.fit([[0], [9]], [[0], [1]], steps=1), ValueError, r"but sources\[1\]\[0\] is 9"),
         (lambda m: m.fit([[0], [1]], [[0], [7]], steps=1), ValueError, r"but targets\[1\]\[0\] is 7"),
         (lambda m: m.fit([[0], []], [[0], [1]], steps=1), ValueError, r"sources\[1\] should have at least one symbol"),
