@@ -766,7 +766,7 @@ def test_bad_input(attention, engine):
         (lambda: made.forward(SOURCES, TARGETS, seed=-1), ValueError, "seed should be at least 0"),
         (lambda: made.training_forward(batch._replace(targets=None)), ValueError, "targets should be given"),
         (lambda: made.training_forward(batch, label_smoothing=2), ValueError, "label_smoothing should be"),
-        (lambda: made.load_state_dict({}), ValueError, "is missing"),
+        (lambda: made.load_state_dict({}), ValueError, "are missing"),
     ]:
         with pytest.raises(error, match=message):
             call()

@@ -12,12 +12,14 @@ import numpy as np
 
 from fastseq import _decode, checks, io
 from fastseq.checks import Array
-from fastseq.layers.base import Composite
+from fastseq.layers.base import SEQUENCE, Composite
 from fastseq.models import decoding
 
 
 class Model(Composite):
     """Layers with trained parameters, none in some models, and what `fit` measured beside them."""
+
+    time = SEQUENCE
 
     # The names of what `fit` measures: all of them are there, or none.
     _measured: tuple[str, ...] = ()
@@ -78,6 +80,7 @@ class Model(Composite):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["config"])  # type: ignore[misc]
         self.load_state_dict(state["arrays"])
+        self._freeze()
 
 
 class Symbols(NamedTuple):
