@@ -325,8 +325,8 @@ class AutoRegressive(ScaledModel):
         Returns
         -------
         ndarray of shape (S, T), or (T,)
-            In the wider dtype of the model's and the series'. At step t the expectation of x_{t+1} given x_t, ..., x_{t-τ+1}; NaN while there are fewer than τ values,
-            0 past the end of a series.
+            At step t the expectation of x_{t+1} given x_t, ..., x_{t-τ+1}; NaN while there are fewer than τ values,
+            0 past the end of a series. Of the wider dtype of the model's and the series'.
         """
         given = self._given(series, lengths)
         return given.like(self._predict(given))

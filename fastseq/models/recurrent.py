@@ -794,7 +794,8 @@ class RecurrentForecaster(ScaledModel):
             validation.check_finite("validation")
         if validation is not None:
             whole = self._predictable("validation", validation)
-            settings["validation"] = training.PaddedBatches(whole, batch_size=size, shuffle=False)
+            inputs, targets = [row[:-1] for row in whole], [row[1:] for row in whole]
+            settings["validation"] = training.PaddedBatches(inputs, targets, batch_size=size, shuffle=False)
         data = training.Windows(self._predictable("series", given), steps=steps, batch_size=size, seed=seed)
         self._optimised(settings)
         return self._learn(given, "series", data, {}, settings)
