@@ -139,4 +139,4 @@ def series(steps: int = 400, size: int = 3, seed: int = 1) -> Any:
 
 def streams(seed: Any = 5) -> Any:
     """Epochs of 19 chunks."""
-    return fs.training.Streams(series(), batch_size=3, steps=7, seed=seed)
+    return fs.training.Streams(series(388), batch_size=3, steps=7, seed=seed)
