@@ -276,6 +276,8 @@ class MarkovChain(SymbolModel):
             scores = [chain.bits_per_symbol(held_out) for chain in chains]
         else:
             columns = _columns(given, most, vocab_size)[:, given.steps() >= most]
+            if not columns.shape[1]:
+                raise ValueError(f"sequences should hold symbols with {most} others before them, as many as orders has")
             levels, _ = _count(columns, np.ones(columns.shape[1], np.int64), vocab_size)
             scores = []
             for chain in chains:

@@ -453,8 +453,7 @@ class RecurrentLM(SymbolModel):
         History
         """
         if is_data(data):
-            batched_already(lengths=lengths, batch_size=batch_size, chunk=chunk)
-            settings["validation_split"] = validation_split
+            batched_already(lengths=lengths, batch_size=batch_size, chunk=chunk, validation_split=validation_split)
         else:
             size = None if batch_size is None else checks.size("batch_size", batch_size, 1)
             given, validation = text_split(symbols("data", data, lengths, self.vocab_size), validation_split, seed)
@@ -467,8 +466,6 @@ class RecurrentLM(SymbolModel):
         if raw is not None and not is_data(raw):
             held = symbols("validation", *padded_pair(raw), self.vocab_size)
             settings["validation"] = whole_sequences("validation", held, batch_size)
-        if settings.get("validation_split", 0) is None:
-            del settings["validation_split"]
         return self._train(data, {"seed": seed, **settings})
 
     def _data(self, given: Symbols, batch_size: int | None, chunk: int | None, seed: int | None) -> Any:
@@ -796,7 +793,9 @@ class RecurrentForecaster(ScaledModel):
             whole = self._predictable("validation", validation)
             inputs, targets = [row[:-1] for row in whole], [row[1:] for row in whole]
             settings["validation"] = training.PaddedBatches(inputs, targets, batch_size=size, shuffle=False)
-        data = training.Windows(self._predictable("series", given), steps=steps, batch_size=size, seed=seed)
+        rows = self._predictable("series", given)
+        steps = min(steps, max(map(len, rows)) - 1)  # a series that is shorter is a window as it is
+        data = training.Windows(rows, steps=steps, batch_size=size, seed=seed)
         self._optimised(settings)
         return self._learn(given, "series", data, {}, settings)
 
