@@ -87,6 +87,9 @@ class Affine(Layer):
 class Leaky(Affine):
     """A recurrent layer, to the trainer: h' = h / 2 + x, y = W h + b; records what it is called with."""
 
+    time = "sequence"
+    carries_state = True
+
     def __init__(self, size: int = 3, dtype: Any = "float32", seed: int = 0) -> None:
         super().__init__(size, dtype, seed)
         self.calls: list[dict[str, Any]] = []

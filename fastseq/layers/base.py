@@ -132,8 +132,8 @@ class Layer:
             return self.grads
         given = checks.mapping("grads", grads)
         wanted = self._arrays
-        faults = [f"{name} is missing" for name in wanted if name not in given]
-        faults += [f"{name} is unknown" for name in given if name not in wanted]
+        faults = checks.are((name for name in wanted if name not in given), "missing")
+        faults += checks.are((name for name in given if name not in wanted), "unknown")
         for name in (name for name in wanted if name in given):
             array = given[name]
             if type(array) is not np.ndarray or array.dtype != self.dtype or not array.flags.carray:
@@ -174,8 +174,8 @@ class Layer:
         given = checks.mapping("mapping", mapping)
         wanted = self._arrays
         arrays = {name: checks.real_array(name, given[name], self.dtype) for name in wanted if name in given}
-        faults = [f"{name} is missing" for name in wanted if name not in given]
-        faults += [f"{name} is unknown" for name in given if name not in wanted]
+        faults = checks.are((name for name in wanted if name not in given), "missing")
+        faults += checks.are((name for name in given if name not in wanted), "unknown")
         faults += [
             f"{name} should be of shape {wanted[name].shape}, not {array.shape}"
             for name, array in arrays.items()

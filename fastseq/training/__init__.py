@@ -1,5 +1,6 @@
 """How models learn: optimisers, gradient clipping, schedules, data, the trainer, checkpoints."""
 
+from fastseq.training import metrics
 from fastseq.training.checkpoints import load_checkpoint, save_checkpoint
 from fastseq.training.clipping import clip_grad_norm, clip_grad_value
 from fastseq.training.data import Batch, PaddedBatches, PairedBatches, Streams, TextWindows, Windows
@@ -32,5 +33,6 @@ __all__ = [
     "fit",
     "gradient_flow",
     "load_checkpoint",
+    "metrics",
     "save_checkpoint",
 ]
