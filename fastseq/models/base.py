@@ -13,7 +13,7 @@ import numpy as np
 
 from fastseq import _decode, checks, io, training
 from fastseq.checks import Array
-from fastseq.layers.base import Composite
+from fastseq.layers.base import SEQUENCE, Composite
 from fastseq.models import decoding
 from fastseq.training import Batch, History
 
@@ -23,6 +23,8 @@ _MOST_EXTENT = 1e150  # of series: its square, and that of its reciprocal, are o
 
 class Model(Composite):
     """Layers with trained parameters, none in some models, and what `fit` measured beside them."""
+
+    time = SEQUENCE
 
     # The names of what `fit` measures: all of them are there, or none.
     _measured: tuple[str, ...] = ()
@@ -110,6 +112,7 @@ class Model(Composite):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["config"])  # type: ignore[misc]
         self.load_state_dict(state["arrays"])
+        self._freeze()
 
 
 class Symbols(NamedTuple):

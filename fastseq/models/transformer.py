@@ -14,7 +14,7 @@ import numpy as np
 from fastseq import _alignment, checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
-from fastseq.layers.base import Layer, Tape, child_seed, mask_seed, seeds_of
+from fastseq.layers.base import POOLING, SEQUENCE, Layer, Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows, rows_of
 from fastseq.layers.transformer import ACTIVATIONS, NORMS, Context
 from fastseq.models.base import (
@@ -898,6 +898,11 @@ class TransformerEncoderModel(Model):
         self._head: Any = children.get("head")
         self._drop = kinds.Dropout(self.dropout, **of_type)
         _initialise(self, self.num_layers, 1.0)
+
+    @property
+    def time(self) -> str:  # type: ignore[override]
+        """Whether there is a vector for every token or one for a sequence."""
+        return SEQUENCE if self.pooling is None else POOLING
 
     @classmethod
     def from_bert(cls, config: Any, weights: Any, **settings: Any) -> TransformerEncoderModel:
