@@ -997,6 +997,57 @@ def test_forecaster_gradients(cell, kind, engine):
         assert model.evaluation_forward(batch, state=state) == (loss, count, end)
 
 
+@ENGINES
+@pytest.mark.parametrize("targets", ["given", "the next steps"])
+def test_forecaster_padded_losses_are_those_of_the_rows(targets, engine):
+    """In training and in evaluation: padding counts nowhere, whatever stands in it."""
+    model = forecaster("gru", 2, engine)
+    x, lengths = series((3, 2, 9)).swapaxes(1, 2), np.array([9, 4, 6])
+    wanted = None if targets == "the next steps" else x[:, ::-1] + 1
+    rows, total, count = [], 0.0, 0
+    grads = {name: np.zeros_like(a) for name, a in model.parameters.items()}
+    for i, n in enumerate(lengths):
+        batch = fs.training.Batch(x[i : i + 1, :n], None if wanted is None else wanted[i : i + 1, :n])
+        loss, own, tape, _ = model.training_forward(batch)
+        assert model.evaluation_forward(batch)[:2] == (loss, own)
+        one = {name: np.zeros_like(a) for name, a in model.parameters.items()}
+        model.training_backward(tape, one)
+        rows.append((one, own))
+        total, count = total + loss * own, count + own
+    for one, own in rows:
+        for name in grads:
+            grads[name] += one[name] * own / count
+    for padding in (0.0, 1e6, np.nan):
+        inputs = np.where(np.arange(9)[:, None] < lengths[:, None, None], x, padding)
+        outputs = None if wanted is None else np.where(np.arange(9)[:, None] < lengths[:, None, None], wanted, padding)
+        batch = fs.training.Batch(inputs, outputs, lengths)
+        loss, own, tape, state = model.training_forward(batch)
+        assert own == count and loss == pytest.approx(total / count, rel=1e-12)
+        evaluated = model.evaluation_forward(batch)
+        assert evaluated[1] == count and evaluated[0] == pytest.approx(total / count, rel=1e-12)
+        assert evaluated[2] == state
+        found = {name: np.zeros_like(a) for name, a in model.parameters.items()}
+        model.training_backward(tape, found)
+        for name, gradient in found.items():
+            np.testing.assert_allclose(gradient, grads[name], rtol=1e-9, atol=1e-13, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["markov", "lm", "transformer"])
+def test_hypotheses_are_ranked_by_their_mean_by_default(kind):
+    made = {
+        "markov": lambda: fitted(fs.models.MarkovChain(5, 2), random_sequences(5)),
+        "lm": lambda: language_model(dtype="float32"),
+        "transformer": lambda: fs.models.TransformerLM(5, 8, 2, 1, dtype="float64", seed=1),
+    }[kind]()
+    _, log_probs = made.generate([[0], [3, 1]], 6, num_beams=6, num_results=6, stop=[1, 2], return_log_probs=True)
+    sums = 0
+    for each in log_probs:
+        means = [p.sum() / len(p) for p in each]
+        assert (np.diff(means) < 1e-12).all()
+        sums += (np.diff([p.sum() for p in each]) > 0).sum()
+    assert sums  # which another penalty would not have
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_forecaster_gradients_of_forward(cell):
     model = forecaster(cell, 2)

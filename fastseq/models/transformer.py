@@ -1424,7 +1424,7 @@ def _with_head(arrays: Mapping[str, Array], settings: Mapping[str, Any]) -> dict
         return made
     if made.get("num_labels") is None:
         raise ValueError(
-            f"num_labels should be given where weights hold a classifier, as in num_labels={len(arrays['head.weight'])};"
+            f"num_labels should be {len(arrays['head.weight'])} where weights hold that many labels in classifier.*;"
             " or leave classifier.* out of them"
         )
     of_sequences = "pooler.weight" in arrays
