@@ -576,7 +576,8 @@ def test_stream_of_padded_sources(make):
 @PAIR_MODELS
 def test_hypotheses_are_ranked_by_their_mean_by_default(make):
     model = make()
-    _, log_probs = model.generate(pairs()[0], 6, num_beams=6, num_results=6, return_log_probs=True)
+    settings = {"num_beams": 6, "num_results": 6, "stop": [1, 2], "return_log_probs": True}
+    _, log_probs = model.generate(pairs()[0], 6, **settings)
     sums = 0
     for each in log_probs:
         means = [p.sum() / len(p) for p in each]
@@ -643,13 +644,13 @@ def test_it_learns_to_reverse_and_is_kept(tmp_path):
 def test_it_fits_pairs_in_any_form():
     source, target = random_ids(4, (9, 5)), random_ids(3, (9, 4))
     results = []
-    for data in (
-        (source, target),
-        (list(source), [list(row) for row in target]),
-        (fs.training.PairedBatches(source, target, batch_size=4, seed=0),),
+    for data, more in (
+        ((source, target), {"batch_size": 4}),
+        ((list(source), [list(row) for row in target]), {"batch_size": 4}),
+        ((fs.training.PairedBatches(source, target, batch_size=4, seed=0),), {}),
     ):
         model = fs.models.TransformerSeq2Seq(4, 3, 8, 2, 1, 1, seed=0)
-        model.fit(*data, epochs=3, batch_size=4, label_smoothing=0.1, progress=False)
+        model.fit(*data, epochs=3, label_smoothing=0.1, progress=False, **more)
         results.append(model.log_prob(source, target))
     assert_same_bits(results[1], results[0])
     assert_same_bits(results[2], results[0])
