@@ -23,7 +23,7 @@ class Evaluation(NamedTuple):
     """What a batch of the validation data gives: means, and over how many elements each is taken."""
 
     loss: float
-    count: int
+    elements: int
     state: Any
     metrics: dict[str, tuple[float, int]]
 
@@ -95,7 +95,8 @@ class Learner:
         options = {"state": state, "lengths": batch.lengths}
         taken = {name: one for name, one in options.items() if one is not None and takes(self.model, name)}
         y = self.model(batch.inputs, **taken)
-        return y[0] if isinstance(y, tuple) else y
+        outputs: Array = y[0] if isinstance(y, tuple) else y
+        return outputs
 
     def _lengths(self, batch: Batch) -> Array | None:
         """Lengths of the outputs; None where there are none, or no axis of time."""

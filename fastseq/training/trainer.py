@@ -599,7 +599,7 @@ class _Run:
             batch = Batch(*given)
             result: Evaluation = self.learner.evaluate(batch, carried(state, batch.fresh))
             state = None if batch.fresh is None else result.state
-            loss.add(result.loss, result.count)
+            loss.add(result.loss, result.elements)
             for name, (value, count) in result.metrics.items():
                 metrics[name].add(value, count)
         self.owed = False
