@@ -161,9 +161,7 @@ def _replaced(state: Any, rows: Any, other: Any) -> Any:
     try:
         both = type(state).concatenate([state, other])
     except ValueError:
-        raise ValueError(
-            f"other should agree with the state in all but the batch, {state!r}, not be {other!r}"
-        ) from None
+        raise ValueError(f"other should agree with {state!r} in all but the batch, not be {other!r}") from None
     return both[wanted]
 
 
@@ -448,9 +446,7 @@ class AttentionState:
     _own: Any  # Pages of the set of operations that made them
     _memory: Any
     _tokens: Array | None
-    _since: (
-        Array | None
-    )  # firsts, where a state was made of arrays that begin within a page; what is before is not known
+    _since: Array | None  # firsts, where a state was made of arrays that begin within a page
 
     def __init__(
         self,

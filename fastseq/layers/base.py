@@ -490,9 +490,7 @@ class Composite(Layer):
     """A layer made of layers: its parameters and gradients are theirs, named ``<child>.<name>``."""
 
     _children: dict[str, Layer]
-    _by_own_rule: ClassVar[
-        tuple[str, ...]
-    ] = ()  # children that start as they do whatever `init.initialise` is asked for
+    _by_own_rule: ClassVar[tuple[str, ...]] = ()  # children that start as they do whatever `initialise` is asked for
 
     @property
     def _arrays(self) -> Mapping[str, Array]:  # type: ignore[override]
