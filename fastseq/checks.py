@@ -123,16 +123,15 @@ def as_array(name: str, value: Any) -> Array:
 def real_array(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
     """A real array as `dtype`, aligned and in native byte order, its last axis contiguous.
 
-    Lists of Python's integers are real numbers, too; an array of an integer dtype is more likely to be ids.
+    Integers are none: they are more likely to be ids, given to the wrong layer.
     An array that is all that already comes back as it is; others are copied, inputs are never modified.
     """
     if type(value) is np.ndarray and value.dtype is dtype and value.flags.carray:
         return value  # nearly always, and worth a microsecond to a stream of single steps
     if type(value) is not np.ndarray or value.dtype is not dtype:
-        listed = isinstance(value, list | tuple | int) and not isinstance(value, bool)
-        value = as_array(name, value)
-        if value.dtype.kind != "f" and not (listed and value.dtype.kind in "iu"):
-            whole = value.dtype.kind in "iu"
+        given, value = value, as_array(name, value)
+        if value.dtype.kind != "f":
+            whole = value.dtype.kind in "iu" and isinstance(given, np.ndarray)
             hint = f'; {name}.astype("{dtype.name}") makes them of integers' if whole else ""
             raise TypeError(f"{name} should hold real floating numbers, not {value.dtype}{hint}")
         with np.errstate(all="ignore"):
@@ -165,8 +164,7 @@ def ragged(name: str, value: Any, lengths: Any) -> tuple[Any, Any]:
     array = np.zeros((len(rows), int(counts.max()), *rest), np.result_type(*(row for row in rows if len(row))))
     for into, row in zip(array, rows, strict=True):
         into[: len(row)] = row.reshape(len(row), *rest)
-    listed = array.dtype.kind in "iu" and array.ndim > 2  # of integers, where ids have no axis more
-    return (array.astype(np.float64) if listed else array), counts
+    return array, counts
 
 
 def like(name: str, value: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:

@@ -1,4 +1,4 @@
-"""States that a user or a file can make: those the package could have made, and no others; and what states are equal."""
+"""States that a user or a file can make: those the package could have made and no others; which states are equal."""
 
 from __future__ import annotations
 
