@@ -6,6 +6,7 @@ The function `attention` is in `fastseq.layers.attention`; here it would hide th
 from fastseq.layers.activation import GELU, ReLU, Softmax
 from fastseq.layers.alignment import AdditiveAttention, MultiplicativeAttention
 from fastseq.layers.attention import MultiheadAttention
+from fastseq.layers.base import Layer
 from fastseq.layers.dropout import Dropout
 from fastseq.layers.embedding import Embedding
 from fastseq.layers.linear import Linear
@@ -29,6 +30,7 @@ __all__ = [
     "AdditiveAttention",
     "Dropout",
     "Embedding",
+    "Layer",
     "LayerNorm",
     "LearnedPositions",
     "Linear",

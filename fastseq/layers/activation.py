@@ -138,6 +138,8 @@ class Softmax(Layer):
         Of outputs. Inputs of another real dtype are converted.
     """
 
+    _features = 1
+
     # The set of operations, compiled or in NumPy.
     _operations: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")

@@ -16,6 +16,7 @@ from fastseq.checks import Array
 from fastseq.io import load_into
 from fastseq.layers import attention as _layers_attention
 from fastseq.layers.attention import AttentionTape, Engine
+from fastseq.layers.base import Layer
 from fastseq.reference import (
     alignment_operations,
     attention_operations,
@@ -36,6 +37,7 @@ __all__ = [
     "Dropout",
     "Embedding",
     "LSTMState",
+    "Layer",
     "LayerNorm",
     "LearnedPositions",
     "Linear",
