@@ -200,7 +200,9 @@ def test_validation_of_pairs_is_what_log_prob_says(name):
     (source, source_lengths), (target, lengths) = padded(sources, 99), padded(targets, -5)
     for form in ((sources, targets), (source, target, source_lengths, lengths)):
         model = make()
-        history = model.fit(*data, steps=2, validate_every=2, validation=form, batch_size=2, label_smoothing=0.5, **QUIET)
+        history = model.fit(
+            *data, steps=2, validate_every=2, validation=form, batch_size=2, label_smoothing=0.5, **QUIET
+        )
         wanted = -model.log_prob(sources, targets).sum() / (8 + 3)  # their ends, too
         assert history.validation_loss[-1] == pytest.approx(wanted, rel=1e-5)
 

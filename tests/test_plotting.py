@@ -147,7 +147,7 @@ class TestForecast:
         np.testing.assert_array_equal(second.get_ydata(), [3, 4, 5, 6])
         assert first.get_linewidth() > 2 * second.get_linewidth() and second.get_alpha() < 0.7
         (band,) = axes.collections
-        assert band.get_paths()[0].contains_point((1905, 7.9)) and not band.get_paths()[0].contains_point((1904, 7))
+        assert band.get_paths()[0].contains_point((1904.9, 7)) and not band.get_paths()[0].contains_point((1904.1, 7))
         assert axes.get_ylabel() == "sunspots" and axes.get_xlabel() == "time"
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["observed", "LSTM", "GRU"]
         assert inside(figure) and resolution(tmp_path / "forecast.png") == (1350, 570)
