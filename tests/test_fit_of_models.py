@@ -69,7 +69,7 @@ def test_fit_returns_a_history(name):
     assert type(history) is F.History and np.isfinite(history.loss).all()
     assert model.loss_unit in ("nats a symbol", "nats a value", "nats a label", "squared deviations a value")
     if name in SOLVED:
-        assert history.step.tolist() == [1] and history.stopped == "steps"
+        assert history.step.tolist() == [1] and history.stopped == "epochs" and history.loss_unit == model.loss_unit
     else:
         assert history.stopped == "epochs"
         one = make().fit(*data, epochs=1, **QUIET)
@@ -82,10 +82,10 @@ def test_loss_of_what_is_solved_for_is_the_mean_of_log_prob():
     history = chain.fit(sequences)
     n = sum(map(len, sequences))
     assert history.loss[0] == pytest.approx(-chain.log_prob(sequences).sum() / n) and history.tokens[0] == n
-    x = 3 + waves(2, 40) ** 2
+    x = 3 + np.random.default_rng(0).normal(size=(2, 40))
     model = M.AutoRegressive(2)
     history = model.fit(x)
-    assert history.loss[0] == pytest.approx(-model.log_prob(x).sum() / (2 * 38)) and history.tokens[0] == 76
+    assert history.loss[0] == pytest.approx(-model.log_prob(x).sum() / (2 * 38), rel=1e-6) and history.tokens[0] == 76
 
 
 # --- What is learnt from
@@ -94,10 +94,10 @@ def test_loss_of_what_is_solved_for_is_the_mean_of_log_prob():
 def test_forecaster_learns_from_series_shorter_than_the_window():
     rows = [*waves(20, 60), waves(1, 66)[0] * 0 + np.linspace(-1, 1, 66)]
     model = M.RecurrentForecaster(1, 16, seed=0)
-    history = model.fit(rows, epochs=15, **QUIET)
-    assert history.tokens[: len(history) // 15].sum() == 20 * 59 + 2 * 64
+    history = model.fit(rows, epochs=25, batch_size=4, **QUIET)
+    assert history.tokens[: len(history) // 25].sum() == 20 * 59 + 2 * 64
     short = np.array(rows[:20])
-    assert np.square(model(short)[:, 10:-1] - short[:, 11:]).mean() < 0.02
+    assert np.square(model(short)[:, 10:-1] - short[:, 11:]).mean() < 0.01
 
 
 def test_lm_learns_from_a_short_text_by_default():
@@ -139,7 +139,7 @@ def test_transformer_lm_learns_from_all_symbols_and_positions(size):
 
 @TRAINED
 def test_batches_are_not_put_into_batches(name):
-    make, data, _ = MODELS[name]
+    make = MODELS[name][0]
     batches = [F.Batch(np.zeros((2, 3), int), np.zeros((2, 3), int))]
     settings = {"batch_size": 4, "validation_split": 0.5}
     if "chunk" in inspect.signature(make().fit).parameters:

@@ -21,7 +21,6 @@ from fastseq.models.base import (
     held_out,
     is_data,
     last_part,
-    one_solution,
     row_sums,
     series_of,
 )
@@ -156,6 +155,7 @@ class AutoRegressive(ScaledModel):
         """What the losses of a training are counted in."""
         return "nats a value" if self.hidden is None else super().loss_unit
 
+    @checks.short_traceback
     def fit(
         self,
         series: Any,
@@ -208,6 +208,10 @@ class AutoRegressive(ScaledModel):
         if self.hidden is None:
             self._history = self._solve_for(given, first)
             return self._history
+        if settings.get("metrics"):
+            raise ValueError(
+                "metrics should be left out, as a call of this model does not predict windows by themselves"
+            )
         settings["seed"] = seed
         size = BATCH_SIZE if batch_size is None else checks.size("batch_size", batch_size, 1)
         validation: Series | None = None
@@ -264,7 +268,8 @@ class AutoRegressive(ScaledModel):
             }
         )
         loss = -float(self._log_likelihood().sum() / max(counts.sum(), 1))
-        return one_solution(loss, int(counts.sum()), time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        return History.of_one_step(loss, tokens=int(counts.sum()), seconds=seconds, unit=self.loss_unit)
 
     def _variance(self, given: Series) -> Array:
         first = self._first_predicted

@@ -15,9 +15,9 @@ from fastseq import _decode, checks, io, training
 from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Composite
 from fastseq.models import decoding
-from fastseq.training import Batch, History
+from fastseq.training import Batch, History, arguments
 
-BATCH_SIZE = 32  # of `fit`, where none is given
+BATCH_SIZE = arguments.BATCH_SIZE  # of `fit`, where none is given
 _MOST_EXTENT = 1e150  # of series: its square, and that of its reciprocal, are ordinary numbers
 
 
@@ -195,12 +195,9 @@ def padded_pair(value: Any) -> tuple[Any, Any]:
 
 def held_out(count: int, share: Any, seed: int | None) -> tuple[Array, Array]:
     """Which of `count` sequences a model learns from, and which it is validated on: a share of them, at least one."""
-    fraction = checks.number("validation_split", share, above=0, below=1)
-    if count < 2:
-        raise ValueError(f"validation_split should be given with at least 2 sequences, not {count}")
-    out = min(max(1, round(fraction * count)), count - 1)
-    order = np.random.default_rng(seed).permutation(count)
-    return np.sort(order[out:]), np.sort(order[:out])
+    known = checks.seed("seed", seed)
+    drawn = int(np.random.SeedSequence().generate_state(1)[0]) if known is None else known
+    return arguments.held_out(count, arguments.split_share(share), drawn)
 
 
 def text_split(given: Symbols, share: Any, seed: int | None) -> tuple[Symbols, Symbols | None]:
@@ -224,18 +221,10 @@ def whole_sequences(name: str, given: Symbols, batch_size: int | None) -> traini
 
 def last_part(length: int, share: Any, least: int) -> int:
     """Where the last part of one long sequence begins, on which a model is validated; each part has `least` steps."""
-    fraction = checks.number("validation_split", share, above=0, below=1)
+    fraction = arguments.split_share(share)
     if length < 2 * least:
         raise ValueError(f"validation_split should be given with at least {2 * least} steps, not {length}")
     return min(max(length - round(fraction * length), least), length - least)
-
-
-def one_solution(loss: float, steps: int, seconds: float) -> History:
-    """The history of a model that is solved for: one step, its loss and how many steps of time it learnt from."""
-    history = History()
-    history._add(step=1, loss=loss, gradient_norm=0.0, learning_rate=0.0, tokens=steps, seconds=seconds)
-    history.stopped = "steps"
-    return history
 
 
 def symbols(name: str, value: Any, lengths: Any, vocab_size: int, lengths_name: str = "lengths") -> Symbols:

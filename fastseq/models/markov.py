@@ -10,7 +10,7 @@ import numpy as np
 
 from fastseq import _markov, checks
 from fastseq.checks import Array
-from fastseq.models.base import SymbolModel, Symbols, ids_array, one_solution, sums, symbols
+from fastseq.models.base import SymbolModel, Symbols, ids_array, sums, symbols
 from fastseq.models.decoding import Decoder
 from fastseq.training import History
 
@@ -86,6 +86,7 @@ class MarkovChain(SymbolModel):
         self._start({"vocab_size": self.vocab_size, "order": self.order, "smoothing": self.smoothing})
         self._levels: list[tuple[_Level, _Weights]] = []
 
+    @checks.short_traceback
     def fit(self, sequences: Any, lengths: Any = None) -> History:
         """Count; what was counted before is forgotten. Where this fails, the model is as it was.
 
@@ -106,7 +107,8 @@ class MarkovChain(SymbolModel):
         columns = _columns(given, self.order, self.vocab_size)
         self._take_columns(columns, np.ones(columns.shape[1], np.int64))
         loss = -float(self._log_probs(given).sum()) / max(len(given.ids), 1)
-        return one_solution(loss, len(given.ids), time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        return History.of_one_step(loss, tokens=len(given.ids), seconds=seconds, unit=self.loss_unit)
 
     def _take_columns(self, columns: Array, counts: Array) -> None:
         """Take grams, one a column, the last symbol first, and how often each was seen."""

@@ -415,6 +415,7 @@ class RecurrentLM(SymbolModel):
         loss, _ = self._losses.softmax_cross_entropy(self._output(y), targets, lengths=counts)
         return loss, targets.size if counts is None else int(counts.sum()), state
 
+    @checks.short_traceback
     def fit(
         self,
         data: Any,
@@ -737,6 +738,7 @@ class RecurrentForecaster(ScaledModel):
         gradient, tapes = tape
         self._back(gradient, tapes, None, truncate, grads)
 
+    @checks.short_traceback
     def fit(
         self,
         series: Any,

@@ -412,6 +412,7 @@ class SequencePairModel(Model):
         loss, _ = self._losses.softmax_cross_entropy(self._scores(pairs), pairs.following)
         return loss, len(pairs.following), None
 
+    @checks.short_traceback
     def fit(
         self,
         sources: Any,

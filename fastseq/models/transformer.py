@@ -543,6 +543,7 @@ class TransformerLM(SymbolModel):
         loss, _ = self._losses.softmax_cross_entropy(self._output(y), following)
         return loss, len(following), None
 
+    @checks.short_traceback
     def fit(
         self,
         data: Any,
@@ -1277,6 +1278,7 @@ class TransformerEncoderModel(Model):
         loss, _ = self._losses.softmax_cross_entropy(scores, targets, ignore_index=_IGNORED)
         return loss, int((targets != _IGNORED).sum()), None
 
+    @checks.short_traceback
     def fit(
         self,
         data: Any,
@@ -1422,8 +1424,8 @@ def _with_head(arrays: Mapping[str, Array], settings: Mapping[str, Any]) -> dict
         return made
     if made.get("num_labels") is None:
         raise ValueError(
-            f"num_labels should be given, as in num_labels={len(arrays['head.weight'])}, where weights hold a classifier;"
-            " or leave that out of them"
+            f"num_labels should be given where weights hold a classifier, as in num_labels={len(arrays['head.weight'])};"
+            " or leave classifier.* out of them"
         )
     of_sequences = "pooler.weight" in arrays
     if of_sequences and "pooling" not in made:

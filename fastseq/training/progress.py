@@ -10,12 +10,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from fastseq.training.history import History
+from fastseq.training.learners import Mean
 
 if TYPE_CHECKING:
     from fastseq.training.trainer import StepInfo
 
-_BAR = "{desc} {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-_LEFT_FOR_BAR = 12  # columns of a bar of a few blocks, beside the counts and times after it
+_BAR, _TIMES = "{desc} {bar} {n_fmt}/{total_fmt}", " [{elapsed}<{remaining}]"
+_NARROW = 60  # columns below which there is no room for times
 
 
 class Silent:
@@ -92,39 +93,44 @@ class Bar(Silent):
         )
         self._epochs = epochs
         self._epoch = -1
-        self._total, self._count = 0.0, 0
+        self._mean = Mean()
         self._tokens, self._seconds = 0.0, 0.0  # of the last steps, older ones counting less
 
     def step(self, info: StepInfo, count: int) -> None:  # noqa: D102
         if info.epoch != self._epoch:
-            self._epoch, self._total, self._count = info.epoch, 0.0, 0
-        if count:
-            self._total, self._count = self._total + info.loss * count, self._count + count
+            self._epoch, self._mean = info.epoch, Mean()
+        self._mean.add(info.loss, count)
         self._tokens = 0.9 * self._tokens + info.tokens
         self._seconds = 0.9 * self._seconds + info.history._columns["seconds"][-1]
-        mean = self._total / self._count if self._count else info.loss
-        figures = [
-            f"epoch {info.epoch + 1}{f'/{self._epochs}' if self._epochs is not None else ''}",
-            *info.history._figures(mean),
-            f"{self._tokens / max(self._seconds, 1e-9):,.0f} tokens/s",
-            f"lr {info.learning_rate:.3g}",
-            f"gradient norm {info.gradient_norm:.3g}",
-        ]
-        self._bar.set_description_str(self._fitting(figures), refresh=False)
+        self._describe(info.history)
         self._bar.update(1)
 
-    def _fitting(self, figures: list[str]) -> str:
-        """As many of the figures as the terminal has room for; none of them is cut."""
-        total = str(self._bar.total)
-        room = _columns() - _LEFT_FOR_BAR - 2 * len(total) - len(" / [00:00<00:00]")
+    def _describe(self, history: History) -> None:
+        """Write the figures before the bar: as many as the terminal has room for, none of them cut."""
+        figures = [
+            f"epoch {self._epoch + 1}{f'/{self._epochs}' if self._epochs is not None else ''}",
+            *history._figures(self._mean.value),
+            f"{self._tokens / max(self._seconds, 1e-9):,.0f} tokens/s",
+            f"lr {history._columns['learning_rate'][-1]:.3g}",
+            f"gradient norm {history._columns['gradient_norm'][-1]:.3g}",
+        ]
+        columns = _columns()
+        times = _TIMES if columns >= _NARROW else ""
+        room = columns - len(f" ## {self._bar.total}/{self._bar.total} ") - len(times and " [00:00:00<00:00:00]")
         text = figures[0]
         for figure in figures[1:]:
             if len(text) + len(figure) + 3 > room:
                 break
             text += f" · {figure}"
-        return text
+        self._bar.bar_format = _BAR + times
+        self._bar.set_description_str(text, refresh=False)
+
+    def epoch(self, history: History) -> None:  # noqa: D102
+        self._describe(history)
 
     def end(self, history: History, note: str) -> None:  # noqa: D102
+        if self._epoch >= 0:
+            self._describe(history)
         self._bar.close()
         if note:
             _say(note)
