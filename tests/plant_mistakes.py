@@ -7,11 +7,11 @@ A program, not collected by pytest; of Python's own library alone beside what th
     python tests/plant_mistakes.py plant --named        # those that once went unseen, one by one below
     python tests/plant_mistakes.py survivors            # the difference of each that no test saw
 
-The tree is copied into a folder of its own first, and mistakes are made there alone. A mistake is one edit of the
-source, found in its syntax tree. Only tests that run its lines are run, the quickest first, until one fails. Results
-are JSON lines, one a mistake: "killed", "survived", "timeout" (a mistake that hangs is one that is seen), or
-"uncovered" where no test runs the line. What survived and does not matter is explained in plant_mistakes_survivors.md;
-`plant` counts it as explained.
+A mistake is one edit of the source, found in its syntax tree. The tree is copied into a folder of its own first; a
+mistake is made in the memory of a fork that has imported the copy. Only tests that run its lines are run, the quickest
+first, until one fails. Results are JSON lines, one a mistake: "killed", "survived", "timeout" (a mistake that hangs is
+one that is seen), or "uncovered" where no test runs the line. What survived and does not matter is explained in
+plant_mistakes_survivors.md, and is counted as explained.
 """
 
 from __future__ import annotations
@@ -23,17 +23,22 @@ import contextlib
 import copy
 import difflib
 import fnmatch
+import gc
 import json
+import math
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+import types
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +68,7 @@ LEFT_OUT = (
 )
 WORK = Path(tempfile.gettempdir()) / "fastseq-mistakes"
 EXPLAINED = Path(__file__).resolve().parent / "plant_mistakes_survivors.md"
-FIRST = 40  # tests that are run before all the others: most mistakes are seen by them
+QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # hypothesis is imported before the fork
 
 
 # Mistakes.
@@ -607,16 +612,126 @@ class Recorder:
         self._out.write_text(json.dumps({"tests": self.tests, "lines": self.seen}))
 
 
-class Selected:
-    """A plugin of pytest that runs some tests, in an order."""
+class Planted:
+    """A plugin of pytest that, in place of its loop, plants one mistake after another and runs the tests of each.
 
-    def __init__(self, tests: list[str]) -> None:
-        self._places = {test: place for place, test in enumerate(tests)}
+    Everything is imported and collected once. A mistake is made in a fork, where the functions get the code that the
+    changed source gives them, so that what it breaks, or leaves behind, ends with the fork.
+    """
 
-    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = sorted(
-            (item for item in items if item.nodeid in self._places), key=lambda item: self._places[item.nodeid]
-        )
+    def __init__(self, tree: Path, queue: list[Mistake], known: Map, limit: float, told: Callable[..., None]) -> None:
+        self._tree, self._queue, self._known, self._limit, self._told = tree, queue, known, limit, told
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        items = {item.nodeid: item for item in session.items}
+        gc.freeze()
+        for mistake in self._queue:
+            begun = time.monotonic()
+            tests = [test for test in self._known.covering(mistake) if test in items]
+            outcome, said = "uncovered", ""
+            if tests:
+                outcome, said = self._judged(mistake, [items[test] for test in tests])
+            self._told(mistake, outcome, said, len(tests), time.monotonic() - begun)
+        return True
+
+    def _judged(self, mistake: Mistake, items: list[Any]) -> tuple[str, str]:
+        """What becomes of a mistake, and the test that failed."""
+        end, into = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                os.setsid()
+                os.close(end)
+                patch(mistake, self._tree)
+                os.write(into, failing(items).encode())
+            except BaseException as error:
+                os.write(into, f"! {error!r}".encode())
+            os._exit(0)
+        os.close(into)
+        in_time = bool(select.select([end], [], [], self._limit)[0])
+        said = os.read(end, 10_000).decode() if in_time else ""
+        os.close(end)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # with what a test has left behind
+        os.waitpid(child, 0)
+        if not in_time:
+            return "timeout", ""
+        if said.startswith("! "):
+            raise SystemExit(f"{mistake}: {said}")  # a fault of this program
+        return ("killed" if said else "survived"), said
+
+
+def failing(items: list[Any]) -> str:
+    """Run tests until one fails: its name, or nothing."""
+    from _pytest.runner import runtestprotocol
+
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        if any(report.failed for report in runtestprotocol(item, log=False, nextitem=following)):
+            return str(item.nodeid)
+    return ""
+
+
+def patch(mistake: Mistake, tree: Path) -> None:
+    """Give the functions of a file that is imported the code and the defaults that a mistake gives them."""
+    path = str(tree / mistake.file)
+    source = Path(path).read_text()
+    changed = mistake.applied(source)
+    made: dict[tuple[int, str], types.CodeType] = {}
+    before = _codes(compile(source, path, "exec"))
+    for key, code in _codes(compile(changed, path, "exec")).items():
+        if key not in before or code != before[key] or code.co_consts != before[key].co_consts:
+            made[key] = code
+    defaults = _defaults(changed) if mistake.kind.startswith(("default", "named")) else {}
+    found = 0
+    gc.unfreeze()
+    for thing in gc.get_objects():
+        if type(thing) is types.FunctionType and thing.__code__.co_filename == path:
+            key = thing.__code__.co_firstlineno, thing.__code__.co_qualname
+            if key in made:
+                thing.__code__ = made[key]
+                found += 1
+            if key in defaults:
+                places, by_name = defaults[key]
+                if thing.__defaults__:
+                    own = thing.__defaults__
+                    thing.__defaults__ = tuple(places.get(i - len(own), value) for i, value in enumerate(own))
+                if thing.__kwdefaults__:
+                    thing.__kwdefaults__.update(by_name)
+                found += 1
+    if not found:
+        raise LookupError(f"no function of {mistake.file} has the lines of the mistake")
+
+
+def _codes(code: types.CodeType) -> dict[tuple[int, str], types.CodeType]:
+    """All code of functions in some code, by first line and name."""
+    found = {}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found[constant.co_firstlineno, constant.co_qualname] = constant
+            found |= _codes(constant)
+    return found
+
+
+def _defaults(source: str) -> dict[tuple[int, str], tuple[dict[int, Any], dict[str, Any]]]:
+    """The defaults that are constants, of each function: by place from the end, and by name."""
+    found: dict[tuple[int, str], tuple[dict[int, Any], dict[str, Any]]] = {}
+
+    def walk(node: Any, outside: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            name = outside + getattr(child, "name", "")
+            if isinstance(child, ast.FunctionDef):
+                own = child.args.defaults
+                places = {i - len(own): v.value for i, v in enumerate(own) if isinstance(v, ast.Constant)}
+                named = zip(child.args.kwonlyargs, child.args.kw_defaults, strict=True)
+                by_name = {argument.arg: v.value for argument, v in named if isinstance(v, ast.Constant)}
+                first = min([child.lineno, *(one.lineno for one in child.decorator_list)])
+                found[first, name] = places, by_name
+                walk(child, f"{name}.<locals>.")
+            else:
+                walk(child, f"{name}." if isinstance(child, ast.ClassDef) else outside)
+
+    walk(ast.parse(source), "")
+    return found
 
 
 def scratch(number: int) -> Path:
@@ -639,35 +754,39 @@ def run_pytest(tree: Path, files: list[str], plugin: Any, log: Path, limit: floa
 
     124 after `limit` seconds.
     """
-    import pytest  # noqa: F401  the fork has it
+    import pytest  # the fork has it
 
     child = os.fork()
     if not child:
         status = 70
-        with contextlib.suppress(BaseException):
+        try:
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             with open(log, "wb") as into:
                 os.dup2(into.fileno(), 1)
                 os.dup2(into.fileno(), 2)
             os.chdir(tree)
             sys.path[:] = [str(tree), str(tree / "tests"), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
-            arguments = ["-q", "--no-header", "-p", "no:cacheprovider", "--rootdir", str(tree), *more, *files]
+            arguments = ["-q", "--no-header", "-p", "no:cacheprovider", *QUIET, "--rootdir", str(tree), *more, *files]
             status = int(pytest.main(arguments, plugins=[plugin]))
-            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
     begun = time.monotonic()
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)  # what a test has left behind
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() - begun > limit:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)
+    try:
+        while time.monotonic() - begun < limit:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        return 124
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # with what a test has left behind
+        with contextlib.suppress(ChildProcessError):
             os.waitpid(child, 0)
-            return 124
-        time.sleep(0.02)
 
 
 def environment() -> None:
@@ -743,37 +862,6 @@ class Map:
 # Planting.
 
 
-def judged(mistake: Mistake, tests: list[str], tree: Path, log: Path, limit: float) -> tuple[str, str]:
-    """What becomes of a mistake in a tree, and the last lines of what the tests said."""
-    if not tests:
-        return "uncovered", ""
-    path = tree / mistake.file
-    source = path.read_text()
-    begun = time.monotonic()
-    try:
-        path.write_text(mistake.applied(source))
-        for some in (tests[:FIRST], tests[FIRST:]):
-            left = limit - (time.monotonic() - begun)
-            if not some:
-                continue
-            if left < 1:
-                return "survived", "not all of the tests were run in time"
-            files = sorted({test.partition("::")[0] for test in some})
-            status = run_pytest(tree, files, Selected(some), log, left, ("-x", "--tb=line"))
-            said = log.read_text(errors="replace")
-            if status == 124:
-                # Slow tests, or a mistake that hangs: the first tests take moments.
-                return ("timeout" if some is tests[:FIRST] or "." not in said[-200:] else "survived"), said[-300:]
-            if status == 5:
-                raise SystemExit(f"no test was found of {some[:3]}: the map is old")
-            if status:
-                failed = re.findall(r"^FAILED (.*)$", said, re.M)
-                return "killed", failed[0][:200] if failed else said[-300:]
-        return "survived", ""
-    finally:
-        path.write_text(source)
-
-
 def explained() -> set[str]:
     """The names of the survivors that do not matter."""
     if not EXPLAINED.exists():
@@ -790,7 +878,7 @@ def plant(arguments: argparse.Namespace) -> None:
         return
     environment()
     known, accepted = Map.read(), explained()
-    out = Path(arguments.out)
+    out = Path(arguments.out).resolve()
     texts = {mistake.file: (ROOT / mistake.file).read_text() for mistake in mistakes}
     done = set()
     if arguments.go_on and out.exists():
@@ -798,23 +886,28 @@ def plant(arguments: argparse.Namespace) -> None:
     else:
         out.write_text("")
     queue = [one for one in mistakes if one.name(texts[one.file]) not in done]
+    files = sorted({test.partition("::")[0] for mistake in queue for test in known.covering(mistake)})
+    screen = os.dup(1)
+
+    def told(mistake: Mistake, outcome: str, said: str, tests: int, seconds: float) -> None:
+        name = mistake.name(texts[mistake.file])
+        if outcome in ("survived", "uncovered") and name in accepted:
+            outcome = "explained"
+        line = {"outcome": outcome, "name": name, "tests": tests, "seconds": round(seconds, 1), "said": said}
+        with open(out, "a") as file:
+            file.write(json.dumps({**line, **asdict(mistake)}) + "\n")
+        os.write(screen, f"{outcome:10} {seconds:6.1f} s  {name}\n".encode())
+
     workers = []
     for number in range(arguments.jobs):
         child = os.fork()
         if not child:
-            with _worker(number) as (tree, log):
-                for mistake in queue[number :: arguments.jobs]:
-                    begun = time.monotonic()
-                    tests = known.covering(mistake)
-                    outcome, said = judged(mistake, tests, tree, log, arguments.limit)
-                    name = mistake.name(texts[mistake.file])
-                    if outcome in ("survived", "uncovered") and name in accepted:
-                        outcome = "explained"
-                    took = round(time.monotonic() - begun, 1)
-                    line = {"outcome": outcome, "name": name, "tests": len(tests), "seconds": took, "said": said}
-                    with open(out, "a") as file:
-                        file.write(json.dumps({**line, **asdict(mistake)}) + "\n")
-                    print(f"{outcome:10} {took:6} s  {name}", flush=True)
+            tree = scratch(number)
+            try:
+                plugin = Planted(tree, queue[number :: arguments.jobs], known, arguments.limit, told)
+                run_pytest(tree, files, plugin, WORK / f"log-{number}", math.inf)
+            finally:
+                shutil.rmtree(tree)
             os._exit(0)
         workers.append(child)
     try:
@@ -825,15 +918,6 @@ def plant(arguments: argparse.Namespace) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGTERM)
     summary(out)
-
-
-@contextlib.contextmanager
-def _worker(number: int) -> Iterator[tuple[Path, Path]]:
-    tree = scratch(number)
-    try:
-        yield tree, WORK / f"log-{os.getpid()}"
-    finally:
-        shutil.rmtree(tree)
 
 
 def summary(out: Path) -> None:
@@ -888,6 +972,7 @@ def main() -> None:
     command("survivors", survivors).add_argument("--out", default="mistakes.jsonl")
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
     arguments.run(arguments)
 
 

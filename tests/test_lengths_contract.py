@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from common import Array, assert_close, assert_same_bits, bits
+from common import Array, assert_close, assert_same_bits, bits, threads
 
 import fastseq as fs
 
@@ -32,6 +32,13 @@ LONG = (7, 6, 8, 5, 7)  # of series that have to be longer
 ROWS = len(COUNTS)
 SYMBOLS, SOURCES = 7, 6  # how many there are
 FAR = 1 << 40  # an id that there is not
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Everything here is small, and threads are the matter of other tests."""
+    with threads(1):
+        yield
 
 
 # What a call gives.
