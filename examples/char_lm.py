@@ -54,10 +54,13 @@ def read_text() -> Text:
 
 def fit_chains(text: Text) -> dict[str, list[fs.models.MarkovChain]]:
     size = len(text.characters)
-    return {
-        name: [fs.models.MarkovChain(size, order, smoothing=smoothing).fit(text.ids) for order in ORDERS]
+    chains = {
+        name: [fs.models.MarkovChain(size, order, smoothing=smoothing) for order in ORDERS]
         for name, smoothing in SMOOTHINGS.items()
     }
+    for chain in (chain for each in chains.values() for chain in each):
+        chain.fit(text.ids)
+    return chains
 
 
 def fit_lstm(text: Text, hidden: int, steps: int, seed: int) -> tuple[fs.models.RecurrentLM, fs.training.History]:

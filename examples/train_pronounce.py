@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from pronounce import Missing, Pronouncer, read_weights
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 import fastseq as fs
 
@@ -186,7 +185,8 @@ def average(model: Any, folder: str, words: Dictionary, phonemes: Sequence[str])
 
 def write(path: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """A file that `fastseq.load` reads, in half precision, with more in its metadata."""
-    save_file({name: array.astype(np.float16) for name, array in arrays.items()}, path, dict(metadata))
+    half = {name: array.astype(np.float16) for name, array in arrays.items()}
+    Path(path).write_bytes(fs.io.to_bytes(half, metadata))
 
 
 def write_model(path: str, model: Any, phonemes: Sequence[str]) -> None:

@@ -7,17 +7,71 @@ is checked again.
 
 from __future__ import annotations
 
+import dis
+import functools
 import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _MOST = np.iinfo(np.int64).max
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_RAISE = dis.opmap["RAISE_VARARGS"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def short_traceback(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a public function so that the traceback of an argument error ends at the line of its caller.
+
+    That is an error which a ``raise`` statement of this package raised: then the frames of the package are left out of
+    the traceback, and those of others in between, as of a callback, stay. All other errors keep every frame. Where one
+    decorated function calls another, the outermost decides.
+    """
+
+    @functools.wraps(function)
+    def short(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (TypeError, ValueError, OverflowError, OSError) as error:
+            if not sys._getframe(1).f_code.co_filename.startswith(_PACKAGE):
+                error.__traceback__ = _shortened(error.__traceback__)
+            raise  # of an error with this traceback; a `raise` without an argument adds no frame to it
+
+    return short
+
+
+def _shortened(whole: TracebackType | None) -> TracebackType | None:
+    """A traceback without the frames of this package, if it ends in a ``raise`` of the package."""
+    steps = []
+    while whole is not None:
+        steps.append(whole)
+        whole = whole.tb_next
+    last = steps[-1]
+    code = last.tb_frame.f_code
+    if not code.co_filename.startswith(_PACKAGE) or code.co_code[last.tb_lasti] != _RAISE:
+        return steps[0]
+    result = None
+    for step in reversed(steps):
+        if not step.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+            result = TracebackType(result, step.tb_frame, step.tb_lasti, step.tb_lineno)
+    return result
+
+
+def are(names: Iterable[str], what: str) -> list[str]:
+    """What is the matter with some names, as a list of no or one phrase: "bias is missing", "a and b are missing"."""
+    *others, last = [*names] or [""]
+    if not last:
+        return []
+    return [f"{', '.join(others)} and {last} are {what}" if others else f"{last} is {what}"]
 
 
 def describe(value: object) -> str:

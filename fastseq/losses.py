@@ -9,6 +9,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,29 @@ _COMPILED = (_losses, ("float32", "float64"))
 
 # A set of operations, and the dtypes it is for; None: any.
 Engine = tuple[Any, tuple[str, ...] | None]
+
+_counts: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("fastseq.losses", default=None)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[list[int]]:
+    """Collect the number of elements of every mean taken within the block, by losses and metrics of this package.
+
+    The trainer weights the mean of each batch by it; a function that wraps a loss need not pass it on.
+    """
+    counts: list[int] = []
+    token = _counts.set(counts)
+    try:
+        yield counts
+    finally:
+        _counts.reset(token)
+
+
+def report_count(count: int) -> None:
+    """Report the number of elements of a mean to the innermost `counting`."""
+    counts = _counts.get()
+    if counts is not None:
+        counts.append(count)
 
 
 def softmax_cross_entropy(
@@ -157,6 +183,7 @@ def over_softmax_cross_entropy(
         counted = real if counted is None else counted & real
     classes = checks.ids("targets", given, x.shape[-1], counted)
     count = classes.size if counted is None else int(np.count_nonzero(counted))
+    report_count(count)
     loss, gradient = engine[0].softmax_cross_entropy(
         x.reshape(-1, x.shape[-1]), classes.reshape(-1), count, smoothing, threads.get_num_threads()
     )
@@ -176,6 +203,7 @@ def over_elements(
             raise ValueError(f"{first} should be of shape (B, T, ...) where lengths are given, not {x.shape}")
         lengths = checks.lengths(lengths, rows, time)
         count = int(lengths.sum()) * int(np.prod(x.shape[2:]))
+    report_count(count)
     shape = (rows, time, int(np.prod(x.shape[2:])))
     loss, gradient = getattr(engine[0], name)(
         x.reshape(shape), t.reshape(shape), *more, lengths, count, threads.get_num_threads()

@@ -102,6 +102,7 @@ class Whim(SymbolModel):
     """Logits that are random numbers, a function of the whole history and a seed; `shape` changes them."""
 
     def __init__(self, vocab_size, seed=0, *, dtype="float64", engine="compiled", shape=None, logits=None, **of_spy):
+        self._start({"vocab_size": vocab_size, "seed": seed})
         self.vocab_size = vocab_size
         self.outputs = vocab_size if logits is None else logits
         self.seed, self.engine, self.dtype, self.shape, self.of_spy = seed, engine, dtype, shape, of_spy

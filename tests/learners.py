@@ -87,6 +87,9 @@ class Affine(Layer):
 class Leaky(Affine):
     """A recurrent layer, to the trainer: h' = h / 2 + x, y = W h + b; records what it is called with."""
 
+    time = "sequence"
+    carries_state = True
+
     def __init__(self, size: int = 3, dtype: Any = "float32", seed: int = 0) -> None:
         super().__init__(size, dtype, seed)
         self.calls: list[dict[str, Any]] = []
@@ -139,4 +142,4 @@ def series(steps: int = 400, size: int = 3, seed: int = 1) -> Any:
 
 def streams(seed: Any = 5) -> Any:
     """Epochs of 19 chunks."""
-    return fs.training.Streams(series(), batch_size=3, steps=7, seed=seed)
+    return fs.training.Streams(series(388), batch_size=3, steps=7, seed=seed)

@@ -17,6 +17,12 @@ def random_sequences(vocab, seed=0):
     return [random_ids(vocab, n, seed + n) for n in (17, 0, 40, 1, 3, 25)]
 
 
+def fitted(model, *data, **settings):
+    """The model, after its `fit`."""
+    model.fit(*data, **settings)
+    return model
+
+
 def check_generate(model, vocab):
     """What every `generate` promises."""
     prompts = [random_ids(vocab, n, seed=n) for n in (5, 0, 2, 9)]

@@ -1,4 +1,4 @@
-"""ReLU, GELU, softmax, RMSNorm and positions: both engines, forward and backward."""
+"""ReLU, GELU, SiLU, tanh, sigmoid, softmax, RMSNorm and positions: both engines, forward and backward."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "relu": ("ReLU", lambda width: (), {}),
     "gelu": ("GELU", lambda width: (), {}),
     "gelu_tanh": ("GELU", lambda width: ("tanh",), {}),
+    "silu": ("SiLU", lambda width: (), {}),
+    "tanh": ("Tanh", lambda width: (), {}),
+    "sigmoid": ("Sigmoid", lambda width: (), {}),
     "softmax": ("Softmax", lambda width: (), {}),
     "rms": ("RMSNorm", lambda width: (width,), {}),
     "rms_axes": ("RMSNorm", lambda width: ((1, width),), {"eps": 0.3}),
@@ -91,6 +94,9 @@ def test_pytorch(case: str, module: Any) -> None:
         "relu": nn.ReLU,
         "gelu": nn.GELU,
         "gelu_tanh": lambda: nn.GELU("tanh"),
+        "silu": nn.SiLU,
+        "tanh": nn.Tanh,
+        "sigmoid": nn.Sigmoid,
         "softmax": lambda: nn.Softmax(-1),
         "rms": lambda: nn.RMSNorm(7, eps=1e-5, dtype=torch.float64),
         "rms_axes": lambda: nn.RMSNorm((1, 7), eps=0.3, dtype=torch.float64),
@@ -185,6 +191,57 @@ def test_gelu_of_numbers_of_any_size(kind: str, module: Any) -> None:
     dx = train(layer, x, np.ones_like(x))["x"]
     assert np.isfinite(dx).all()
     assert (dx[x > 20] == 1).all() and not dx[x < -20].any()
+
+
+def exact_to_its_slope(kind: str, x: Array) -> tuple[Array, Array]:
+    """What makes y and dx of float64, both exact where they are small."""
+    with np.errstate(over="ignore"):
+        s, rest = 1 / (1 + np.exp(-x)), 1 / (1 + np.exp(x))
+        if kind == "tanh":
+            return np.tanh(x), 1 / np.cosh(x) ** 2
+        return (s, s * rest) if kind == "sigmoid" else (x * s, s + x * s * rest)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["tanh", "sigmoid", "silu"])
+def test_smooth_activations_of_numbers_of_any_size(kind: str, module: Any) -> None:
+    """Within 3 ulp, the slopes within 6 or, where a SiLU's turns, 6 of 1: far from 0, too, where 1 - y^2 would be 0."""
+    layer = build(kind, module=module)
+    rng = np.random.default_rng(0)
+    x = np.concatenate(
+        [
+            rng.normal(size=4000) * 4,
+            np.linspace(-40, 40, 4001),
+            rng.normal(size=500) * 1e-3,
+            2.0 ** rng.uniform(-120, 120, 500) * rng.choice([-1, 1], 500),
+            [0.0, -0.0, 3e38, -3e38, 1e-44],
+        ]
+    ).astype("float32")
+    result = train(layer, x, np.ones_like(x))
+    assert_same_bits(layer(x), result["y"])
+    turns = 1.0 if kind == "silu" else 0.0
+    bounds = (("y", 3, 0.0), ("x", 6, turns))
+    for (name, most, least), truth in zip(bounds, exact_to_its_slope(kind, x.astype("float64")), strict=True):
+        ulp = np.spacing(np.maximum(np.abs(truth), least).astype("float32")).astype("float64")
+        error = np.abs(result[name].astype("float64") - truth)
+        normal = np.abs(truth) >= np.finfo("float32").tiny
+        assert normal.sum() > 5000 and (error[normal] / ulp[normal]).max() <= most
+        assert (error[~normal] <= np.maximum(2 * ulp[~normal], np.finfo("float32").tiny)).all()
+
+
+@BOTH
+@DTYPES
+def test_smooth_activations_at_the_ends(dtype: str, module: Any) -> None:
+    x = np.array([np.inf, -np.inf, np.nan], dtype)
+    for kind, y, dx in (
+        ("tanh", [1, -1, np.nan], [0, 0, np.nan]),
+        ("sigmoid", [1, 0, np.nan], [0, 0, np.nan]),
+        ("silu", [np.inf, np.nan, np.nan], [1, 0, np.nan]),
+    ):
+        with np.errstate(invalid="ignore"):
+            result = train(build(kind, dtype=dtype, module=module), x, np.ones_like(x))
+        np.testing.assert_array_equal(result["y"], y, kind)
+        np.testing.assert_array_equal(result["x"], dx, kind)
 
 
 @BOTH

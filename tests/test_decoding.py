@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from common import assert_same_bits, child_environment
 from decoders import Whim
-from protocol import log_softmax, random_ids, random_sequences
+from protocol import fitted, log_softmax, random_ids, random_sequences
 
 import fastseq as fs
 from fastseq.models import decoding
@@ -170,7 +170,7 @@ def test_the_filters_of_the_reference():
 )
 def test_draws_follow_the_distribution(settings):
     """Chi-square of what 8000 rows draw, of the first symbol and of the second after it; 99.9 % points."""
-    model = fs.models.MarkovChain(8, 1, smoothing=0.5).fit(random_ids(8, 300))
+    model = fitted(fs.models.MarkovChain(8, 1, smoothing=0.5), random_ids(8, 300))
     drawn = model.generate(np.full((8000, 1), 2), 2, seed=3, **settings)
     points = [0, 10.8, 13.8, 16.3, 18.5, 20.5, 22.5, 24.3, 26.1]
     followers = np.exp(model(np.arange(8)[:, None])[:, 0])
@@ -240,7 +240,7 @@ STOPS = [None, 1, [0, [2, 2]], [[1, 0], [2, 1, 0]]]
 def test_wide_beams_find_what_an_exhaustive_search_finds(kind, stop, penalty):
     if "chain" in kind:
         models = fs.reference.models if "NumPy" in kind else fs.models
-        model = models.MarkovChain(3, 2, smoothing="witten_bell").fit(random_sequences(3))
+        model = fitted(models.MarkovChain(3, 2, smoothing="witten_bell"), random_sequences(3))
     else:
         module = fs.reference if "NumPy" in kind else fs
         model = module.models.RecurrentLM(3, 4, 5, dtype="float64", seed=2)
@@ -411,8 +411,8 @@ def test_compiled_and_reference_agree(seed, dtype):
 @pytest.mark.parametrize("smoothing", [0.0, 0.5, "witten_bell", "kneser_ney"])
 @pytest.mark.parametrize("order", [0, 1, 3])
 def test_the_decoders_of_markov_chains_agree(order, smoothing):
-    chain = fs.models.MarkovChain(6, order, smoothing=smoothing).fit(random_sequences(6))
-    plain = fs.reference.models.MarkovChain(6, order, smoothing=smoothing).fit(random_sequences(6))
+    chain = fitted(fs.models.MarkovChain(6, order, smoothing=smoothing), random_sequences(6))
+    plain = fitted(fs.reference.models.MarkovChain(6, order, smoothing=smoothing), random_sequences(6))
     prompts = [random_ids(6, n, 3) for n in (5, 0, 1, 2, 30)]
     for settings in [{}, {"temperature": 0}, {"num_beams": 3, "stop": [[1, 2]]}, {"num_results": 3, "stop": 2}]:
         arguments = {"seed": 2, "return_log_probs": True, **settings}
@@ -433,7 +433,7 @@ def test_the_decoders_of_markov_chains_agree(order, smoothing):
 
 
 def models():
-    chain = fs.models.MarkovChain(5, 2, smoothing="witten_bell").fit(random_sequences(5))
+    chain = fitted(fs.models.MarkovChain(5, 2, smoothing="witten_bell"), random_sequences(5))
     network = fs.models.RecurrentLM(5, 6, 7, seed=1)
     transformer = fs.models.TransformerLM(5, 8, 2, 1, context=12, seed=1)
     for model in (network, transformer):
@@ -867,7 +867,8 @@ import signal
 import numpy as np, fastseq as fs
 from common import assert_same_bits
 signal.signal(signal.SIGINT, signal.default_int_handler)
-chain = fs.models.MarkovChain(50, 1).fit(np.arange(200) % 49)
+chain = fs.models.MarkovChain(50, 1)
+chain.fit(np.arange(200) % 49)
 use = lambda: chain.generate([[1], [2]], 20, seed=1)
 expected = use()
 ways = [{"stop": [[49] * 20], "seed": 1}, {"num_beams": 3, "stop": [[49] * 20]}]
@@ -902,7 +903,7 @@ def test_control_c():
 
 def test_signals_are_looked_for_often():
     """However short the steps: a handler runs all through a search that does not come back to Python."""
-    chain = fs.models.MarkovChain(50, 1).fit(np.arange(200) % 49)
+    chain = fitted(fs.models.MarkovChain(50, 1), np.arange(200) % 49)
     looks = []
     before = signal.signal(signal.SIGALRM, lambda *_: looks.append(time.monotonic()))
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from protocol import fitted
 
 import fastseq as fs
 
@@ -233,7 +234,7 @@ def test_forecast_quick(capsys, tmp_path):
     years, x = forecast.read_sunspots()
     first = int(np.flatnonzero(years == 1920)[0])
     assert table["last value"][0] == pytest.approx(np.sqrt(np.mean(np.diff(x[first - 1 :]) ** 2)), abs=0.05)
-    one_step, loop = forecast.errors(fs.models.AutoRegressive(2).fit(x[:first]), x, first)
+    one_step, loop = forecast.errors(fitted(fs.models.AutoRegressive(2), x[:first]), x, first)
     assert table["AR(2)"] == pytest.approx([one_step, loop[1], loop[4], loop[10]], abs=0.06)
 
 
@@ -241,7 +242,7 @@ def test_forecast_quick(capsys, tmp_path):
 def test_forecast_notices_other_coefficients():
     forecast = load("forecast")
     _, x = forecast.read_sunspots()
-    model = fs.models.AutoRegressive(3).fit(x)
+    model = fitted(fs.models.AutoRegressive(3), x)
     assert forecast.compare_with_statsmodels(model, x) < 1e-9
     model.fit(x[1:])
     with pytest.raises(AssertionError, match="coefficients differ"):

@@ -511,6 +511,81 @@ def test_sampling_takes_what_the_model_expects():
     assert model.training_forward(batch, seed=1)[0] not in losses.values()
 
 
+def test_sampling_of_logits_beyond_exp():
+    """exp of the logits themselves would be inf."""
+    model = transformer(tied=False)
+    model.parameters["output.weight"] = 4000 * model.parameters["output.weight"]
+    given = model._batch(Batch(*padded_pairs(), S, target_lengths=T))
+    logits = model(*pairs())[real_steps()]
+    assert logits.max() > 800
+    steps = given.begun.rows.steps()
+    clear = np.flatnonzero(steps)[np.diff(np.sort(logits, 1)[:, -2:], axis=1)[np.flatnonzero(steps) - 1, 0] > 40]
+    assert len(clear) > 5
+    ids = model._resampled(given, 1, 1.0).begun.ids
+    assert_same_bits(ids[clear], logits.argmax(1)[clear - 1])
+
+
+def recurrent(**more):
+    return spread_out(fs.models.Seq2Seq(SOURCES, TARGETS, 5, 6, dtype="float64", seed=2, **more), 3)
+
+
+PAIR_MODELS = pytest.mark.parametrize(
+    "make",
+    [transformer, recurrent, lambda: recurrent(attention="additive"), lambda: recurrent(attention="multiplicative")],
+    ids=["transformer", "recurrent", "additive", "multiplicative"],
+)
+
+
+@PAIR_MODELS
+@pytest.mark.parametrize("settings", [{"seed": 4}, {"temperature": 0}, {"num_beams": 3, "num_results": 2}])
+def test_generate_of_padded_sources(make, settings):
+    """Padded sources with lengths say what the sources alone say, and others say something else."""
+    model = make()
+    (source, _), rows = padded_pairs(), pairs()[0]
+    padding = np.maximum(source, 0)  # ids, so that lengths that are lost are no error, but other results
+    wanted = model.generate(rows, 9, **settings)
+    for given in (source, padding):
+        found = model.generate(given, 9, lengths=S, **settings)
+        for one, other in zip(found, wanted, strict=True):
+            for a, b in zip(*((one, other) if isinstance(one, list) else ([one], [other])), strict=True):
+                assert_same_bits(a, b)
+    without = model.generate(padding, 9, return_log_probs=True, **settings)[1]
+    scores = model.generate(rows, 9, return_log_probs=True, **settings)[1]
+    assert any(not np.array_equal(np.ravel(a), np.ravel(b)) for a, b in zip(_flat(without), _flat(scores), strict=True))
+
+
+def _flat(results):
+    """The arrays in lists of lists of them."""
+    return [array for one in results for array in _flat(one)] if isinstance(results, list) else [results]
+
+
+@PAIR_MODELS
+def test_stream_of_padded_sources(make):
+    model = make()
+    (source, _), rows = padded_pairs(), pairs()[0]
+    wanted = list(model.stream(rows, 9, seed=4))
+    for given in (source, np.maximum(source, 0)):
+        assert_same_bits(np.array(list(model.stream(given, 9, lengths=S, seed=4))), np.array(wanted))
+    whole = model.generate(rows, 9, seed=4)
+    for i, row in enumerate(whole):
+        said = np.array([step[i] for step in wanted])
+        assert_same_bits(said[: len(row)], row)
+        assert (said[len(row) :] == -1).all()
+
+
+@PAIR_MODELS
+def test_hypotheses_are_ranked_by_their_mean_by_default(make):
+    model = make()
+    settings = {"num_beams": 6, "num_results": 6, "stop": [1, 2], "return_log_probs": True}
+    _, log_probs = model.generate(pairs()[0], 6, **settings)
+    sums = 0
+    for each in log_probs:
+        means = [p.sum() / len(p) for p in each]
+        assert (np.diff(means) < 1e-12).all()
+        sums += (np.diff([p.sum() for p in each]) > 0).sum()
+    assert sums  # which another penalty would not have
+
+
 @EACH
 def test_maps_of_attention(kind):
     model = transformer(kind)
@@ -569,13 +644,13 @@ def test_it_learns_to_reverse_and_is_kept(tmp_path):
 def test_it_fits_pairs_in_any_form():
     source, target = random_ids(4, (9, 5)), random_ids(3, (9, 4))
     results = []
-    for data in (
-        (source, target),
-        (list(source), [list(row) for row in target]),
-        (fs.training.PairedBatches(source, target, batch_size=4, seed=0),),
+    for data, more in (
+        ((source, target), {"batch_size": 4}),
+        ((list(source), [list(row) for row in target]), {"batch_size": 4}),
+        ((fs.training.PairedBatches(source, target, batch_size=4, seed=0),), {}),
     ):
         model = fs.models.TransformerSeq2Seq(4, 3, 8, 2, 1, 1, seed=0)
-        model.fit(*data, epochs=3, batch_size=4, label_smoothing=0.1, progress=False)
+        model.fit(*data, epochs=3, label_smoothing=0.1, progress=False, **more)
         results.append(model.log_prob(source, target))
     assert_same_bits(results[1], results[0])
     assert_same_bits(results[2], results[0])

@@ -8,7 +8,6 @@ import os
 import pickle
 import resource
 import signal
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -46,7 +45,7 @@ def train(model: Any = None, data: Any = None, **options: Any) -> tuple[Any, His
     model = Tiny() if model is None else model
     defaults: dict[str, Any] = {
         "optimiser": AdamW(model, 0.02, groups=[{"names": "bias", "weight_decay": 0.0}]),
-        "schedule": PlateauSchedule(0.02, factor=0.5, patience=2),
+        "schedule": PlateauSchedule(0.02, factor=0.5, patience=2) if options.get("validation", True) else None,
         "steps": STEPS,
         "validation": streams(9),
         "validate_every": 13,
@@ -94,7 +93,7 @@ def test_a_run_learns_and_has_the_same_bits_twice(uninterrupted: Any) -> None:
     assert history.validation_loss[-1] < 0.5 * history.validation_loss[0]
     assert len(set(history.learning_rate)) > 2  # the plateau was met, and what follows depends on it
     assert (history.gradient_norm > 1).any() and (history.gradient_norm < 1).any()
-    assert set(history.tokens) == {21, 15}
+    assert set(history.tokens) == {3 * steps for steps in range(3, 8)} and history.tokens[:19].sum() == 387
     assert (history.seconds > 0).all()
     assert len(set(model.seeds)) == STEPS and all(0 <= seed < 2**63 for seed in model.seeds)
 
@@ -233,7 +232,7 @@ def test_rows_that_are_fresh_start_from_zero() -> None:
 
 
 def test_carried_states_of_any_shape() -> None:
-    from fastseq.training.trainer import _renewed
+    from fastseq.training.learners import renewed
 
     fresh = np.array([True, False])
     state = {
@@ -241,7 +240,7 @@ def test_carried_states_of_any_shape() -> None:
         "b": None,
         "c": fs.LSTMState(np.ones((2, 1, 1)), np.ones((2, 1, 2))),
     }
-    new = _renewed(state, fresh)
+    new = renewed(state, fresh)
     np.testing.assert_array_equal(new["a"][0], [[0] * 3, [np.nan] * 3])
     np.testing.assert_array_equal(new["a"][1][0], [0, 1])
     assert isinstance(new["a"], tuple) and isinstance(new["a"][1], list) and new["b"] is None
@@ -462,6 +461,9 @@ def test_ctrl_c_in_the_forward_or_in_a_validation(tmp_path: Path, uninterrupted:
     class Interrupted(Tiny):
         """Ctrl-C comes in one training forward, or in the middle of one validation."""
 
+        at: Any
+        at_evaluation: Any
+
         def training_forward(self, batch: Any, state: Any = None, seed: Any = None) -> Any:
             if len(self.seeds) == self.at:
                 signal.raise_signal(signal.SIGINT)
@@ -475,8 +477,8 @@ def test_ctrl_c_in_the_forward_or_in_a_validation(tmp_path: Path, uninterrupted:
 
     for at, at_evaluation, steps in ((31, None, 32), (25, None, 26), (None, 30, 26)):
         folder = tmp_path / f"{at}-{at_evaluation}"
+        Interrupted.at, Interrupted.at_evaluation = at, at_evaluation
         model = Interrupted()
-        model.at, model.at_evaluation = at, at_evaluation
         _, history, _ = train(model, checkpoint=folder)
         assert history.interrupted and len(history) == steps
         # A validation that was begun, or was due, is left to the next run.
@@ -785,7 +787,6 @@ def test_checkpoints_of_something_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "name"),
     [
-        ({"steps": None}, ValueError, "epochs or steps"),
         ({"steps": -1}, ValueError, "steps"),
         ({"epochs": 1.5}, TypeError, "epochs"),
         ({"data": 3}, TypeError, "data"),
@@ -793,13 +794,39 @@ def test_checkpoints_of_something_else(tmp_path: Path) -> None:
         ({"data": [np.zeros(3)]}, TypeError, r"data\[0\]"),
         ({"data": [(1, 2, 3, 4, 5, 6)]}, TypeError, r"data\[0\]"),
         ({"loss": squared_error}, ValueError, "loss"),
-        ({"optimiser": "adam"}, TypeError, "optimiser"),
+        ({"optimiser": 3}, TypeError, "optimiser.*'adamw'"),
+        ({"optimiser": AdamW}, TypeError, r"optimiser.*AdamW\(model, lr\)"),
+        ({"optimiser": "adm"}, ValueError, "optimiser.*'adam' may be meant"),
+        ({"optimiser": "sgd", "schedule": None}, ValueError, "lr should be given with optimiser='sgd'"),
+        ({"optimizer": "adam"}, TypeError, "optimiser and optimizer"),
+        ({"lr": 0.1}, ValueError, r"lr should be None where optimiser is AdamW\(lr=0.02\)"),
+        ({"lr": 0.1, "optimiser": None}, ValueError, "lr should be None with a schedule"),
+        ({"lr": -0.1, "optimiser": None, "schedule": None}, ValueError, "lr"),
+        ({"batch_size": 3}, ValueError, "batch_size should be None where data is not a tuple"),
+        ({"validation_split": 0.1}, ValueError, "validation_split should be None where data is not a tuple"),
+        ({"data": (np.ones((3, 2)),)}, ValueError, "data should be .x, y. or .x, y, lengths."),
+        ({"data": (np.ones((3, 2)), 3)}, TypeError, "data: y"),
+        ({"data": (np.ones((3, 2)), np.ones((2, 2)))}, ValueError, "data: y should have a target for each of the 3"),
+        ({"data": (np.ones((3, 2)), np.ones((3, 2)), [2, 2, 3])}, ValueError, r"data: lengths\[2\] is 3"),
+        ({"data": ([[1.0], [1.0, 2.0]], [1, 2], [1, 2])}, ValueError, "data: x should be an array of padded rows"),
+        ({"metrics": ["acuracy"]}, ValueError, r"metrics\[0\].*'accuracy' may be meant"),
+        ({"metrics": [3]}, TypeError, r"metrics\[0\]"),
+        ({"metrics": 3}, TypeError, "metrics"),
+        ({"metrics": {"one": 3}}, TypeError, r"metrics\['one'\]"),
+        ({"metrics": [lambda y, t: 0.0]}, ValueError, "metrics should be a mapping"),
+        ({"metrics": ["accuracy", "accuracy"]}, ValueError, "metrics.*'accuracy' is there twice"),
         ({"optimiser": AdamW(Tiny())}, ValueError, "optimiser"),
         ({"schedule": 0.1}, TypeError, "schedule"),
         ({"schedule": lambda step: -1.0}, ValueError, "lr"),
         ({"validation": 3}, TypeError, "validation"),
         ({"validation": None}, ValueError, "validation.*validate_every"),
         ({"validation": None, "validate_every": None, "patience": 2}, ValueError, "validation.*patience"),
+        (
+            {"validation": None, "validate_every": None, "schedule": PlateauSchedule(0.1)},
+            ValueError,
+            "validation.*PlateauSchedule",
+        ),
+        ({"validation": None, "validate_every": None, "metrics": "accuracy"}, ValueError, "validation.*metrics"),
         ({"validate_every": 0}, ValueError, "validate_every"),
         ({"patience": 0}, ValueError, "patience"),
         ({"clip_norm": 0}, ValueError, "clip_norm"),
@@ -853,25 +880,6 @@ def test_data_that_gives_less_than_it_says() -> None:
 
 
 # Seeing it
-
-
-def test_the_bar_says_how_it_goes(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("tqdm", reason="tqdm is not installed: take the extra 'train'")
-    workers = threading.active_count()
-    train(steps=30, progress=True)
-    said = capsys.readouterr().err
-    assert threading.active_count() == workers
-    assert "30/30" in said
-    assert all(f"{name}=" in said for name in ("loss", "tokens/s", "norm", "lr", "validation"))
-    train(steps=3)
-    assert capsys.readouterr().err == ""
-
-
-def test_without_tqdm_there_is_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("tqdm", "tqdm.auto"):
-        monkeypatch.setitem(sys.modules, name, None)
-    _, history, _ = train(steps=3, progress=True)
-    assert len(history) == 3 and capsys.readouterr().err == ""
 
 
 def test_history_draws_itself(tmp_path: Path, uninterrupted: Any) -> None:

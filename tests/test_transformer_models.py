@@ -596,8 +596,20 @@ def test_encoder_from_bert():
     head = {"classifier.weight": np.full((4, 8), 2.0), "classifier.bias": np.arange(4.0)}
     tagger = build(CONFIG, {**names, **head}, num_labels=4, pooling=None)
     assert (tagger.parameters["head.weight"] == 2).all()
-    labels = build(CONFIG, {**names, **head}, num_labels=4)  # its classifier was over a pooler, which is not here
-    assert (labels.parameters["head.weight"] != 2).all()
+    bare = {name: array for name, array in {**names, **head}.items() if not name.startswith("pooler.")}
+    assert build(CONFIG, bare, num_labels=4).pooling is None  # no pooler: the classifier was over tokens
+    with pytest.raises(ValueError, match="num_labels should be 4 where weights hold that many labels in classifier"):
+        build(CONFIG, bare)
+    with pytest.raises(ValueError, match=r"pooling should be None, or 'cls' with pooler=True, .* not 'mean'"):
+        build(CONFIG, bare, num_labels=4, pooling="mean")
+    with pytest.raises(ValueError, match="head.weight should be of shape"):
+        build(CONFIG, bare, num_labels=5)
+    with pytest.raises(ValueError, match="pooler.bias is missing"):
+        build(CONFIG, {**names, **head}, num_labels=4)  # over a pooler, of which half is there
+    with pytest.raises(ValueError, match="model_type='bert', not 'roberta'"):
+        build({**CONFIG, "model_type": "roberta"}, names)
+    with pytest.raises(ValueError, match="is_decoder=False, not True"):
+        build({**CONFIG, "is_decoder": True}, names)
     assert build(CONFIG, names, num_labels=2, pooling=None).num_labels == 2
     assert build({**CONFIG, "hidden_act": "gelu_new"}, names).activation == "gelu_tanh"
     more = {"encoder.layer.0.crossattention.self.query.weight": np.ones(3), "encoder.layer.x.y.weight": np.ones(3)}
@@ -612,6 +624,104 @@ def test_encoder_from_bert():
         build({**CONFIG, "hidden_act": "swish"}, names)
     with pytest.raises(ValueError, match="position_embedding_type='absolute', not 'relative_key'"):
         build({**CONFIG, "position_embedding_type": "relative_key"}, names)
+
+
+@pytest.mark.parametrize("head", ["sequences", "tokens", "none"])
+def test_encoder_is_bert_of_transformers(head):
+    """Scores, or what the pooler makes, from the configuration and the weights as that package has them."""
+    torch = torch_or_skip()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that package's own
+        transformers = pytest.importorskip("transformers", reason="the package transformers is not installed")
+        sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 10}
+        config = transformers.BertConfig(vocab_size=7, max_position_embeddings=9, num_labels=3, **sizes)
+        torch.manual_seed(0)
+        kinds = {
+            "sequences": transformers.BertForSequenceClassification,
+            "tokens": transformers.BertForTokenClassification,
+            "none": transformers.BertModel,
+        }
+        theirs = kinds[head](config).eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    ids, lengths = random_ids(7, (4, 9)), np.array([6, 9, 1, 4])
+    mask = torch.tensor(np.arange(9) < lengths[:, None])
+    with torch.no_grad():
+        out = theirs(input_ids=torch.tensor(ids), attention_mask=mask.long())
+    wanted = (out.pooler_output if head == "none" else out.logits).numpy()
+    build = fs.models.TransformerEncoderModel.from_bert
+    settings = {"pooling": "cls", "pooler": True} if head == "none" else {"num_labels": 3}
+    for own, weights in ((config, theirs), (config.to_dict(), theirs.state_dict())):
+        model = build(own, weights, **settings)
+        y = model(ids, lengths=lengths)
+        for row, expected, length in zip(y, wanted, lengths, strict=True):
+            if head == "tokens":
+                row, expected = row[:length], expected[:length]
+            assert_close(row, expected, 2e-5)
+    if head != "none":
+        with pytest.raises(ValueError, match="num_labels should be 3"):
+            build(config, theirs)
+
+
+def test_encoder_config_of_another_kind():
+    build = fs.models.TransformerEncoderModel.from_bert
+    for wrong in ([], "bert-base-uncased", 3):
+        with pytest.raises(TypeError, match="config should be a mapping, what config.json holds, or a BertConfig"):
+            build(wrong, {})
+
+
+@ENGINES
+@pytest.mark.parametrize("normalize", [False, True])
+def test_encoder_with_a_pooler(engine, normalize, tmp_path):
+    model = encoder_model("cls", engine, pooler=True, normalize=normalize)
+    plain = encoder_model("cls", engine)
+    plain.load_state_dict({name: a for name, a in model.state_dict().items() if not name.startswith("pooler")})
+    ids, lengths = batch_of()
+    w = model.state_dict()
+    wanted = np.tanh(plain(ids, lengths=lengths) @ w["pooler.weight"].T + w["pooler.bias"])
+    wanted[lengths == 0] = 0  # what has no tokens
+    if normalize:
+        wanted /= np.maximum(np.linalg.norm(wanted, axis=1, keepdims=True), 1e-12)
+    np.testing.assert_allclose(model(ids, lengths=lengths), wanted, rtol=1e-11, atol=1e-13)
+    dy = np.random.default_rng(0).normal(size=(5, 8))
+
+    def forward():
+        y, tape = model.forward(ids, lengths=lengths)
+        return (y * dy).sum(), tape
+
+    check_gradients(model, forward, lambda tape, grads: model.backward(dy, tape, grads=grads))
+    if engine is fs:
+        model.save(tmp_path / "m.safetensors")
+        assert_same_bits(fs.load(tmp_path / "m.safetensors")(ids, lengths=lengths), model(ids, lengths=lengths))
+    with pytest.raises(ValueError, match="pooling should be 'cls' with pooler=True, not 'mean'"):
+        encoder_model("mean", engine, pooler=True)
+
+
+@DTYPES
+def test_encoder_labels_of_tokens_that_do_not_count(dtype):
+    """In training and in evaluation: a label of -1 counts neither in the mean nor as an element."""
+    model = encoder_model("tags", dtype=dtype)
+    ids, lengths = batch_of()
+    labels = random_ids(model.num_labels, (5, 9), 3)
+    labels[:, 1::2] = -1
+    batch = fs.training.Batch(ids, labels, lengths)
+    counted = (np.arange(9) < lengths[:, None]) & (labels >= 0)
+    scores = log_softmax(model(ids, lengths=lengths))
+    wanted = -np.take_along_axis(scores, np.maximum(labels, 0)[..., None], -1)[..., 0][counted].mean()
+    for loss, count, *_ in (model.training_forward(batch), model.evaluation_forward(batch)):
+        assert count == counted.sum() and loss == pytest.approx(wanted, rel=1e-5)
+    history = model.fit(
+        [row[:n] for row, n in zip(ids, lengths, strict=True)],
+        [row[:n] for row, n in zip(labels, lengths, strict=True)],
+        steps=1,
+        lr=0,
+        batch_size=2,
+        validation=(ids, labels, lengths),
+        validate_every=1,
+        progress=False,
+    )
+    assert history.validation_loss[0] == pytest.approx(wanted, rel=1e-5)
 
 
 @DTYPES
@@ -829,7 +939,7 @@ def test_encoder_of_nothing():
         (lambda m: type(m)(3, 8, 2, 1, num_labels=0), ValueError, "num_labels should be at least 1"),
         (lambda m: type(m)(3, 8, 2, 1, dtype="int8"), TypeError, "dtype should be a floating dtype"),
         (lambda m: fs.models.bert_state_dict([1]), TypeError, "mapping should be a mapping"),
-        (lambda m: m.from_bert([], {}), TypeError, "config should be a mapping"),
+        (lambda m: m.from_bert([], {}), TypeError, "config should be a mapping, what config.json holds"),
     ],
 )
 def test_encoder_bad_input(call, kind, message):

@@ -1,11 +1,14 @@
 """Files: layers, models and states as safetensors, with the class and its configuration in the metadata.
 
+Every file has a checksum over all of its bytes in its metadata. One that an older version wrote without is read, too.
+
 What only files need is imported when one is read or written: importing fastseq costs little more than NumPy.
 """
 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +20,9 @@ from fastseq import checks
 from fastseq.checks import Array
 
 _FORMAT = "1"
+CHECKSUM = "fastseq.crc32"  # of the file with zeros in the place of this
+_NO_CHECKSUM = "00000000"
+_CHUNK = 1 << 20
 _LAYERS = (
     "RNN",
     "LSTM",
@@ -27,7 +33,13 @@ _LAYERS = (
     "RMSNorm",
     "ReLU",
     "GELU",
+    "SiLU",
+    "Tanh",
+    "Sigmoid",
     "Softmax",
+    "LastStep",
+    "MeanOverTime",
+    "MaxOverTime",
     "Dropout",
     "SinusoidalPositions",
     "LearnedPositions",
@@ -61,16 +73,16 @@ def save(path: str | os.PathLike[str], class_name: str, config: Mapping[str, Any
     """Write arrays and what they belong to, whole or not at all."""
     import json
 
-    from safetensors.numpy import save as to_bytes
-
     target = checks.path("path", path)
     for unknown in _classes(class_name, config) - {*_CLASSES}:
         raise TypeError(f"a file can hold {', '.join(_CLASSES)}, not a {unknown}")
     for name, array in arrays.items():
         if array.dtype.name not in _DTYPES.values():
             raise TypeError(f"a file can hold {', '.join(_DTYPES.values())}, but {name} is {array.dtype}")
+        if name == "__metadata__":
+            raise ValueError("a file can hold arrays of any name except '__metadata__'")
     metadata = {"fastseq.format": _FORMAT, "fastseq.class": class_name, "fastseq.config": json.dumps(config)}
-    write_whole(target, to_bytes({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
+    write_whole(target, to_bytes(arrays, metadata))
 
 
 def _classes(class_name: str, config: Mapping[str, Any]) -> set[str]:
@@ -78,7 +90,51 @@ def _classes(class_name: str, config: Mapping[str, Any]) -> set[str]:
     return {class_name}.union(*(_classes(child["class"], child["config"]) for child in config.get("layers", ())))
 
 
-def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+def to_bytes(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> bytearray:
+    """A safetensors file, with its checksum."""
+    from safetensors.numpy import save as to_safetensors
+
+    plain = {n: np.asarray(array, array.dtype.newbyteorder("="), order="C") for n, array in arrays.items()}
+    data = bytearray(to_safetensors(plain, {**metadata, CHECKSUM: _NO_CHECKSUM}))
+    place = _place_of_checksum(bytes(data[8 : 8 + int.from_bytes(data[:8], "little")]))
+    data[place : place + 8] = f"{zlib.crc32(data):08x}".encode()
+    return data
+
+
+def _place_of_checksum(header: bytes) -> int:
+    """Where in a file with this header the digits of the checksum are; 0: nowhere."""
+    key = f'"{CHECKSUM}":"'.encode()  # nothing that the header quotes can look like this
+    found = header.find(key)
+    return 0 if found < 0 else 8 + found + len(key)
+
+
+def check_whole(path: str) -> None:
+    """Raise a `ValueError` where a file has a checksum, and not the one of its bytes."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(min(size, os.fstat(file.fileno()).st_size))
+        place = _place_of_checksum(header)
+        if not place:
+            return
+        file.seek(0)
+        start = bytearray(file.read(place + 8))
+        written = bytes(start[place:])
+        start[place:] = _NO_CHECKSUM.encode()
+        value = zlib.crc32(start)
+        while chunk := file.read(_CHUNK):
+            value = zlib.crc32(chunk, value)
+    if f"{value:08x}".encode() != written:
+        raise ValueError(f"path: {path!r} is damaged: its content does not have the checksum it was written with")
+
+
+def check_names(path: str, metadata: Mapping[str, str], known: set[str]) -> None:
+    """Raise a `ValueError` where the metadata has names like ours that are not: what the checksum's has become, say."""
+    for name in metadata.keys() - known - {CHECKSUM}:
+        if name.startswith("fastseq") or name.endswith("crc32"):  # one byte cannot change both
+            raise ValueError(f"path: {path!r} is damaged, or of a newer version of fastseq: its metadata has {name!r}")
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes | bytearray) -> None:
     """Write a file, whole or not at all: beside `path` under another name, flushed to the disk and renamed."""
     target = Path(path).resolve()  # through links, which stay
     temporary = target.parent / f".fastseq-{os.urandom(8).hex()}.part"
@@ -125,8 +181,7 @@ def load_into(path: str | os.PathLike[str], namespace: ModuleType) -> Any:
     from safetensors import SafetensorError, safe_open
 
     name = checks.path("path", path)
-    with open(name, "rb"):
-        pass  # a file that is missing or not ours to read raises Python's own error
+    check_whole(name)  # a file that is missing or not ours to read raises Python's own error
     try:
         with safe_open(name, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -160,6 +215,11 @@ def _made(class_name: str, config: Mapping[str, Any], namespace: ModuleType) -> 
 def _class_name(path: str, metadata: Mapping[str, str]) -> str:
     """The class that a file says it holds."""
     name = metadata.get("fastseq.class")
+    if "fastseq.checkpoint" in metadata:
+        raise ValueError(
+            f"path: {path!r} is a checkpoint of a training: read it with fastseq.training.load_checkpoint, and give"
+            " its ['model'] to load_state_dict"
+        )
     if name is None:
         raise ValueError(
             f"path: {path!r} is a safetensors file that fastseq did not write;"
@@ -167,6 +227,7 @@ def _class_name(path: str, metadata: Mapping[str, str]) -> str:
         )
     if metadata.get("fastseq.format") != _FORMAT:
         raise ValueError(f"path: {path!r} was written by another version of fastseq")
+    check_names(path, metadata, {"fastseq.format", "fastseq.class", "fastseq.config"})
     if name not in _CLASSES:
         raise ValueError(f"path: {path!r} holds a {name!r}, which this version does not know")
     return name

@@ -3,13 +3,15 @@
 The function `attention` is in `fastseq.layers.attention`; here it would hide that module.
 """
 
-from fastseq.layers.activation import GELU, ReLU, Softmax
+from fastseq.layers.activation import GELU, ReLU, Sigmoid, SiLU, Softmax, Tanh
 from fastseq.layers.alignment import AdditiveAttention, MultiplicativeAttention
 from fastseq.layers.attention import MultiheadAttention
+from fastseq.layers.base import Layer
 from fastseq.layers.dropout import Dropout
 from fastseq.layers.embedding import Embedding
 from fastseq.layers.linear import Linear
 from fastseq.layers.norm import LayerNorm, RMSNorm
+from fastseq.layers.pooling import LastStep, MaxOverTime, MeanOverTime
 from fastseq.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 from fastseq.layers.recurrent import GRU, LSTM, RNN
 from fastseq.layers.sequential import Sequential
@@ -29,17 +31,24 @@ __all__ = [
     "AdditiveAttention",
     "Dropout",
     "Embedding",
+    "LastStep",
+    "Layer",
     "LayerNorm",
     "LearnedPositions",
     "Linear",
+    "MaxOverTime",
+    "MeanOverTime",
     "MultiheadAttention",
     "MultiplicativeAttention",
     "RMSNorm",
     "ReLU",
     "RotaryPositions",
     "Sequential",
+    "SiLU",
+    "Sigmoid",
     "SinusoidalPositions",
     "Softmax",
+    "Tanh",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",

@@ -1,4 +1,4 @@
-"""ReLU, GELU and softmax as layers: shapes. The arithmetic is in the operations they call."""
+"""ReLU, GELU, SiLU, tanh, sigmoid and softmax as layers: shapes. The arithmetic is in the operations they call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastseq.layers.base import Layer, Tape
 
 
 class Elementwise(Layer):
-    """What ReLU and GELU share: a function of each element alone."""
+    """What all but softmax share: a function of each element alone."""
 
     # The set of operations, compiled or in NumPy.
     _operations: ClassVar[Any] = _dense
@@ -129,6 +129,50 @@ class GELU(Elementwise):
         self._start("gelu" if approximate == "none" else "gelu_tanh", dtype, approximate=approximate)
 
 
+class SiLU(Elementwise):
+    """The sigmoid linear unit [1]_: x / (1 + exp(-x)); also called swish.
+
+    Parameters
+    ----------
+    dtype : {"float32", "float64"}
+        Of outputs. Inputs of another real dtype are converted.
+
+    References
+    ----------
+    .. [1] S. Elfwing, E. Uchibe, K. Doya, "Sigmoid-weighted linear units for neural network function approximation in
+       reinforcement learning", Neural Networks 107, 2018.
+    """
+
+    def __init__(self, *, dtype: Any = "float32") -> None:
+        self._start("silu", dtype)
+
+
+class Tanh(Elementwise):
+    """The hyperbolic tangent of every element.
+
+    Parameters
+    ----------
+    dtype : {"float32", "float64"}
+        Of outputs. Inputs of another real dtype are converted.
+    """
+
+    def __init__(self, *, dtype: Any = "float32") -> None:
+        self._start("tanh", dtype)
+
+
+class Sigmoid(Elementwise):
+    """1 / (1 + exp(-x)) of every element.
+
+    Parameters
+    ----------
+    dtype : {"float32", "float64"}
+        Of outputs. Inputs of another real dtype are converted.
+    """
+
+    def __init__(self, *, dtype: Any = "float32") -> None:
+        self._start("sigmoid", dtype)
+
+
 class Softmax(Layer):
     """exp(x) over its sum along the last axis. Where all of a row is -inf, the result is 0.
 
@@ -137,6 +181,8 @@ class Softmax(Layer):
     dtype : {"float32", "float64"}
         Of outputs. Inputs of another real dtype are converted.
     """
+
+    _features = 1
 
     # The set of operations, compiled or in NumPy.
     _operations: ClassVar[Any] = _dense

@@ -14,7 +14,7 @@ import numpy as np
 from fastseq import _alignment, _attention, _dense, checks, threads
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
-from fastseq.layers.base import Composite, Layer, Tape, seeds_of
+from fastseq.layers.base import SEQUENCE, Composite, Layer, Tape, seeds_of
 from fastseq.layers.linear import Linear
 from fastseq.layers.rows import Rows, padded, rows_of
 
@@ -40,6 +40,8 @@ class AllSteps(NamedTuple):
 
 class Alignment(Layer):
     """What both kinds share: shapes."""
+
+    time = SEQUENCE
 
     _dense: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastseq import _attention, _dense, checks, threads
 from fastseq.checks import Array
-from fastseq.layers.base import Layer, Tape, mask_seed
+from fastseq.layers.base import SEQUENCE, Layer, Tape, mask_seed
 from fastseq.layers.positions import turns
 from fastseq.layers.rows import Rows, cut, padded, rows_of
 
@@ -317,6 +317,8 @@ class MultiheadAttention(Layer):
        EMNLP 2023.
     .. [3] J. Su et al., "RoFormer: enhanced transformer with rotary position embedding", arXiv:2104.09864, 2021.
     """
+
+    time = SEQUENCE
 
     # The set of operations, compiled or in NumPy, and that of the projections.
     _operations: ClassVar[Any] = _attention

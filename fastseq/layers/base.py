@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fastseq import checks, io
 from fastseq.checks import Array
+from fastseq.layers.rows import cleared
+
+L = TypeVar("L", bound="Layer")
+
+# What a layer declares about the axis of time, `Layer.time`.
+POINTWISE, SEQUENCE, POOLING = TIMES = ("pointwise", "sequence", "pooling")
 
 _replacing = threading.Lock()  # two threads that change different parameters must not lose one
 
@@ -76,23 +84,243 @@ class Tape:
         return f"<tape of {self._layer!r}>"
 
 
-class Layer:
-    """A set of named parameters and a configuration. Layers hold no activations."""
+class LayerType(type):
+    """The type of layer classes: it says when a layer is made, and its attributes are fixed."""
+
+    def __call__(cls: type[L], *args: Any, **settings: Any) -> L:  # type: ignore[misc]
+        """Make a layer."""
+        layer: L = super().__call__(*args, **settings)  # type: ignore[misc]
+        if "_config" not in layer.__dict__:
+            raise TypeError(
+                f"{cls.__name__}.__init__ should call super().__init__ with the settings that make such a layer"
+            )
+        layer._freeze()
+        return layer
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of ``__init__``; without this, `inspect` would take that of ``__call__`` above."""
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+class Layer(metaclass=LayerType):
+    """A set of named parameters and a configuration; the base of all layers, and of your own.
+
+    A layer holds no activations: `forward` returns what `backward` needs, on a tape. A class of your own has an
+    ``__init__`` that calls this one and `add_parameter`, a ``__call__`` for inference, and for training a `forward` and
+    a `backward`, which use `tape`, `kept` and `targets`.
+
+    Parameters
+    ----------
+    dtype : floating dtype
+        Of the parameters.
+    **config
+        What ``__init__`` of the class was given, by the names of its arguments: numbers, strings, booleans, None, and
+        lists and dictionaries of them. It is shown by ``repr``, saved with the layer and given to ``__init__`` again
+        when the layer is loaded. Each setting becomes an attribute.
+
+    Attributes
+    ----------
+    time : {"pointwise", "sequence", "pooling"}
+        What the layer does with the axis of time, axis 1 of x (B, T, ...). "pointwise": each step by itself, so that it
+        needs no lengths; a container clears what the layer gives in the padding. "sequence": it gives an output a step,
+        which may depend on other steps; call and `forward` take ``lengths``, and outputs past them are 0. "pooling":
+        call and `forward` take ``lengths``, and give one output a row, without an axis of time.
+    carries_state : bool
+        Whether call and `forward` take a state and return it, as recurrent layers do:
+        ``y, state = layer(x, state, lengths=lengths, resets=resets)``, and the same with a tape from ``forward``; then
+        `backward` takes ``truncate`` and returns the gradients of x and of the state.
+    """
+
+    time: str = POINTWISE
+    carries_state: bool = False
 
     dtype: np.dtype[Any]
     _config: dict[str, Any]
+    _frozen: bool = False
+    # Trailing axes that a pointwise layer works on together: with (B, T) they are the axes x has at least.
+    _features: int = 0
     # Never changed in place: a change puts a new dict here. Whatever is made from the parameters, as the packed
     # weights are, keeps the dict it was made from and is stale when that is no longer this one.
     _arrays: Mapping[str, Array]
     _gradients: dict[str, Array] | None = None  # made when first asked for: inference never does
 
+    def __init__(self, *, dtype: Any = "float32", **config: Any) -> None:
+        self.dtype = checks.real_dtype("dtype", dtype, None)
+        takes = inspect.signature(type(self)).parameters
+        whole = {name: _plain(name, value) for name, value in config.items()}
+        if "dtype" in takes:
+            whole["dtype"] = self.dtype.name
+        _check_makes(type(self).__name__, takes, whole)
+        self._config = whole
+        self._arrays = {}
+        for name, value in config.items():
+            if not hasattr(self, name):
+                setattr(self, name, value)
+
+    def add_parameter(self, name: str, array: Any) -> None:
+        """Give the layer a parameter, in ``__init__``.
+
+        Parameters
+        ----------
+        name : str
+            Not empty, and of no parameter that is there.
+        array : array
+            What it starts from; real numbers, copied, and converted to the dtype of the layer.
+        """
+        if self._frozen:
+            raise TypeError(f"parameters are added in __init__, not to a {type(self).__name__} that is made")
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"name should be a string that is not empty, not {checks.describe(name)}")
+        if name in self._arrays:
+            raise ValueError(f"name should be of no parameter that is there, not {name!r}")
+        given = checks.as_array("array", array)
+        if given.dtype.kind not in "fiu":
+            raise TypeError(f"array should hold real numbers, not {given.dtype}")
+        self._replace({name: given})
+
+    def tape(self, *values: Any) -> Tape:
+        """What a `forward` returns beside its outputs: whatever `backward` needs."""
+        return Tape(self, values)
+
+    def kept(self, tape: Any) -> Any:
+        """The values that `forward` put on a tape of this layer; another tape is an error."""
+        return self._kept(tape)
+
+    def targets(self, grads: Any) -> Mapping[str, Array]:
+        """Where `backward` adds the gradient of each parameter: `grads` of the layer, or the mapping it was given."""
+        return self._targets(grads)
+
+    def run(self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None) -> tuple[Array, Any]:
+        """Inference of any layer in one form: what a call gives, and the state each row ends in.
+
+        Parameters
+        ----------
+        x : array of shape (B, T, ...)
+            What the layer takes.
+        state : optional
+            What an earlier run returned; only where the layer carries a state.
+        lengths : array of shape (B,), optional
+            The real steps of each row. Outputs past them are 0, and nothing in `x` matters there.
+        resets : array of bool of shape (B, T), optional
+            Where states go back to zeros; only where the layer carries a state.
+
+        Returns
+        -------
+        y : ndarray
+        state
+            None where the layer carries none.
+        """
+        me: Any = self
+        if self.carries_state:
+            y, end = me(x, **_some(state=state, lengths=lengths, resets=resets))
+            return y, end
+        self._check_no_state(state, resets)
+        if self.time != POINTWISE:
+            return me(x, **_some(lengths=lengths)), None
+        x, lengths = self._cleared(x, lengths)
+        return self._clear_outputs(x, me(x), lengths), None
+
+    def forward_carrying(
+        self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, seed: int | None = None
+    ) -> tuple[Array, Any, Tape]:
+        """`forward` of any layer in one form, for containers and the trainer.
+
+        Parameters
+        ----------
+        x, state, lengths, resets
+            As of `run`.
+        seed : int, optional
+            Fixes what dropout drops.
+
+        Returns
+        -------
+        y : ndarray
+        state
+            None where the layer carries none.
+        tape : Tape
+            For `backward`.
+        """
+        me: Any = self
+        if not hasattr(me, "forward"):
+            raise TypeError(f"a layer needs a forward to be trained, and {self!r} has none")
+        if self.carries_state:
+            y, end, tape = me.forward(x, seed=seed, **_some(state=state, lengths=lengths, resets=resets))
+            return y, end, tape
+        self._check_no_state(state, resets)
+        if self.time != POINTWISE:
+            y, *_, tape = me.forward(x, seed=seed, **_some(lengths=lengths))
+            return y, None, tape
+        x, lengths = self._cleared(x, lengths)
+        y, tape = me.forward(x, seed=seed)
+        return self._clear_outputs(x, y, lengths), None, tape
+
+    def backward_carrying(
+        self, dy: Any, tape: Tape, *, truncate: int | None = None, grads: Mapping[str, Array] | None = None
+    ) -> Array | None:
+        """`backward` of any layer in one form: the gradient of x, or None where x has none."""
+        me: Any = self
+        result = me.backward(dy, tape, grads=grads, **_some(truncate=truncate))
+        dx = result[0] if isinstance(result, tuple) else result
+        return dx if isinstance(dx, np.ndarray) else None
+
+    def unstreamable(self) -> str | None:
+        """Why the layer cannot be trained on chunks of streams one after another; None where it can."""
+        if self.time == POOLING:
+            return f"{self._making()} gives one output for all steps, and would give one for every chunk"
+        if getattr(self, "bidirectional", False):
+            return f"{self._making()} is bidirectional, and its reverse direction would start anew in every chunk"
+        if self.time == SEQUENCE and not self.carries_state:
+            return f"{self._making()} carries no state, and would see nothing of the chunks before"
+        return None
+
+    def _check_no_state(self, state: Any, resets: Any) -> None:
+        for name, value in (("state", state), ("resets", resets)):
+            if value is not None:
+                raise ValueError(f"{name} should be None: {self._making()} carries no state")
+
+    def _cleared(self, x: Any, lengths: Any) -> tuple[Any, Array | None]:
+        """x and lengths for a pointwise layer: what stands past a length can do no harm."""
+        if lengths is None:
+            return x, None
+        x = checks.as_array("x", x)
+        axes = 2 + self._features
+        if x.ndim < axes:
+            form = ", ".join(["B", "T", *["..."][: x.ndim < 3 or self._features > 0]])
+            raise ValueError(
+                f"x should be of shape ({form}), of {axes} axes at least, where lengths are given, not {x.shape}"
+            )
+        lengths = checks.lengths(lengths, *x.shape[:2])
+        return (cleared(x, lengths) if x.dtype.kind in "fiu" else x), lengths
+
+    def _clear_outputs(self, x: Any, y: Array, lengths: Array | None) -> Array:
+        if lengths is None:
+            return y
+        if y.shape[:2] != x.shape[:2]:
+            raise ValueError(
+                f"{self._making()} should give an output for every step, since its time is {self.time!r}, but of"
+                f" x {x.shape} it made {y.shape}"
+            )
+        return cleared(y, lengths)
+
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
         """Parameters to start from: PyTorch's default."""
         return {}
 
+    def _freeze(self) -> None:
+        """From now on attributes are fixed."""
+        self._frozen = True
+
     def __setattr__(self, name: str, value: object) -> None:
-        if not name.startswith("_") and hasattr(self, name):
-            raise AttributeError(f"{name} is fixed once a {type(self).__name__} is made")
+        if self._frozen and not name.startswith("_"):
+            kind = type(self).__name__
+            if name in self._arrays:
+                raise AttributeError(f'{name} is a parameter: set it by layer.parameters["{name}"] = ...')
+            if hasattr(self, name):
+                raise AttributeError(f"{name} is fixed once a {kind} is made")
+            if type(self).__module__.partition(".")[0] == "fastseq":  # a class of your own may have what it likes
+                raise AttributeError(f"{name} is no attribute of a {kind}, and cannot become one")
         super().__setattr__(name, value)
 
     def _replace(self, changed: Mapping[str, Array]) -> None:
@@ -132,8 +360,8 @@ class Layer:
             return self.grads
         given = checks.mapping("grads", grads)
         wanted = self._arrays
-        faults = [f"{name} is missing" for name in wanted if name not in given]
-        faults += [f"{name} is unknown" for name in given if name not in wanted]
+        faults = checks.are((name for name in wanted if name not in given), "missing")
+        faults += checks.are((name for name in given if name not in wanted), "unknown")
         for name in (name for name in wanted if name in given):
             array = given[name]
             if type(array) is not np.ndarray or array.dtype != self.dtype or not array.flags.carray:
@@ -174,8 +402,8 @@ class Layer:
         given = checks.mapping("mapping", mapping)
         wanted = self._arrays
         arrays = {name: checks.real_array(name, given[name], self.dtype) for name in wanted if name in given}
-        faults = [f"{name} is missing" for name in wanted if name not in given]
-        faults += [f"{name} is unknown" for name in given if name not in wanted]
+        faults = checks.are((name for name in wanted if name not in given), "missing")
+        faults += checks.are((name for name in given if name not in wanted), "unknown")
         faults += [
             f"{name} should be of shape {wanted[name].shape}, not {array.shape}"
             for name, array in arrays.items()
@@ -200,6 +428,7 @@ class Layer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["config"])  # type: ignore[misc]
         self._replace(state["arrays"])
+        self._freeze()
 
     def _making(self) -> str:
         """The call that makes a layer of this configuration."""
@@ -237,6 +466,43 @@ class Composite(Layer):
             return dict.fromkeys(self._children)
         targets = self._targets(grads)
         return {child: _under(child, targets) for child in self._children}
+
+
+def _some(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_makes(kind: str, takes: Mapping[str, inspect.Parameter], config: Mapping[str, Any]) -> None:
+    """Refuse a configuration that does not make a layer of its class again."""
+    kinds = {parameter.kind for parameter in takes.values()}
+    faults = [
+        f"{name} is missing"
+        for name, parameter in takes.items()
+        if name not in config
+        and parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        faults += [f"{name} is no argument of it" for name in config if name not in takes]
+    if faults:
+        raise TypeError(
+            f"super().__init__ should be given by name all that {kind}.__init__ takes, so that the layer can be made"
+            f" again when it is loaded: {'; '.join(faults)}"
+        )
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A setting as a file can hold it."""
+    plain = value.item() if isinstance(value, np.generic) else value
+    try:
+        json.dumps(plain)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} should be a number, a string, a boolean, None, or lists or dictionaries of those, so that a file"
+            f" can hold it, not {checks.describe(value)}"
+        ) from None
+    return plain
 
 
 def _under(child: str, arrays: Mapping[str, Array]) -> dict[str, Array]:

@@ -27,6 +27,8 @@ class Linear(Layer):
         Fixes the initial parameters, uniform in ±1/sqrt(I).
     """
 
+    _features = 1
+
     # The set of operations, compiled or in NumPy.
     _operations: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")

@@ -65,6 +65,7 @@ class LayerNorm(Layer):
             "dtype": self.dtype.name,
         }
         self._width = prod(self.normalized_shape)
+        self._features = len(self.normalized_shape)
         self._arrays = {}
         self._replace(self._initial(np.random.default_rng()))
 
@@ -191,6 +192,7 @@ class RMSNorm(Layer):
             "dtype": self.dtype.name,
         }
         self._width = prod(self.normalized_shape)
+        self._features = len(self.normalized_shape)
         self._arrays = {}
         self._replace(self._initial(np.random.default_rng()))
 

@@ -68,6 +68,8 @@ def waves(width: int, base: float, dtype: np.dtype[Any]) -> Table:
 class Positions(Layer):
     """What the layers of positions share."""
 
+    _features = 1
+
     # The set of operations, compiled or in NumPy.
     _operations: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")

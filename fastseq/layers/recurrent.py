@@ -9,7 +9,7 @@ import numpy as np
 
 from fastseq import _dense, _recurrent, checks, threads
 from fastseq.checks import Array
-from fastseq.layers.base import Layer, Tape, mask_seed
+from fastseq.layers.base import SEQUENCE, Layer, Tape, mask_seed
 from fastseq.state import LSTMState, State, adopt
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # of one direction of one layer
@@ -27,6 +27,9 @@ class Kept(NamedTuple):
 
 class Recurrent(Layer):
     """What the three recurrent layers share."""
+
+    time = SEQUENCE
+    carries_state = True
 
     # The set of operations: `pack`, `run`, `fits`, `step`, `forward`, `gates` and `backward`, compiled or in NumPy;
     # and the set that has `dropout`.

@@ -80,11 +80,12 @@ def padded(weights: Array, queries: Rows, keys: Rows) -> Array:
 
 
 def cleared(array: Array, lengths: Array | None) -> Array:
-    """An array (B, T, ...) with zeros past the lengths; a copy, where there is anything to clear."""
+    """An array (B, T, ...) with zeros past the lengths, +0; a copy, where there is anything to clear."""
     if lengths is None:
         return array
     past = np.arange(array.shape[1]) >= lengths[:, None]
-    if past.any():
+    padding = array[past]
+    if padding.any() or np.signbit(padding).any():
         array = array.copy()
         array[past] = 0
     return array

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastseq import checks
 from fastseq.checks import Array
-from fastseq.layers.attention import MultiheadAttention
-from fastseq.layers.base import Composite, Layer, Tape, child_seed, mask_seed
-from fastseq.layers.recurrent import Recurrent
+from fastseq.layers.base import POINTWISE, POOLING, SEQUENCE, TIMES, Composite, Layer, Tape, child_seed, mask_seed
 from fastseq.layers.rows import cleared
-from fastseq.layers.transformer import Encodes
 
 
 class Sequential(Composite):
     """Layers one after another: each takes what the one before it gives.
 
-    Recurrent layers start from zeros, and pass on their outputs at every step; `lengths` go to all of them, to encoders
-    of Transformers and to self-attention. Parameters are named ``0.weight``, ``1.weight_ih_l0`` and so on.
+    Where `lengths` are given they go to every layer that looks at several steps, up to the first that pools; what other
+    layers make of padding is cleared. A layer says by `time` what it does. Recurrent layers start from zeros, or
+    from `state`, and pass on their outputs at every step. Parameters are named ``0.weight``, ``1.weight_ih_l0`` and so
+    on.
 
     Parameters
     ----------
     *layers : layers
-        At least one, no one twice, all of one dtype.
+        At least one, no one twice, all of one dtype. After one that pools, only such as take each row by itself.
     """
 
     def __init__(self, *layers: Layer) -> None:
         if not layers:
             raise ValueError("layers should be at least one layer")
+        pooled = None
         for place, layer in enumerate(layers):
             if not isinstance(layer, Layer):
                 raise TypeError(f"layers[{place}] should be a layer, not {checks.describe(layer)}")
@@ -37,6 +38,14 @@ class Sequential(Composite):
                 raise ValueError(
                     f"layers should be of one dtype, not {layers[0].dtype} and, layers[{place}], {layer.dtype}"
                 )
+            checks.choice(f"layers[{place}].time", layer.time, TIMES)
+            _check_one_input(f"layers[{place}]", layer)
+            if pooled is not None and layer.time != POINTWISE:
+                raise ValueError(
+                    f"layers[{place}], a {type(layer).__name__}, should stand before layers[{pooled}], a"
+                    f" {type(layers[pooled]).__name__}, which leaves no axis of time"
+                )
+            pooled = place if layer.time == POOLING else pooled
         parts = [part for layer in layers for part in _parts(layer)]
         twice = next((part for place, part in enumerate(parts) if any(part is other for other in parts[:place])), None)
         if twice is not None:
@@ -50,6 +59,17 @@ class Sequential(Composite):
         """The layers, first to last."""
         return tuple(self._children.values())
 
+    @property
+    def time(self) -> str:  # type: ignore[override]
+        """What the layers together do with the axis of time: "pooling", "sequence" or "pointwise"."""
+        times = {layer.time for layer in self}
+        return next(time for time in (POOLING, SEQUENCE, POINTWISE) if time in times)
+
+    @property
+    def carries_state(self) -> bool:  # type: ignore[override]
+        """Whether one of the layers carries a state."""
+        return any(layer.carries_state for layer in self)
+
     def __len__(self) -> int:
         return len(self._children)
 
@@ -59,16 +79,20 @@ class Sequential(Composite):
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
 
-    def __call__(self, x: Any, *, lengths: Any = None) -> Array:
+    def __call__(self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None) -> Array:
         """Run all layers; inference.
 
         Parameters
         ----------
         x : array
             What the first layer takes.
+        state : tuple, optional
+            Where the layers that carry a state start: what `run` or `initial_state` returned.
         lengths : array of shape (B,), optional
             The real steps of each row of x (B, T, ...), integers in 0..T in any order. Past them `y` is 0 and nothing
             in `x` matters.
+        resets : array of bool of shape (B, T), optional
+            True where states go back to zeros before the step; for the layers that carry one.
 
         Returns
         -------
@@ -80,22 +104,39 @@ class Sequential(Composite):
         TypeError, ValueError
             Naming the argument, what it was and what it should be.
         """
-        x, lengths = self._opened(x, lengths)
-        for layer in self:
-            if isinstance(layer, Recurrent):
-                x, _ = layer(x, lengths=lengths)
-            elif isinstance(layer, Sequential | MultiheadAttention | Encodes):
-                x = layer(x, lengths=lengths)
-            else:
-                x = layer(x)  # type: ignore[operator]  # every layer can be called, each in its own way
-        return x if _takes_lengths(self[-1]) else cleared(x, lengths)
+        return self.run(x, state, lengths=lengths, resets=resets)[0]
 
-    def forward(self, x: Any, *, lengths: Any = None, seed: int | None = None) -> tuple[Array, Tape]:
+    def run(self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None) -> tuple[Array, Any]:
+        """A call, and where each row ends.
+
+        Parameters
+        ----------
+        x, state, lengths, resets
+            As of a call.
+
+        Returns
+        -------
+        y : ndarray
+        state : tuple, or None
+            A state for each layer, None for those that carry none; None where no layer does.
+        """
+        states = self._states(state, resets)
+        ends = []
+        x, lengths = self._opened(x, lengths)
+        for layer, start in zip(self, states, strict=True):
+            x, end = layer.run(x, start, lengths=lengths, resets=resets if layer.carries_state else None)
+            x, lengths = self._passed_on(layer, x, lengths)
+            ends.append(end)
+        return x, (tuple(ends) if self.carries_state else None)
+
+    def forward(
+        self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, seed: int | None = None
+    ) -> tuple[Array, Tape]:
         """Run all layers for training: what a call gives, but for dropout, and what `backward` needs.
 
         Parameters
         ----------
-        x, lengths
+        x, state, lengths, resets
             As for a call. `x` is not to be changed as long as the tape is used.
         seed : int, optional
             Fixes what dropout drops, of each layer another; drawn where it is not given.
@@ -107,22 +148,28 @@ class Sequential(Composite):
         tape : Tape
             For `backward`.
         """
-        seed = mask_seed(seed)
-        x, lengths = self._opened(x, lengths)
-        tapes = []
-        for place, layer in enumerate(self):
-            own = child_seed(seed, place)
-            if isinstance(layer, Recurrent):
-                x, _, tape = layer.forward(x, lengths=lengths, seed=own)
-            elif isinstance(layer, Sequential | MultiheadAttention | Encodes):
-                x, tape = layer.forward(x, lengths=lengths, seed=own)
-            else:
-                x, tape = layer.forward(x, seed=own)  # type: ignore[attr-defined]
-            tapes.append(tape)
-        y = x if _takes_lengths(self[-1]) else cleared(x, lengths)
-        return y, Tape(self, (tuple(tapes), lengths, y.shape))
+        y, _, tape = self.forward_carrying(x, state, lengths=lengths, resets=resets, seed=seed)
+        return y, tape
 
-    def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array | None:
+    def forward_carrying(
+        self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, seed: int | None = None
+    ) -> tuple[Array, Any, Tape]:
+        """`forward`, and between y and tape where each row ends, as `run` returns it."""
+        seed = mask_seed(seed)
+        states = self._states(state, resets)
+        ends, kept = [], []
+        x, lengths = self._opened(x, lengths)
+        for place, (layer, start) in enumerate(zip(self, states, strict=True)):
+            own = resets if layer.carries_state else None
+            x, end, tape = layer.forward_carrying(x, start, lengths=lengths, resets=own, seed=child_seed(seed, place))
+            kept.append((tape, lengths))
+            x, lengths = self._passed_on(layer, x, lengths)
+            ends.append(end)
+        return x, (tuple(ends) if self.carries_state else None), Tape(self, (tuple(kept), x.shape))
+
+    def backward(
+        self, dy: Any, tape: Tape, *, truncate: int | None = None, grads: Mapping[str, Array] | None = None
+    ) -> Array | None:
         """Gradients, given that of the outputs.
 
         Parameters
@@ -131,6 +178,8 @@ class Sequential(Composite):
             Past a row's length nothing in it matters.
         tape : Tape
             What `forward` returned.
+        truncate : int, optional
+            For the layers that carry a state: how many steps a gradient goes back, as of the recurrent layers.
         grads : mapping from str to ndarray, optional
             Where the gradients of the parameters are added; `grads` of the layers by default.
 
@@ -139,32 +188,72 @@ class Sequential(Composite):
         dx : ndarray of the shape of x, or None
             0 past a row's length. None where the first layer takes symbols, which have no gradient.
         """
-        tapes, lengths, shape = self._kept(tape)
-        dy = checks.like("dy", dy, self.dtype, shape)
+        kept, shape = self._kept(tape)
+        if truncate is not None and not self.carries_state:
+            raise ValueError("truncate should be None where no layer carries a state")
+        gradient: Array | None = checks.like("dy", dy, self.dtype, shape)
         targets = self._child_targets(grads)
-        if not _takes_lengths(self[-1]):
-            dy = cleared(dy, lengths)
-        for (name, layer), kept in zip(reversed(self._children.items()), reversed(tapes), strict=True):
-            dy = layer.backward(dy, kept, grads=targets[name])  # type: ignore[attr-defined]
-            if isinstance(layer, Recurrent):
-                dy, _ = dy
-        return dy if dy is None or _takes_lengths(self[0]) else cleared(dy, lengths)
+        for (name, layer), (own, lengths) in zip(reversed(self._children.items()), reversed(kept), strict=True):
+            if layer.time != POOLING and gradient is not None:
+                gradient = cleared(gradient, lengths)
+            cut = truncate if layer.carries_state else None
+            gradient = layer.backward_carrying(gradient, own, truncate=cut, grads=targets[name])
+        return gradient if gradient is None else cleared(gradient, kept[0][1])
+
+    def initial_state(self, batch_size: int) -> Any:
+        """The states that rows start from when none is given: a tuple, as `run` returns it.
+
+        Parameters
+        ----------
+        batch_size : int
+            Rows of the batch, 0 or more.
+        """
+        count = checks.size("batch_size", batch_size)
+        if not self.carries_state:
+            return None
+        children: Iterator[Any] = iter(self)
+        return tuple(layer.initial_state(count) if layer.carries_state else None for layer in children)
+
+    def unstreamable(self) -> str | None:
+        """Why the layers cannot be trained on chunks of streams one after another; None where they can."""
+        return next((why for layer in self if (why := layer.unstreamable()) is not None), None)
+
+    def _states(self, state: Any, resets: Any) -> tuple[Any, ...]:
+        """A state for each layer, None for zeros."""
+        if not self.carries_state:
+            self._check_no_state(state, resets)
+        if state is None:
+            return (None,) * len(self)
+        if not isinstance(state, tuple | list) or len(state) != len(self):
+            raise ValueError(
+                f"state should be a tuple of {len(self)}, a state or None for each layer, not {checks.describe(state)}"
+            )
+        for place, (layer, own) in enumerate(zip(self, state, strict=True)):
+            if own is not None and not layer.carries_state:
+                raise ValueError(f"state[{place}] should be None: {layer._making()} carries no state")
+        return tuple(state)
 
     def _opened(self, x: Any, lengths: Any) -> tuple[Any, Array | None]:
-        """x and lengths as the layers want them: what stands past a length can do no harm."""
+        """x and lengths, looked at as far as all layers have them in common."""
         if lengths is None:
             return x, None
         x = checks.as_array("x", x)
         if x.ndim < 2:
             raise ValueError(f"x should be of shape (B, T, ...) where lengths are given, not {x.shape}")
-        lengths = checks.lengths(lengths, *x.shape[:2])
-        return (x if _takes_lengths(self[0]) else cleared(x, lengths)), lengths
+        return x, checks.lengths(lengths, *x.shape[:2])
+
+    def _passed_on(self, layer: Layer, y: Array, lengths: Array | None) -> tuple[Array, Array | None]:
+        """What the next layer takes of the outputs of one, and the lengths that they have."""
+        if layer.time == POOLING or lengths is None:
+            return y, None
+        return cleared(y, lengths), lengths
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["layers"])  # type: ignore[misc]
+        self._freeze()
 
     def __copy__(self) -> Sequential:
         return type(self)(*(copy.copy(layer) for layer in self))
@@ -181,5 +270,11 @@ def _parts(layer: Layer) -> Iterator[Layer]:
             yield from _parts(child)
 
 
-def _takes_lengths(layer: Layer) -> bool:
-    return isinstance(layer, Recurrent | Sequential | MultiheadAttention | Encodes)
+def _check_one_input(name: str, layer: Layer) -> None:
+    """Refuse what cannot be called with the outputs of the layer before."""
+    if not callable(layer):
+        raise TypeError(f"{name} should be a layer that can be called, not {layer!r}")
+    try:
+        inspect.signature(layer).bind(None)
+    except TypeError as error:
+        raise TypeError(f"{name} should take one input, not as a {type(layer).__name__} does: {error}") from None

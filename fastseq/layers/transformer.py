@@ -16,7 +16,7 @@ from fastseq import _transformer, checks, threads
 from fastseq.checks import Array
 from fastseq.layers.activation import GELU, ReLU
 from fastseq.layers.attention import Frame, MultiheadAttention, batched, head_dim, kv_heads, rotary_base
-from fastseq.layers.base import Composite, Layer, Tape, child_seed, mask_seed, seeds_of
+from fastseq.layers.base import SEQUENCE, Composite, Layer, Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.dropout import Dropout
 from fastseq.layers.linear import Linear
 from fastseq.layers.norm import LayerNorm, RMSNorm
@@ -49,6 +49,8 @@ class Context(NamedTuple):
 
 class Stack(Composite):
     """What encoders, decoders and the layers of both share: settings, and how arguments are looked at."""
+
+    time = SEQUENCE
 
     # The set of operations, compiled or in NumPy, and the layers over it.
     _operations: ClassVar[Any] = _transformer

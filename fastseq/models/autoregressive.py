@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -11,20 +12,24 @@ from fastseq import _models, checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.base import seeds_of
 from fastseq.models.base import (
-    Model,
+    BATCH_SIZE,
+    ScaledModel,
     Series,
     bounded,
+    check_extent,
     gaussian,
+    held_out,
+    is_data,
+    last_part,
     row_sums,
     series_of,
-    spread_of,
 )
 from fastseq.training import Batch, History
 
 _CRITERIA = ("bic", "aic")
 
 
-class AutoRegressive(Model):
+class AutoRegressive(ScaledModel):
     """AR(τ): x_t = b + φ_1 x_{t-1} + ... + φ_τ x_{t-τ} + e_t, with e_t Gaussian [1]_; or a perceptron in its place.
 
     Without `hidden`, every series has coefficients of its own, and a model of one series predicts any number of them.
@@ -38,9 +43,10 @@ class AutoRegressive(Model):
     hidden : int, optional
         Units of the perceptron; by default there is none.
     activation : {"sigmoid", "tanh", "relu"}
-        f.
+        f; of a perceptron.
     dtype : {"float32", "float64"}
-        Of parameters and predictions. Least squares are solved in float64.
+        Of parameters, and of the predictions of a perceptron before they are scaled. Least squares are solved, and a
+        linear model predicts, in float64. Predictions have the wider one of this and the dtype of the series.
     seed : int, optional
         Fixes the initial parameters of the perceptron.
 
@@ -49,11 +55,11 @@ class AutoRegressive(Model):
     coefficients : ndarray of shape (S, order)
         φ of each series that was fitted, that of the last value first; of a linear model.
     intercept : ndarray of shape (S,)
-        b; of a linear model.
+        b, in float64; of a linear model.
     sigma2 : ndarray of shape (S,), or (1,) of a perceptron
         The variance of e, the mean of the squared residuals.
     history : History or None
-        Of the last training of a perceptron.
+        What the last `fit` returned.
 
     References
     ----------
@@ -82,6 +88,8 @@ class AutoRegressive(Model):
         self.order = checks.size("order", order, 1)
         self.hidden = None if hidden is None else checks.size("hidden", hidden, 1)
         self.activation = checks.choice("activation", activation, ("sigmoid", "tanh", "relu"))
+        if self.hidden is None and self.activation != "sigmoid":
+            raise ValueError(f"activation should not be given where hidden is None, but is {self.activation!r}")
         self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
         self.seed = checks.seed("seed", seed)
         config = {
@@ -92,6 +100,7 @@ class AutoRegressive(Model):
             "seed": self.seed,
         }
         self._history: History | None = None
+        self._first_predicted = self.order  # by the last `fit`: of each series
         self._first: Any = None
         self._second: Any = None
         if self.hidden is None:
@@ -129,9 +138,11 @@ class AutoRegressive(Model):
         return self._history
 
     def _check_fitted(self, given: Mapping[str, Any]) -> dict[str, Array]:
-        own = ("coefficients", "intercept")  # these are of the model's dtype
         wide = np.dtype(np.float64)
-        fitted = {n: np.array(checks.real_array(n, given[n], self.dtype if n in own else wide)) for n in given}
+        fitted = {
+            name: np.array(checks.real_array(name, value, self.dtype if name == "coefficients" else wide))
+            for name, value in given.items()
+        }
         rows = fitted["sigma2"].size if self.hidden is None else 1
         for name, array in fitted.items():
             shape = (rows, self.order) if name == "coefficients" else (rows,)
@@ -139,11 +150,27 @@ class AutoRegressive(Model):
                 raise ValueError(f"{name} should be of shape {shape}, not {array.shape}")
         return fitted
 
-    def fit(self, series: Any, lengths: Any = None, *, hold_back: int | None = None, **settings: Any) -> AutoRegressive:
+    @property
+    def loss_unit(self) -> str:
+        """What the losses of a training are counted in."""
+        return "nats a value" if self.hidden is None else super().loss_unit
+
+    @checks.short_traceback
+    def fit(
+        self,
+        series: Any,
+        lengths: Any = None,
+        *,
+        hold_back: int | None = None,
+        batch_size: int | None = None,
+        seed: int | None = 0,
+        validation_split: float | None = None,
+        **settings: Any,
+    ) -> History:
         """Make the likelihood given the first τ values of each series large.
 
         A linear model is solved for: conditional least squares, where it is largest. A perceptron is trained, from
-        the parameters it has.
+        the parameters it has. Where this fails, the model is as it was.
 
         Parameters
         ----------
@@ -154,86 +181,112 @@ class AutoRegressive(Model):
         hold_back : int, optional
             The values at the start of each series that are not predicted, τ by default; more of them, to compare
             orders on the same values.
+        batch_size : int, optional
+            Of a perceptron: values that are predicted in a batch; 32 by default.
+        seed : int, optional
+            Of a perceptron: fixes the order of what it learns from.
+        validation_split : float in (0, 1), optional
+            Of a perceptron: the share of the series, drawn by the seed, that it is validated on; of one series the
+            last part.
         **settings
-            Of a perceptron: as of `fastseq.training.fit`, where `validation` may be series, too; `batch_size`, 32 by
-            default; and `epochs`, 100 if `steps` are not given either. The optimiser is Adam with a learning rate of
-            0.01, unless another is given.
+            Of a perceptron: as of `fastseq.training.fit`, ``epochs`` for example, where ``validation`` may be series,
+            too. The optimiser is Adam with a learning rate of 0.01, unless another is given. A validation loss is
+            the mean squared error of one-step predictions, in units of the deviation.
 
         Returns
         -------
-        AutoRegressive
-            Itself.
+        History
+            Of a linear model one step: its loss is the mean negative log-density of a value, in nats.
         """
         first = self.order if hold_back is None else checks.size("hold_back", hold_back, self.order)
-        given = series_of("series", series, lengths, np.dtype(np.float64))
+        if self.hidden is None:
+            others = {"batch_size": batch_size, "validation_split": validation_split}
+            for name in [*settings, *(name for name, value in others.items() if value is not None)]:
+                raise TypeError(f"{name} is a setting of training, which a linear model does without")
+        given = series_of("series", series, lengths, self.dtype)
         given.check_finite("series")
-        if self.hidden is not None:
-            self._train(given, first, settings)
-            return self
-        if settings:
-            raise TypeError(f"{next(iter(settings))} is a setting of training, which a linear model does without")
+        if self.hidden is None:
+            self._history = self._solve_for(given, first)
+            return self._history
+        if settings.get("metrics"):
+            raise ValueError(
+                "metrics should be left out, as a call of this model does not predict windows by themselves"
+            )
+        settings["seed"] = seed
+        size = BATCH_SIZE if batch_size is None else checks.size("batch_size", batch_size, 1)
+        validation: Series | None = None
+        if validation_split is not None:
+            if settings.get("validation") is not None:
+                raise ValueError("validation_split should not be given with validation")
+            given.check_lengths("series", first + 1)
+            given, validation = self._split(given, validation_split, seed)
+        elif settings.get("validation") is not None and not is_data(settings["validation"]):
+            validation = series_of("validation", settings["validation"], None, self.dtype)
+            validation.check_finite("validation")
+        if validation is not None:
+            validation.check_lengths("validation", self.order + 1)
+            settings["validation"] = training.Windows(validation.rows(), steps=self.order, batch_size=size, seed=0)
+        given.check_lengths("series", first + 1)
+        self._optimised(settings)
+        rows = [row[first - self.order :] for row in given.rows()]
+        data = training.Windows(rows, steps=self.order, batch_size=size, seed=seed)
+        counts = np.array([float(sum(len(row) - self.order for row in rows))])
+        self._first_predicted = first
+        self._history = self._learn(given, "series", data, {"counts": counts}, settings)
+        return self._history
+
+    def _split(self, given: Series, share: Any, seed: int | None) -> tuple[Series, Series]:
+        """What is learnt from, and what is validated on."""
+        if len(given.values) > 1:
+            learnt, out = held_out(len(given.values), share, seed)
+            return given.some(learnt), given.some(out)
+        length = int(given.lengths.sum())
+        cut = last_part(length, share, self.order + 1)
+        return given.steps(0, cut), given.steps(cut, length)
+
+    def _solve_for(self, given: Series, first: int) -> History:
+        """Least squares."""
+        begin = time.perf_counter()
         given.check_lengths("series", first + self.order + 2)
         # Values far from 0 have nearly the same direction as the intercept; from its first value a series has not.
         base = given.values[:, :1]
-        upper = self._operations.triangle(
-            np.ascontiguousarray(given.values - base), given.lengths, self.order, first, threads.get_num_threads()
-        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            apart = np.where(given.real(), given.values - base, 0)
+        check_extent("series", np.abs(apart).max(axis=1, initial=0))
+        upper = self._operations.triangle(apart, given.lengths, self.order, first, threads.get_num_threads())
         solution = _solve(upper[:, :-1, :-1], upper[:, :-1, -1])
-        coefficients = np.ascontiguousarray(solution[:, 1:])
+        coefficients = np.ascontiguousarray(solution[:, 1:]).astype(self.dtype)
+        # Of the coefficients as they are kept: so far from 0 their rounding does not move what is predicted.
+        intercept = solution[:, 0] + base[:, 0] * (1 - coefficients.astype(np.float64).sum(axis=1))
+        counts = (given.lengths - first).astype(np.float64)
         self._take_fitted(
             {
-                "coefficients": coefficients.astype(self.dtype),
-                "intercept": (solution[:, 0] + base[:, 0] * (1 - coefficients.sum(axis=1))).astype(self.dtype),
-                "sigma2": upper[:, -1, -1] ** 2 / (given.lengths - first),
-                "counts": (given.lengths - first).astype(np.float64),
+                "coefficients": coefficients,
+                "intercept": intercept,
+                "sigma2": upper[:, -1, -1] ** 2 / counts,
+                "counts": counts,
             }
         )
-        return self
+        loss = -float(self._log_likelihood().sum() / max(counts.sum(), 1))
+        seconds = time.perf_counter() - begin
+        return History.of_one_step(loss, tokens=int(counts.sum()), seconds=seconds, unit=self.loss_unit)
 
-    def _train(self, given: Series, first: int, settings: dict[str, Any]) -> None:
-        """Train the perceptron, and measure what is left."""
-        batch_size = settings.pop("batch_size", 32)
-        given.check_lengths("series", first + 1)
-        rows = [row[first - self.order :] for row in given.rows()]
-        mean, deviation = spread_of(given.values[given.real()][:, None])
-        n = float(sum(len(row) - self.order for row in rows))
-        self._take_fitted(
-            {"mean": mean, "deviation": deviation, "sigma2": np.square(deviation), "counts": np.array([n])}
-        )
-        if settings.get("steps") is None:
-            settings.setdefault("epochs", 100)
-        if settings.get("optimiser") is None:
-            settings["optimiser"] = training.Adam(self, 0.01)
-        if settings.get("validation") is not None and not hasattr(settings["validation"], "batches"):
-            validation = series_of("validation", settings["validation"], None, np.dtype(np.float64))
-            validation.check_lengths("validation", self.order + 1)
-            settings["validation"] = training.Windows(
-                validation.rows(), steps=self.order, batch_size=batch_size, seed=0
-            )
-        data = training.Windows(rows, steps=self.order, batch_size=batch_size, seed=settings.get("seed", 0))
-        self._history = training.fit(self, data, **settings)
-        own = Series(given.values.astype(self.dtype), given.lengths, given.alone, False)
-        residuals = own.values[:, first:] - self._predict(own)[:, first - 1 : -1]
-        squares = row_sums(np.square(residuals, dtype=np.float64), given.lengths - first)
-        self._take_fitted({**self._fitted, "sigma2": np.array([squares.sum() / n])})
-
-    def _units(self) -> tuple[Any, Any]:
-        """Mean and deviation, in the dtype of the layers."""
-        if not self._fitted:
-            return self.dtype.type(0), self.dtype.type(1)
-        return self.dtype.type(self._fitted["mean"][0]), self.dtype.type(self._fitted["deviation"][0])
+    def _variance(self, given: Series) -> Array:
+        first = self._first_predicted
+        residuals = given.values[:, first:] - self._predict(given)[:, first - 1 : -1]
+        counts = given.lengths - first
+        return np.array([row_sums(np.square(residuals), counts).sum() / counts.sum()])
 
     def _windows(self, batch: Batch) -> tuple[Array, Array]:
         """The windows of a batch (B, τ) and what follows them (B, 1), standardised."""
-        mean, deviation = self._units()
         if batch.targets is None:
             raise ValueError("data should be Windows, or batches with targets")
         parts = []
         for name, value in (("inputs", batch.inputs), ("targets", batch.targets)):
-            array = checks.real_array(name, value, self.dtype)
-            if array.ndim != 3 or array.shape[1:] != (self.order, 1):
-                raise ValueError(f"{name} should be of shape (B, {self.order}, 1), not {array.shape}")
-            parts.append(np.ascontiguousarray((array[..., 0] - mean) / deviation))
+            given = series_of(name, value, None, self.dtype, 1)
+            if given.values.shape[1:] != (self.order, 1) or np.ndim(value) != 3:
+                raise ValueError(f"{name} should be of shape (B, {self.order}, 1), not {np.shape(value)}")
+            parts.append(self._standard(given.values)[..., 0])
         return parts[0], parts[1][:, -1:]
 
     def training_forward(
@@ -278,24 +331,26 @@ class AutoRegressive(Model):
         -------
         ndarray of shape (S, T), or (T,)
             At step t the expectation of x_{t+1} given x_t, ..., x_{t-τ+1}; NaN while there are fewer than τ values,
-            0 past the end of a series.
+            0 past the end of a series. Of the wider dtype of the model's and the series'.
         """
         given = self._given(series, lengths)
         return given.like(self._predict(given))
 
     def _predict(self, given: Series) -> Array:
+        """What a call returns, in float64."""
         y: Array
         if self.hidden is None:
+            coefficients = self.coefficients.astype(given.values.dtype)
             y = self._operations.predict(
-                given.values, given.lengths, self.intercept, self.coefficients, threads.get_num_threads()
+                given.values, given.lengths, self.intercept, coefficients, threads.get_num_threads()
             )
             return y
         y = np.full_like(given.values, np.nan)
         if y.shape[1] >= self.order:
-            mean, deviation = self._units()
-            windows = np.lib.stride_tricks.sliding_window_view((given.values - mean) / deviation, self.order, axis=1)
+            standard = self._standard(given.values[..., None])[..., 0]
+            windows = np.lib.stride_tricks.sliding_window_view(standard, self.order, axis=1)
             hidden = self._operations.activate(self._first(windows), self.activation)
-            y[:, self.order - 1 :] = self._second(hidden)[..., 0] * deviation + mean
+            y[:, self.order - 1 :] = self._raw(self._second(hidden))[..., 0]
         y[~given.real()] = 0
         return y
 
@@ -335,17 +390,18 @@ class AutoRegressive(Model):
         return given.like(self._rollout(recent, horizon))
 
     def _rollout(self, recent: Array, horizon: int) -> Array:
+        """What follows the last τ values (S, τ), in float64."""
         y: Array
         n_threads = threads.get_num_threads()
         if self.hidden is None:
-            y = self._operations.rollout(recent, self.intercept, self.coefficients, horizon, n_threads)
+            coefficients = self.coefficients.astype(recent.dtype)
+            y = self._operations.rollout(recent, self.intercept, coefficients, horizon, n_threads)
             return y
-        mean, deviation = self._units()
         weights = [layer.parameters[name] for layer in (self._first, self._second) for name in ("weight", "bias")]
         y = self._operations.rollout_perceptron(
-            (recent - mean) / deviation, *weights, self.activation, horizon, n_threads
+            self._standard(recent[..., None])[..., 0], *weights, self.activation, horizon, n_threads
         )
-        return np.asarray(y * deviation + mean)
+        return self._raw(y[..., None])[..., 0]
 
     def aic(self) -> Array:
         """Akaike's criterion of each series that was fitted, (S,): 2 p - 2 log L; less is better.
@@ -403,13 +459,14 @@ class AutoRegressive(Model):
         if not tried:
             raise ValueError("orders should hold at least one order")
 
-        def model(order: int) -> AutoRegressive:
-            return cls(order, hidden, activation=activation, dtype=dtype, seed=seed)
+        def fitted(order: int, hold_back: int | None = None) -> AutoRegressive:
+            model = cls(order, hidden, activation=activation, dtype=dtype, seed=seed)
+            model.fit(series, lengths, hold_back=hold_back, **settings)
+            return model
 
-        most = model(tried[-1]).order
-        fitted = [model(order).fit(series, lengths, hold_back=most, **settings) for order in tried]
-        scores = [getattr(one, criterion)().sum() for one in fitted]
-        return model(tried[int(np.argmin(scores))]).fit(series, lengths, **settings)
+        most = cls(tried[-1], hidden, activation=activation, dtype=dtype, seed=seed).order
+        scores = [getattr(fitted(order, most), criterion)().sum() for order in tried]
+        return fitted(tried[int(np.argmin(scores))])
 
     def __repr__(self) -> str:
         if self.hidden is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -10,14 +11,20 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _decode, checks, io
+from fastseq import _decode, checks, io, training
 from fastseq.checks import Array
-from fastseq.layers.base import Composite
+from fastseq.layers.base import SEQUENCE, Composite
 from fastseq.models import decoding
+from fastseq.training import Batch, History, arguments
+
+BATCH_SIZE = arguments.BATCH_SIZE  # of `fit`, where none is given
+_MOST_EXTENT = 1e150  # of series: its square, and that of its reciprocal, are ordinary numbers
 
 
 class Model(Composite):
     """Layers with trained parameters, none in some models, and what `fit` measured beside them."""
+
+    time = SEQUENCE
 
     # The names of what `fit` measures: all of them are there, or none.
     _measured: tuple[str, ...] = ()
@@ -28,6 +35,11 @@ class Model(Composite):
         self._children = children
         self._fitted = {}
 
+    @property
+    def loss_unit(self) -> str:
+        """What the losses of a training are counted in."""
+        return "nats a symbol"
+
     def _check_fitted(self, given: Mapping[str, Any]) -> dict[str, Array]:
         """What `fit` measured, from a file or a state dict, looked at; a fault is a `ValueError`."""
         return {name: np.array(value) for name, value in given.items()}
@@ -37,13 +49,34 @@ class Model(Composite):
             array.flags.writeable = False
         self._fitted = fitted
 
+    def _refresh(self) -> None:
+        """Bring up to date what was measured; while a model is trained, its parameters change with every step."""
+
     def _needs_fit(self) -> Mapping[str, Array]:
         if not self._fitted:
             raise ValueError(f"this {type(self).__name__} should be fitted first")
+        self._refresh()
         return self._fitted
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Put parameters and what was measured back to what they were where the block fails, by Ctrl-C too."""
+        arrays, fitted = dict(self._arrays), self._fitted
+        try:
+            yield
+        except BaseException:
+            self._adopt(arrays)
+            self._fitted = fitted
+            raise
+
+    def _train(self, data: Any, settings: Mapping[str, Any]) -> History:
+        """`fastseq.training.fit`; where it fails, the model is as it was."""
+        with self._all_or_nothing():
+            return training.fit(self, data, **settings)
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of all parameters by name, and of what `fit` measured."""
+        self._refresh()
         return {**super().state_dict(), **{name: np.array(array) for name, array in self._fitted.items()}}
 
     def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
@@ -70,6 +103,7 @@ class Model(Composite):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to a safetensors file, whole or not at all; `fastseq.load` reads it back."""
+        self._refresh()
         io.save(path, type(self).__name__, self._config, {**self._arrays, **self._fitted})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,6 +112,7 @@ class Model(Composite):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["config"])  # type: ignore[misc]
         self.load_state_dict(state["arrays"])
+        self._freeze()
 
 
 class Symbols(NamedTuple):
@@ -85,6 +120,11 @@ class Symbols(NamedTuple):
 
     ids: Array  # (N,) int64
     lengths: Array  # (S,) int64, of each sequence
+
+    @classmethod
+    def of(cls, rows: list[Array]) -> Symbols:
+        """Some sequences."""
+        return cls(np.concatenate(rows), np.array([len(row) for row in rows], np.int64))
 
     def rows(self) -> Array:
         """Which sequence each symbol is of, (N,)."""
@@ -113,11 +153,86 @@ def is_list_of_rows(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(isinstance(row, list | tuple | np.ndarray) for row in value)
 
 
+def is_data(value: Any) -> bool:
+    """Whether it is data of the trainer, which already is in batches."""
+    batches = isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(one, Batch) for one in value)
+    return hasattr(value, "batches") or batches
+
+
+def batched_already(**settings: Any) -> None:
+    """Refuse what says how data is put into batches, of data that already is."""
+    for name, value in settings.items():
+        if value is not None:
+            raise ValueError(f"{name} should not be given with data that already is in batches, but is {value!r:.80}")
+
+
+def no_text(name: str, value: Any) -> None:
+    """Refuse text where ids belong, in any form: a string, bytes, a list or an array of strings."""
+    one = value
+    while isinstance(one, list | tuple) and len(one):
+        one = one[0]
+    if isinstance(one, str | bytes) or (isinstance(one, np.ndarray) and one.dtype.kind in "US"):
+        raise TypeError(
+            f"{name} should be ids, integers, not text: {checks.describe(one)}; give each symbol a number first,"
+            " as in [symbols.index(s) for s in text]"
+        )
+
+
+def ids_array(name: str, value: Any) -> Array:
+    """An array that may hold ids; text is refused."""
+    no_text(name, value)
+    return checks.as_array(name, value)
+
+
+def padded_pair(value: Any) -> tuple[Any, Any]:
+    """Sequences and their lengths, given as a tuple of a padded array (B, T) and (B,); or as they are, and None."""
+    if isinstance(value, tuple) and len(value) == 2 and not isinstance(value, Batch):
+        first = value[0]
+        if np.ndim(first) == 2 if isinstance(first, np.ndarray) else is_list_of_rows(first):
+            return value
+    return value, None
+
+
+def held_out(count: int, share: Any, seed: int | None) -> tuple[Array, Array]:
+    """Which of `count` sequences a model learns from, and which it is validated on: a share of them, at least one."""
+    known = checks.seed("seed", seed)
+    drawn = int(np.random.SeedSequence().generate_state(1)[0]) if known is None else known
+    return arguments.held_out(count, arguments.split_share(share), drawn)
+
+
+def text_split(given: Symbols, share: Any, seed: int | None) -> tuple[Symbols, Symbols | None]:
+    """What is learnt from, and what is validated on: some of the sequences; of one the last part."""
+    if share is None:
+        return given, None
+    if len(given.lengths) == 1:
+        cut = last_part(len(given.ids), share, 1)
+        return given.of([given.ids[:cut]]), given.of([given.ids[cut:]])
+    rows = given.split()
+    return tuple(given.of([rows[i] for i in which]) for which in held_out(len(rows), share, seed))  # type: ignore[return-value]
+
+
+def whole_sequences(name: str, given: Symbols, batch_size: int | None) -> training.PaddedBatches:
+    """Sequences to validate on, each from its begin symbol on; empty ones have no symbol that could count."""
+    rows = [row for row in given.split() if len(row)]
+    if not rows:
+        raise ValueError(f"{name} should hold at least one symbol")
+    return training.PaddedBatches(rows, batch_size=batch_size or BATCH_SIZE, shuffle=False)
+
+
+def last_part(length: int, share: Any, least: int) -> int:
+    """Where the last part of one long sequence begins, on which a model is validated; each part has `least` steps."""
+    fraction = arguments.split_share(share)
+    if length < 2 * least:
+        raise ValueError(f"validation_split should be given with at least {2 * least} steps, not {length}")
+    return min(max(length - round(fraction * length), least), length - least)
+
+
 def symbols(name: str, value: Any, lengths: Any, vocab_size: int, lengths_name: str = "lengths") -> Symbols:
     """Sequences of ids in any form they may be given in.
 
     A list of sequences; an array (T,), which is one; or (B, T), with `lengths` where the rows are padded.
     """
+    no_text(name, value)
     if lengths is None and is_list_of_rows(value):
         rows = [checks.integers(f"{name}[{i}]", row) for i, row in enumerate(value)]
         for i, row in enumerate(rows):
@@ -350,15 +465,19 @@ def log_softmax_at(logits: Array, ids: Array) -> Array:
 class Series(NamedTuple):
     """Real-valued series as rows, padded."""
 
-    values: Array  # (S, T), or (S, T, I) of I values a step; contiguous
+    values: Array  # (S, T), or (S, T, I) of I values a step; contiguous, at least float64
     lengths: Array  # (S,) int64
     alone: bool  # given without the axis of series
     flat: bool  # given without the axis of values, though `values` has it
+    dtype: np.dtype[Any]  # of results: no narrower than that of the model, and of what was given
+    precision: float  # the relative distance of two numbers next to each other, as they were given
 
     def like(self, result: Array) -> Array:
-        """A result in the form the series were given in."""
+        """A result in the form and the dtype the series were given in."""
         if self.flat:
             result = result[..., 0]
+        with np.errstate(over="ignore"):  # beyond float32 it is inf
+            result = result.astype(self.dtype, copy=False)
         return result[0] if self.alone else result
 
     def real(self) -> Array:
@@ -385,45 +504,180 @@ class Series(NamedTuple):
         """The series one by one, without padding."""
         return [row[:length] for row, length in zip(self.values, self.lengths, strict=True)]
 
+    def some(self, which: Array) -> Series:
+        """Some of the series."""
+        return self._replace(values=self.values[which], lengths=self.lengths[which], alone=False)
+
+    def steps(self, first: int, last: int) -> Series:
+        """The steps from `first` up to `last` of the one series there is."""
+        values = np.ascontiguousarray(self.values[:, first:last])
+        return self._replace(values=values, lengths=np.array([last - first]))
+
 
 def series_of(name: str, value: Any, lengths: Any, dtype: np.dtype[Any], width: int | None = None) -> Series:
     """Series in any form they may be given in: (T,), (S, T) with or without lengths, or a list of arrays.
 
-    Of `width` values a step each form has an axis more, which may be left out where that is one.
+    Of `width` values a step each form has an axis more, which may be left out where that is one. They are kept in
+    float64 whatever the `dtype` of the model, so that centring loses nothing of values far from 0.
     """
     axes = 2 if width is not None and width > 1 else 1
     form = "(T,)" if axes == 1 else f"(T, {width})"
+    wide = np.result_type(dtype, np.float64)
     if lengths is None and is_list_of_rows(value):
-        rows = [checks.real_array(f"{name}[{i}]", row, dtype) for i, row in enumerate(value)]
-        for i, row in enumerate(rows):
+        given = [_real_values(f"{name}[{i}]", row) for i, row in enumerate(value)]
+        for i, row in enumerate(given):
             if row.ndim != axes or (axes == 2 and row.shape[1] != width):
                 raise ValueError(f"{name}[{i}] should be of shape {form}, not {row.shape}")
-        counts = np.array([len(row) for row in rows], np.int64)
-        array = np.zeros((len(rows), int(counts.max()), *rows[0].shape[1:]), dtype)
-        for into, row in zip(array, rows, strict=True):
+        counts = np.array([len(row) for row in given], np.int64)
+        own = np.result_type(*(row.dtype for row in given))
+        array = np.zeros((len(given), int(counts.max()), *given[0].shape[1:]), wide)
+        for into, row in zip(array, given, strict=True):
             into[: len(row)] = row
         alone = False
     else:
-        array = checks.real_array(name, value, dtype)
+        array = _real_values(name, value)
         if width == 1 and array.ndim == 3:
             axes, form = 2, "(T, 1)"
         if array.ndim not in (axes, axes + 1) or (axes == 2 and array.shape[-1] != width):
             raise ValueError(f"{name} should be of shape (S, {form[1:]} or {form}, or a list, not {array.shape}")
+        own = array.dtype
         alone = array.ndim == axes
+        array = checks.real_array(name, array.astype(wide, copy=False), wide)
         array = array[None] if alone else array
         counts = np.full(len(array), array.shape[1], np.int64)
         if lengths is not None:
             counts = checks.lengths(lengths, *array.shape[:2])
     flat = width is not None and array.ndim == 2
-    return Series(np.ascontiguousarray(array[..., None] if flat else array), counts, alone, flat)
+    values = np.ascontiguousarray(array[..., None] if flat else array)
+    precision = float(np.finfo(own if own.kind == "f" else np.float64).eps)
+    own = own if own.itemsize <= wide.itemsize else wide
+    return Series(values, counts, alone, flat, np.result_type(own, dtype), precision)
 
 
-def spread_of(values: Array) -> tuple[Array, Array]:
-    """Mean and standard deviation of each column of (N, I), in float64; a column of one value has 1."""
-    wide = values.astype(np.float64)
-    mean = wide.mean(axis=0)
-    deviation = wide.std(axis=0)
-    return mean, np.where(deviation > 0, deviation, 1.0)
+def _real_values(name: str, value: Any) -> Array:
+    """Real numbers, integers among them."""
+    array = checks.as_array(name, value)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"{name} should hold real numbers, not {array.dtype}")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def spread_of(given: Series, name: str) -> tuple[Array, Array]:
+    """Mean and standard deviation of each column of the real values, (I,), in float64.
+
+    A column that varies by no more than rounding counts as constant, and has deviation 1. Values are centred around
+    the first one before anything is summed, and scaled by their range before anything is squared.
+    """
+    values = given.values[given.real()]
+    values = values.reshape(len(values), -1).astype(np.float64)
+    count, width = values.shape
+    mean, deviation = np.zeros(width), np.ones(width)
+    for i in range(width if count else 0):
+        column = values[:, i]
+        size = np.abs(column).max()
+        unit = np.exp2(np.floor(np.log2(size))) if size else 1.0  # which divides without rounding
+        first = column[0] / unit
+        apart = column / unit - first
+        extent = np.abs(apart).max()
+        if not extent:
+            mean[i] = column[0]
+            continue
+        middle = (apart / extent).mean()
+        mean[i] = (first + middle * extent) * unit
+        found = (apart / extent - middle).std() * extent  # less than 2
+        if found * unit <= max(4 * np.finfo(np.float64).eps, given.precision) * size:
+            continue
+        deviation[i] = found * unit
+    check_extent(name, deviation)
+    return mean, deviation
+
+
+def check_extent(name: str, extents: Array) -> None:
+    """Refuse series that vary by so much, or so little, that float64 does not have the square of it."""
+    wrong = (extents > _MOST_EXTENT) | ((extents > 0) & (extents < 1 / _MOST_EXTENT)) | np.isnan(extents)
+    if wrong.any():
+        raise ValueError(
+            f"{name} should vary by between {1 / _MOST_EXTENT:g} and {_MOST_EXTENT:g}, or not at all, so that float64"
+            f" has the square of it, not by {extents[wrong][0]:g}; scale them first"
+        )
+
+
+class ScaledModel(Model):
+    """A model of series whose layers see values less their mean and divided by their deviation, as `fit` found them.
+
+    What comes in and goes out is scaled in float64; the layers see their own dtype. A subclass measures ``mean``,
+    ``deviation`` and ``sigma2``, the variance of what its predictions leave.
+    """
+
+    # While it is trained: the series, and for which arrays sigma2 was measured.
+    _learning_from: Series | None = None
+    _measured_for: tuple[Array, ...] = ()
+    _untouched: tuple[Array, ...] = ()  # the parameters it was made with
+
+    @property
+    def loss_unit(self) -> str:
+        """What the losses of a training are counted in."""
+        return "squared deviations a value"
+
+    def _start(self, config: dict[str, Any], **children: Any) -> None:
+        super()._start(config, **children)
+        self._untouched = tuple(self._arrays.values())
+
+    def _variance(self, given: Series) -> Array:
+        """The mean square of what predictions leave of some series, as `sigma2` has it."""
+        raise NotImplementedError
+
+    def _refresh(self) -> None:
+        given = self._learning_from
+        if given is None:
+            return
+        now = (*self._arrays.values(), self._fitted["mean"], self._fitted["deviation"])
+        if len(now) == len(self._measured_for) and all(a is b for a, b in zip(now, self._measured_for, strict=True)):
+            return
+        self._measured_for = now  # before the predictions, which ask for nothing that is out of date
+        self._take_fitted({**self._fitted, "sigma2": self._variance(given)})
+
+    def _learn(self, given: Series, name: str, data: Any, measured: Mapping[str, Array], settings: Any) -> History:
+        """Train on what was made of some series, with their mean and deviation; measure what is left."""
+        with self._all_or_nothing():
+            mean, deviation = spread_of(given, name)
+            self._take_fitted({"mean": mean, "deviation": deviation, "sigma2": np.square(deviation), **measured})
+            self._learning_from = given
+            try:
+                history = training.fit(self, data, **settings)
+                self._refresh()
+            finally:
+                self._learning_from, self._measured_for = None, ()
+        return history
+
+    def _optimised(self, settings: dict[str, Any]) -> None:
+        """Adam with a learning rate of 0.01, where no other optimiser is given."""
+        if settings.get("optimiser") is None and settings.get("optimizer") is None:
+            rate = settings.pop("lr", None)
+            settings["optimiser"] = training.Adam(self, 0.01 if rate is None else rate)
+
+    def _needs_units(self) -> None:
+        """Refuse to predict before anything was learnt, loaded or set."""
+        if not self._fitted and all(a is b for a, b in zip(self._arrays.values(), self._untouched, strict=True)):
+            self._needs_fit()
+
+    def _units(self) -> tuple[Array, Array]:
+        """Mean and deviation, (I,) of float64; none have been measured of what was trained without `fit`."""
+        if not self._fitted:
+            return np.zeros(1), np.ones(1)
+        return self._fitted["mean"], self._fitted["deviation"]
+
+    def _standard(self, values: Array) -> Array:
+        """What the layers see of some values (..., I)."""
+        mean, deviation = self._units()
+        with np.errstate(over="ignore", invalid="ignore"):
+            return ((values - mean) / deviation).astype(self.dtype, order="C")
+
+    def _raw(self, values: Array) -> Array:
+        """What the layers' outputs (..., I) are, in float64."""
+        mean, deviation = self._units()
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(values * deviation + mean)
 
 
 def gaussian(residuals: Array, counts: Array, sigma2: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,8 +10,9 @@ import numpy as np
 
 from fastseq import _markov, checks
 from fastseq.checks import Array
-from fastseq.models.base import SymbolModel, Symbols, sums, symbols
+from fastseq.models.base import SymbolModel, Symbols, ids_array, sums, symbols
 from fastseq.models.decoding import Decoder
+from fastseq.training import History
 
 _SMOOTHINGS = ("witten_bell", "kneser_ney")
 _CRITERIA = ("bic", "aic", "held_out")
@@ -84,8 +86,9 @@ class MarkovChain(SymbolModel):
         self._start({"vocab_size": self.vocab_size, "order": self.order, "smoothing": self.smoothing})
         self._levels: list[tuple[_Level, _Weights]] = []
 
-    def fit(self, sequences: Any, lengths: Any = None) -> MarkovChain:
-        """Count; what was counted before is forgotten.
+    @checks.short_traceback
+    def fit(self, sequences: Any, lengths: Any = None) -> History:
+        """Count; what was counted before is forgotten. Where this fails, the model is as it was.
 
         Parameters
         ----------
@@ -96,19 +99,24 @@ class MarkovChain(SymbolModel):
 
         Returns
         -------
-        MarkovChain
-            Itself.
+        History
+            Of one step: its loss is the mean of -log P of a symbol that was counted, in nats.
         """
-        columns = _columns(symbols("sequences", sequences, lengths, self.vocab_size), self.order, self.vocab_size)
+        begin = time.perf_counter()
+        given = symbols("sequences", sequences, lengths, self.vocab_size)
+        columns = _columns(given, self.order, self.vocab_size)
         self._take_columns(columns, np.ones(columns.shape[1], np.int64))
-        return self
+        loss = -float(self._log_probs(given).sum()) / max(len(given.ids), 1)
+        seconds = time.perf_counter() - begin
+        return History.of_one_step(loss, tokens=len(given.ids), seconds=seconds, unit=self.loss_unit)
 
     def _take_columns(self, columns: Array, counts: Array) -> None:
         """Take grams, one a column, the last symbol first, and how often each was seen."""
         levels, first = _count(columns, counts, self.vocab_size)
         weights = _weigh(levels, self.vocab_size, self.smoothing)
-        self._take_fitted({"grams": np.ascontiguousarray(columns[:, first].T), "counts": levels[-1].counts})
+        fitted = {"grams": np.ascontiguousarray(columns[:, first].T), "counts": levels[-1].counts}
         self._levels = list(zip(levels, weights, strict=True))
+        self._take_fitted(fitted)
 
     def _check_fitted(self, given: Mapping[str, Any]) -> dict[str, Array]:
         begin, width = self.vocab_size, self.order + 1
@@ -127,11 +135,10 @@ class MarkovChain(SymbolModel):
 
     def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
         """Take what `fit` counted from what `state_dict` returned."""
-        super().load_state_dict(mapping)
-        if self._fitted:
-            self._take_columns(np.ascontiguousarray(self._fitted["grams"].T), self._fitted["counts"])
-        else:
-            self._levels = []
+        with self._all_or_nothing():
+            super().load_state_dict(mapping)
+            if self._fitted:
+                self._take_columns(np.ascontiguousarray(self._fitted["grams"].T), self._fitted["counts"])
 
     def _used(self) -> list[tuple[_Level, _Weights]]:
         self._needs_fit()
@@ -181,7 +188,7 @@ class MarkovChain(SymbolModel):
         ndarray of shape (B, T, V), or (T, V)
             At step t the log-probability of each symbol to be the next, x_{t+1}; 0 past the end of a row.
         """
-        array = checks.as_array("x", x)
+        array = ids_array("x", x)
         given = symbols("x", array, lengths, self.vocab_size)
         with np.errstate(divide="ignore"):
             found = np.log(self._distributions(_columns(given, self.order, self.vocab_size, after=True)))
@@ -266,16 +273,22 @@ class MarkovChain(SymbolModel):
         vocab_size, most = chains[0].vocab_size, chains[-1].order
         given = symbols("sequences", sequences, lengths, vocab_size)
         if criterion == "held_out":
-            scores = [chain.fit(sequences, lengths).bits_per_symbol(held_out) for chain in chains]
+            for chain in chains:
+                chain.fit(sequences, lengths)
+            scores = [chain.bits_per_symbol(held_out) for chain in chains]
         else:
             columns = _columns(given, most, vocab_size)[:, given.steps() >= most]
+            if not columns.shape[1]:
+                raise ValueError(f"sequences should hold symbols with {most} others before them, as many as orders has")
             levels, _ = _count(columns, np.ones(columns.shape[1], np.int64), vocab_size)
             scores = []
             for chain in chains:
                 level = levels[chain.order]
                 everything = np.ones(len(level.contexts), bool)
                 scores.append(_information(level, everything, chain.order, vocab_size, criterion))
-        return chains[int(np.argmin(scores))].fit(sequences, lengths)
+        chosen = chains[int(np.argmin(scores))]
+        chosen.fit(sequences, lengths)
+        return chosen
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._config.items())

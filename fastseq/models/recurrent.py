@@ -12,22 +12,31 @@ from fastseq import _recurrent_decoder, checks, layers, losses, threads, trainin
 from fastseq.checks import Array
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.models.base import (
-    Model,
+    BATCH_SIZE,
+    ScaledModel,
     Series,
     SymbolModel,
     Symbols,
+    batched_already,
     gaussian,
+    held_out,
+    ids_array,
+    is_data,
+    last_part,
     log_softmax_at,
+    padded_pair,
     real_steps,
     series_of,
-    spread_of,
     symbols,
+    text_split,
+    whole_sequences,
 )
 from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.training import Batch, History
 
 CELLS = ("rnn", "lstm", "gru")
 _ROWS, _CHUNK = 32, 512  # sequences, and steps of them, that `log_prob` looks at together
+_CHUNKS = 16  # of each stream in an epoch, at least, before there is another stream beside it
 
 
 def recurrent_layer(kinds: Any, cell: str, *sizes: int, **settings: Any) -> Any:
@@ -208,7 +217,7 @@ class RecurrentLM(SymbolModel):
 
     def _ids(self, x: Any, lengths: Any) -> tuple[Array, Array | None, bool]:
         """Symbols (B, T), zeros in the padding; their lengths; whether there was a batch."""
-        array = checks.as_array("x", x)
+        array = ids_array("x", x)
         if array.ndim not in (1, 2):
             raise ValueError(f"x should be of shape (B, T) or (T,), not {array.shape}")
         batched = array.ndim == 2
@@ -246,7 +255,7 @@ class RecurrentLM(SymbolModel):
 
     def step(self, x_t: Any, state: Any = None) -> tuple[Array, Any]:
         """The logits (B, V) of what follows one symbol of each row, (B,), and the state for the next step."""
-        array = checks.as_array("x_t", x_t)
+        array = ids_array("x_t", x_t)
         if array.ndim != 1:
             raise ValueError(f"x_t should be of shape (B,), not {array.shape}")
         ids = checks.ids("x_t", array, self.vocab_size)
@@ -396,23 +405,29 @@ class RecurrentLM(SymbolModel):
         self._back(gradient, kept, None, truncate, grads)
 
     def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
-        """Loss, count and state as of `training_forward`, without dropout."""
+        """Loss, count and state as of `training_forward`, without dropout; the state is None of long sequences."""
         inputs, targets, counts = self._batch(batch, state)
+        if batch.targets is None and targets.shape[1] > _CHUNK:  # too long to have all logits at once
+            lengths = np.full(len(targets), targets.shape[1]) if counts is None else counts
+            given = Symbols(targets[real_steps(lengths, targets.shape[1])], lengths)
+            return -float(self._log_probs(given).sum()) / max(len(given.ids), 1), len(given.ids), None
         y, state = self._reader(inputs, state, counts)
         loss, _ = self._losses.softmax_cross_entropy(self._output(y), targets, lengths=counts)
         return loss, targets.size if counts is None else int(counts.sum()), state
 
+    @checks.short_traceback
     def fit(
         self,
         data: Any,
         lengths: Any = None,
         *,
-        batch_size: int = 32,
-        chunk: int = 64,
+        batch_size: int | None = None,
+        chunk: int | None = None,
         seed: int | None = 0,
+        validation_split: float | None = None,
         **settings: Any,
     ) -> History:
-        """Train; what was learnt before is where it starts.
+        """Train; what was learnt before is where it starts. Where this fails, the model is as it was.
 
         Parameters
         ----------
@@ -420,35 +435,51 @@ class RecurrentLM(SymbolModel):
             One long text (T,) becomes `Streams`, sequences become `PaddedBatches`.
         lengths : array of shape (B,), optional
             The real symbols of each row.
-        batch_size : int
-            Streams side by side, or sequences in a batch.
-        chunk : int
-            Steps of a chunk of a stream.
+        batch_size : int, optional
+            Sequences in a batch, 32 by default; or streams side by side, by default up to 32, as many as have at
+            least 16 chunks each.
+        chunk : int, optional
+            Steps of a chunk of a stream; 64 by default.
         seed : int, optional
             Fixes the order of the data and what dropout drops.
+        validation_split : float in (0, 1), optional
+            The share of the sequences, drawn by the seed, that the model is validated on; of one text the last part.
         **settings
             As of `fastseq.training.fit`: ``epochs``, ``optimiser``, ``validation``, ``checkpoint``, ...
-            ``validation`` may be raw, as `data`.
+            ``validation`` may be raw, as `data`, or a tuple of a padded array and lengths. It is taken whole, each
+            sequence after a begin symbol: the loss is the mean of -log P of a symbol, as of `log_prob`.
 
         Returns
         -------
         History
         """
-        data = self._data("data", data, lengths, batch_size, chunk, seed)
-        if settings.get("validation") is not None:
-            settings["validation"] = self._data("validation", settings["validation"], None, batch_size, chunk, 0)
-        return training.fit(self, data, seed=seed, **settings)
+        if is_data(data):
+            batched_already(lengths=lengths, batch_size=batch_size, chunk=chunk, validation_split=validation_split)
+        else:
+            size = None if batch_size is None else checks.size("batch_size", batch_size, 1)
+            given, validation = text_split(symbols("data", data, lengths, self.vocab_size), validation_split, seed)
+            if validation is not None:
+                if settings.get("validation") is not None:
+                    raise ValueError("validation_split should not be given with validation")
+                settings["validation"] = whole_sequences("validation", validation, size)
+            data = self._data(given, size, chunk, seed)
+        raw = settings.get("validation")
+        if raw is not None and not is_data(raw):
+            held = symbols("validation", *padded_pair(raw), self.vocab_size)
+            settings["validation"] = whole_sequences("validation", held, batch_size)
+        return self._train(data, {"seed": seed, **settings})
 
-    def _data(self, name: str, data: Any, lengths: Any, batch_size: int, chunk: int, seed: int | None) -> Any:
-        """Data of the trainer, made from ids where those were given."""
-        if hasattr(data, "batches") or (isinstance(data, list | tuple) and data and isinstance(data[0], Batch)):
-            return data
-        given = symbols(name, data, lengths, self.vocab_size)
+    def _data(self, given: Symbols, batch_size: int | None, chunk: int | None, seed: int | None) -> Any:
+        """Data of the trainer: streams of one text, or whole sequences."""
         if len(given.lengths) == 1 and len(given.ids) > 1:
-            streams = min(checks.size("batch_size", batch_size, 1), len(given.ids) - 1)
-            return training.Streams(given.ids, batch_size=streams, steps=chunk, seed=seed)
-        rows = np.split(given.ids, np.cumsum(given.lengths)[:-1])
-        return training.PaddedBatches([row for row in rows if len(row)], batch_size=batch_size, seed=seed)
+            steps = 64 if chunk is None else checks.size("chunk", chunk, 1)
+            fitting = min(BATCH_SIZE, max(1, (len(given.ids) - 1) // (_CHUNKS * steps)))
+            streams = fitting if batch_size is None else batch_size
+            return training.Streams(given.ids, batch_size=streams, steps=steps, seed=seed)
+        if chunk is not None:
+            raise ValueError(f"chunk should be given with one text alone, which becomes streams, but is {chunk!r:.80}")
+        rows = [row for row in given.split() if len(row)]
+        return training.PaddedBatches(rows, batch_size=batch_size or BATCH_SIZE, seed=seed)
 
     def _log_probs(self, given: Symbols) -> Array:
         result = np.empty(len(given.ids))
@@ -501,11 +532,12 @@ def rollout(recurrent: Any, output: Any, x: Array, state: Any, steps: int) -> Ar
     return y
 
 
-class RecurrentForecaster(Model):
+class RecurrentForecaster(ScaledModel):
     """The latent autoregressive model of series: x_{t+1} = W h_t + b + e_t, h_t = f(x_t, h_{t-1}), e_t Gaussian.
 
     Inputs and outputs of the layers are standardised by mean and deviation of what was fitted; what comes in and goes
-    out of the model is not.
+    out of the model is not. That is done in float64, and what goes out has the wider dtype of the model's and of what
+    came in.
 
     Parameters
     ----------
@@ -516,9 +548,9 @@ class RecurrentForecaster(Model):
     cell : {"lstm", "gru", "rnn"}
         Which recurrent layer.
     dropout : float in [0, 1)
-        Share of the outputs between layers that training drops.
+        Share of the outputs between layers that training drops; of two layers or more.
     dtype : {"float32", "float64"}
-        Of parameters and predictions.
+        Of parameters and states.
     seed : int, optional
         Fixes the initial parameters.
 
@@ -589,20 +621,6 @@ class RecurrentForecaster(Model):
                 raise ValueError(f"{name} should be of shape ({self.input_size},), not {array.shape}")
         return fitted
 
-    def _units(self) -> tuple[Array, Array]:
-        """Mean and deviation, in the dtype of the layers."""
-        if not self._fitted:
-            return np.zeros(self.input_size, self.dtype), np.ones(self.input_size, self.dtype)
-        return self._fitted["mean"].astype(self.dtype), self._fitted["deviation"].astype(self.dtype)
-
-    def _standard(self, values: Array) -> Array:
-        mean, deviation = self._units()
-        return np.asarray((values - mean) / deviation)
-
-    def _raw(self, values: Array) -> Array:
-        mean, deviation = self._units()
-        return np.asarray(values * deviation + mean)
-
     def _given(self, name: str, series: Any, lengths: Any) -> Series:
         return series_of(name, series, lengths, self.dtype, self.input_size)
 
@@ -623,11 +641,12 @@ class RecurrentForecaster(Model):
         ndarray of the shape of x
             At step t the expectation of x_{t+1}; 0 past the end of a row.
         """
+        self._needs_units()
         given = self._given("x", x, lengths)
         return given.like(self._predict(given, state)[0])
 
     def _predict(self, given: Series, state: Any = None) -> tuple[Array, Any]:
-        """What a call returns, (B, T, I), and where each row ends."""
+        """What a call returns, (B, T, I), in float64, and where each row ends."""
         y, state = self._recurrent(self._standard(given.values), state, lengths=given.lengths)
         predicted = self._raw(self._output(y))
         predicted[~given.real()] = 0
@@ -635,11 +654,13 @@ class RecurrentForecaster(Model):
 
     def step(self, x_t: Any, state: Any = None) -> tuple[Array, Any]:
         """The value expected after x_t (B, I), of the same shape, and the state for the next step."""
-        x = checks.real_array("x_t", x_t, self.dtype)
-        if x.ndim != 2 or x.shape[1] != self.input_size:
-            raise ValueError(f"x_t should be of shape (B, {self.input_size}), not {x.shape}")
-        y, state = self._recurrent.step(self._standard(x), state)
-        return self._raw(self._output(y)), state
+        self._needs_units()
+        if np.shape(checks.as_array("x_t", x_t))[1:] != (self.input_size,):
+            raise ValueError(f"x_t should be of shape (B, {self.input_size}), not {np.shape(x_t)}")
+        # Rows of one step each; of one value a step, the axis of values stands for time.
+        given = series_of("x_t", x_t, None, self.dtype)
+        y, state = self._recurrent.step(self._standard(given.values), state)
+        return given.like(self._raw(self._output(y))), state
 
     def forward(
         self, x: Any, state: Any = None, *, lengths: Any = None, seed: int | None = None
@@ -666,9 +687,11 @@ class RecurrentForecaster(Model):
     ) -> tuple[Array, Any]:
         """Add the gradients of all parameters; return those of x and of the state that was given."""
         tapes, given, shape = self._kept(tape)
-        dy = checks.like("dy", dy, self.dtype, shape).reshape(given.values.shape)
+        dy = checks.like("dy", dy, given.values.dtype, shape).reshape(given.values.shape)
         _, deviation = self._units()
-        dx, dstate = self._back(dy * deviation, tapes, dstate, truncate, grads)
+        with np.errstate(all="ignore"):
+            dz = (dy * deviation).astype(self.dtype)
+        dx, dstate = self._back(dz, tapes, dstate, truncate, grads)
         return given.like(dx / deviation), dstate
 
     def _back(
@@ -715,17 +738,19 @@ class RecurrentForecaster(Model):
         gradient, tapes = tape
         self._back(gradient, tapes, None, truncate, grads)
 
+    @checks.short_traceback
     def fit(
         self,
         series: Any,
         lengths: Any = None,
         *,
-        window: int = 64,
-        batch_size: int = 32,
+        window: int | None = None,
+        batch_size: int | None = None,
         seed: int | None = 0,
+        validation_split: float | None = None,
         **settings: Any,
     ) -> History:
-        """Train, and measure what is left: `sigma2`.
+        """Train, and measure what is left: `sigma2`. Where this fails, the model is as it was.
 
         Parameters
         ----------
@@ -734,15 +759,19 @@ class RecurrentForecaster(Model):
             out.
         lengths : array of shape (S,), optional
             The real steps of each series.
-        window : int
-            Steps of a window; shorter where no series has as many.
-        batch_size : int
-            Windows in a batch.
+        window : int, optional
+            Steps of a window, 64 by default; a shorter series is a window as it is.
+        batch_size : int, optional
+            Windows in a batch; 32 by default.
         seed : int, optional
             Fixes the order of the windows and what dropout drops.
+        validation_split : float in (0, 1), optional
+            The share of the series, drawn by the seed, that the model is validated on; of one series the last part.
         **settings
-            As of `fastseq.training.fit`: ``epochs``, ``validation``, which may be raw, as `series`, ... The optimiser
-            is Adam with a learning rate of 0.01, unless another is given.
+            As of `fastseq.training.fit`: ``epochs``, ``validation``, which may be raw, as `series`, or a tuple of a
+            padded array and lengths, ... The optimiser is Adam with a learning rate of 0.01, unless another is given.
+            A validation loss is the mean squared error of the predictions that a call makes, in units of the
+            deviation.
 
         Returns
         -------
@@ -750,26 +779,49 @@ class RecurrentForecaster(Model):
         """
         given = self._given("series", series, lengths)
         given.check_finite("series")
-        if not (given.lengths >= 2).any():
-            raise ValueError(f"series should have at least 2 steps, not {given.lengths.max(initial=0)}")
-        mean, deviation = spread_of(given.values[given.real()])
-        self._take_fitted({"mean": mean, "deviation": deviation, "sigma2": np.square(deviation)})
-        data = self._windows(given, window, batch_size, seed)
-        if settings.get("validation") is not None and not hasattr(settings["validation"], "batches"):
-            validation = self._given("validation", settings["validation"], None)
-            settings["validation"] = self._windows(validation, window, batch_size, 0)
-        if settings.get("optimiser") is None:
-            settings["optimiser"] = training.Adam(self, 0.01)
-        history = training.fit(self, data, seed=seed, **settings)
+        settings["seed"] = seed
+        size = BATCH_SIZE if batch_size is None else checks.size("batch_size", batch_size, 1)
+        steps = 64 if window is None else checks.size("window", window, 1)
+        validation: Series | None = None
+        if validation_split is not None:
+            if settings.get("validation") is not None:
+                raise ValueError("validation_split should not be given with validation")
+            given, validation = self._split(given, validation_split, seed)
+        elif settings.get("validation") is not None and not is_data(settings["validation"]):
+            raw, counts = padded_pair(settings["validation"])
+            validation = self._given("validation", raw, counts)
+            validation.check_finite("validation")
+        if validation is not None:
+            whole = self._predictable("validation", validation)
+            inputs, targets = [row[:-1] for row in whole], [row[1:] for row in whole]
+            settings["validation"] = training.PaddedBatches(inputs, targets, batch_size=size, shuffle=False)
+        rows = self._predictable("series", given)
+        steps = min(steps, max(map(len, rows)) - 1)  # a series that is shorter is a window as it is
+        data = training.Windows(rows, steps=steps, batch_size=size, seed=seed)
+        self._optimised(settings)
+        return self._learn(given, "series", data, {}, settings)
+
+    def _split(self, given: Series, share: Any, seed: int | None) -> tuple[Series, Series]:
+        """What is learnt from, and what is validated on."""
+        if len(given.values) > 1:
+            learnt, out = held_out(len(given.values), share, seed)
+            return given.some(learnt), given.some(out)
+        length = int(given.lengths.sum())
+        cut = last_part(length, share, 2)
+        return given.steps(0, cut), given.steps(cut, length)
+
+    @staticmethod
+    def _predictable(name: str, given: Series) -> list[Array]:
+        """The series one by one, all but those in which nothing comes after anything."""
+        rows = [row for row in given.rows() if len(row) > 1]
+        if not rows:
+            raise ValueError(f"{name} should have at least 2 steps, not {given.lengths.max(initial=0)}")
+        return rows
+
+    def _variance(self, given: Series) -> Array:
         residuals, counts = self._residuals(given)
         squares = np.square(residuals[real_steps(counts, residuals.shape[1])], dtype=np.float64)
-        self._take_fitted({**self._fitted, "sigma2": squares.mean(axis=0)})
-        return history
-
-    def _windows(self, given: Series, window: int, batch_size: int, seed: int | None) -> Any:
-        steps = min(checks.size("window", window, 1), int(given.lengths.max()) - 1)
-        rows = [row for row in given.rows() if len(row) > 1]
-        return training.Windows(rows, steps=steps, batch_size=batch_size, seed=seed)
+        return np.asarray(squares.mean(axis=0))
 
     def _residuals(self, given: Series) -> tuple[Array, Array]:
         """What was predicted less what came, (S, T - 1, I), and how many steps of each series that is."""
@@ -804,11 +856,12 @@ class RecurrentForecaster(Model):
         -------
         ndarray of shape (S, horizon, I), or in the form the series were given in
         """
+        self._needs_units()
         given = self._given("series", series, lengths)
         horizon = checks.size("horizon", horizon)
         given.check_lengths("series", 1)
         if horizon == 0:
-            return given.like(np.empty((len(given.values), 0, self.input_size), self.dtype))
+            return given.like(np.empty((len(given.values), 0, self.input_size)))
         y, state = self._recurrent(self._standard(given.values), lengths=given.lengths)
         x = self._output(y[np.arange(len(y)), given.lengths - 1])
         later = rollout(self._recurrent, self._output, x, state, horizon - 1)

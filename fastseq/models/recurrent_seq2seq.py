@@ -11,6 +11,7 @@ from fastseq.checks import Array
 from fastseq.layers.alignment import AllSteps
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
+from fastseq.models.base import ids_array
 from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.recurrent import CELLS, OfParameters, Reader, recurrent_layer
 from fastseq.models.seq2seq import Pairs, SequencePairModel
@@ -512,7 +513,7 @@ class Seq2Seq(SequencePairModel):
         TypeError, ValueError
             Naming the argument, what it was and what it should be.
         """
-        array = checks.as_array("y_t", y_t)
+        array = ids_array("y_t", y_t)
         if array.ndim != 1:
             raise ValueError(f"y_t should be of shape (B,), not {array.shape}")
         ids = checks.ids("y_t", array, self.target_vocab_size + 1)

@@ -20,7 +20,7 @@ from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows, rows_of
 from fastseq.layers.transformer import ACTIVATIONS, MOST_LAYERS, NORMS, Context, Tokens
 from fastseq.models import decoding
-from fastseq.models.base import Model, log_softmax_at, sums
+from fastseq.models.base import BATCH_SIZE, Model, batched_already, held_out, ids_array, is_data, log_softmax_at, sums
 from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.transformer import POSITIONS, _Tied, _Tokens, _tokens
 from fastseq.reference.decoding import mixed, uniform
@@ -412,18 +412,22 @@ class SequencePairModel(Model):
         loss, _ = self._losses.softmax_cross_entropy(self._scores(pairs), pairs.following)
         return loss, len(pairs.following), None
 
+    @checks.short_traceback
     def fit(
         self,
         sources: Any,
         targets: Any = None,
         *,
-        batch_size: int = 32,
+        source_lengths: Any = None,
+        lengths: Any = None,
+        batch_size: int | None = None,
         seed: int | None = 0,
         sampling: float = 0.0,
         label_smoothing: float = 0.0,
+        validation_split: float | None = None,
         **settings: Any,
     ) -> History:
-        """Train; what was learnt before is where it starts.
+        """Train; what was learnt before is where it starts. Where this fails, the model is as it was.
 
         Parameters
         ----------
@@ -431,8 +435,10 @@ class SequencePairModel(Model):
             Sequences become `PairedBatches` together with their targets.
         targets : list of sequences of ids, or array of shape (B, T)
             One for each source.
-        batch_size : int
-            Pairs in a batch.
+        source_lengths, lengths : arrays of shape (B,), optional
+            The real symbols of each row of sources, and of targets.
+        batch_size : int, optional
+            Pairs in a batch; 32 by default.
         seed : int, optional
             Fixes the order of the data, what dropout drops and what is sampled.
         sampling : float in [0, 1]
@@ -440,9 +446,12 @@ class SequencePairModel(Model):
             after what came before [1]_.
         label_smoothing : float in [0, 1]
             The share of each target's probability that is spread over all symbols; a validation has none.
+        validation_split : float in (0, 1), optional
+            The share of the pairs, drawn by the seed, that the model is validated on.
         **settings
             As of `fastseq.training.fit`: ``epochs``, ``optimiser``, ``validation``, ``checkpoint``, ...
-            ``validation`` may be a pair of sources and targets.
+            ``validation`` may be a tuple of sources and targets, with source_lengths and lengths or without. Its loss
+            is the mean of -log P of a symbol of the targets, ends included, as of `log_prob`.
 
         Returns
         -------
@@ -453,31 +462,48 @@ class SequencePairModel(Model):
         .. [1] S. Bengio et al., "Scheduled sampling for sequence prediction with recurrent neural networks",
            NeurIPS 2015.
         """
-        given = {
+        options = {
             "sampling": _share("sampling", sampling),
             "label_smoothing": _share("label_smoothing", label_smoothing),
         }
-        batch_size = checks.size("batch_size", batch_size, 1)
-        data = self._data("", sources, targets, batch_size, seed)
-        validation = settings.get("validation")
-        if isinstance(validation, tuple) and len(validation) == 2 and not isinstance(validation[0], Batch):
-            settings["validation"] = self._data("validation ", *validation, batch_size, 0)
-        return training.fit(self, data, seed=seed, options=given, **settings)
-
-    def _data(self, where: str, sources: Any, targets: Any, batch_size: int, seed: int | None) -> Any:
-        """Data of the trainer, made from ids where those were given."""
+        size = BATCH_SIZE if batch_size is None else checks.size("batch_size", batch_size, 1)
+        raw = settings.get("validation")
+        if isinstance(raw, tuple) and not is_data(raw) and len(raw) in (2, 4):
+            settings["validation"] = training.PairedBatches(
+                *self._pairs_of("validation ", *raw), batch_size=size, shuffle=False
+            )
         if targets is None:
-            return sources
-        pairs = self._pairs(sources, targets, None, None, (f"{where}sources", f"{where}targets", "", ""))
+            if not is_data(sources):
+                raise ValueError("targets should be given: from a source to its target is what the model learns")
+            batched_already(
+                source_lengths=source_lengths,
+                lengths=lengths,
+                batch_size=batch_size,
+                validation_split=validation_split,
+            )
+            return self._train(sources, {"seed": seed, "options": options, **settings})
+        pairs = self._pairs_of("", sources, targets, source_lengths, lengths)
+        if validation_split is not None:
+            if raw is not None:
+                raise ValueError("validation_split should not be given with validation")
+            learnt, out = held_out(len(pairs[0]), validation_split, seed)
+            held = [[rows[i] for i in out] for rows in pairs]
+            settings["validation"] = training.PairedBatches(*held, batch_size=size, shuffle=False)
+            pairs = [pairs[0][i] for i in learnt], [pairs[1][i] for i in learnt]
+        data = training.PairedBatches(*pairs, batch_size=size, seed=seed)
+        return self._train(data, {"seed": seed, "options": options, **settings})
+
+    def _pairs_of(
+        self, where: str, sources: Any, targets: Any, source_lengths: Any = None, lengths: Any = None
+    ) -> tuple[list[Array], list[Array]]:
+        """Sources and targets without padding."""
+        names = f"{where}sources", f"{where}targets", f"{where}source_lengths", f"{where}lengths"
+        pairs = self._pairs(sources, targets, source_lengths, lengths, names)
         if pairs.source.alone:
             raise ValueError(f"{where}sources should be a batch of sequences, not one of shape {np.shape(sources)}")
         starts = pairs.begun.rows.starts
-        return training.PairedBatches(
-            np.split(pairs.source.ids, pairs.source.rows.starts[1:-1]),
-            [pairs.begun.ids[first + 1 : last] for first, last in itertools.pairwise(starts)],
-            batch_size=batch_size,
-            seed=seed,
-        )
+        wanted = [pairs.begun.ids[first + 1 : last] for first, last in itertools.pairwise(starts)]
+        return np.split(pairs.source.ids, pairs.source.rows.starts[1:-1]), wanted
 
 
 def _share(name: str, value: Any) -> float:
@@ -876,7 +902,7 @@ class TransformerSeq2Seq(SequencePairModel):
         state : AttentionState
             For the next step. The one that was given still is what it was.
         """
-        array = checks.as_array("y_t", y_t)
+        array = ids_array("y_t", y_t)
         if array.ndim != 1:
             raise ValueError(f"y_t should be of shape (B,), not {array.shape}")
         ids = checks.ids("y_t", array, self.target_vocab_size + 1)

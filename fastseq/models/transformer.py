@@ -11,13 +11,30 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import checks, layers, losses, threads, training
+from fastseq import _alignment, checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
-from fastseq.layers.base import Layer, Tape, child_seed, mask_seed, seeds_of
+from fastseq.layers.base import POOLING, SEQUENCE, Layer, Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows, rows_of
 from fastseq.layers.transformer import ACTIVATIONS, NORMS, Context
-from fastseq.models.base import Model, SymbolModel, Symbols, is_list_of_rows, log_softmax_at, real_steps, sums, symbols
+from fastseq.models.base import (
+    BATCH_SIZE,
+    Model,
+    SymbolModel,
+    Symbols,
+    batched_already,
+    held_out,
+    ids_array,
+    is_data,
+    is_list_of_rows,
+    log_softmax_at,
+    padded_pair,
+    real_steps,
+    sums,
+    symbols,
+    text_split,
+    whole_sequences,
+)
 from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.state import AttentionState
 from fastseq.training import Batch, History
@@ -514,40 +531,51 @@ class TransformerLM(SymbolModel):
         self._back(gradient, kept, grads)
 
     def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
-        """Loss, count and state as of `training_forward`, without dropout."""
+        """Loss, count and state as of `training_forward`, without dropout.
+
+        Whole sequences may be longer than `context` here: their windows are those of `log_prob`.
+        """
+        if batch.targets is None and np.ndim(batch.inputs) == 2 and np.shape(batch.inputs)[1] > self.context:
+            given = symbols("inputs", batch.inputs, batch.lengths, self.vocab_size)
+            return -float(self._log_probs(given).sum()) / max(len(given.ids), 1), len(given.ids), None
         tokens, rows, following = self._batch(batch)
         y, _ = _encode(self._encoder, self._embedded(tokens, rows), rows, True)
         loss, _ = self._losses.softmax_cross_entropy(self._output(y), following)
         return loss, len(following), None
 
+    @checks.short_traceback
     def fit(
         self,
         data: Any,
         lengths: Any = None,
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         chunk: int | None = None,
         seed: int | None = 0,
+        validation_split: float | None = None,
         **settings: Any,
     ) -> History:
-        """Train; what was learnt before is where it starts.
+        """Train; what was learnt before is where it starts. Where this fails, the model is as it was.
 
         Parameters
         ----------
         data : data of `fastseq.training`, array of shape (T,), list of sequences, or array of shape (B, T)
-            One long text (T,) becomes `Streams`, each chunk a window of its own. Sequences become `PaddedBatches`;
-            those that are longer are cut in windows, the first after a begin symbol.
+            They become `TextWindows`: a sequence that is longer than a window is covered by some, at other places in
+            every epoch. The first of them comes after a begin symbol.
         lengths : array of shape (B,), optional
             The real symbols of each row.
-        batch_size : int
-            Windows in a batch.
+        batch_size : int, optional
+            Windows in a batch; 32 by default.
         chunk : int, optional
             Symbols in a window; `context` by default.
         seed : int, optional
             Fixes the order of the data and what dropout drops.
+        validation_split : float in (0, 1), optional
+            The share of the sequences, drawn by the seed, that the model is validated on; of one text the last part.
         **settings
             As of `fastseq.training.fit`: ``epochs``, ``optimiser``, ``validation``, ``checkpoint``, ...
-            ``validation`` may be raw, as `data`.
+            ``validation`` may be raw, as `data`, or a tuple of a padded array and lengths. It is taken whole, each
+            sequence after a begin symbol: the loss is the mean of -log P of a symbol, as of `log_prob`.
 
         Returns
         -------
@@ -556,28 +584,24 @@ class TransformerLM(SymbolModel):
         steps = self.context if chunk is None else checks.size("chunk", chunk, 1)
         if steps > self.context:
             raise ValueError(f"chunk should be at most context={self.context}, not {steps}")
-        batch_size = checks.size("batch_size", batch_size, 1)
-        data = self._data("data", data, lengths, batch_size, steps, seed)
-        if settings.get("validation") is not None:
-            settings["validation"] = self._data("validation", settings["validation"], None, batch_size, steps, 0)
-        return training.fit(self, data, seed=seed, **settings)
-
-    def _data(self, name: str, data: Any, lengths: Any, batch_size: int, steps: int, seed: int | None) -> Any:
-        """Data of the trainer, made from ids where those were given."""
-        if hasattr(data, "batches") or (isinstance(data, list | tuple) and data and isinstance(data[0], Batch)):
-            return data
-        given = symbols(name, data, lengths, self.vocab_size)
-        if len(given.lengths) == 1 and len(given.ids) > 1:
-            # Shorter streams than a window would leave its later positions without any training.
-            streams = min(batch_size, max(1, (len(given.ids) - 1) // steps))
-            return training.Streams(given.ids, batch_size=streams, steps=steps, seed=seed)
-        inputs, targets = [], []
-        for row in np.split(given.ids, np.cumsum(given.lengths)[:-1]):
-            before = np.concatenate([[self.begin], row[:-1]])
-            for at in range(0, len(row), steps):
-                inputs.append(before[at : at + steps])
-                targets.append(row[at : at + steps])
-        return training.PaddedBatches(inputs, targets, batch_size=batch_size, seed=seed)
+        size = BATCH_SIZE if batch_size is None else checks.size("batch_size", batch_size, 1)
+        raw = settings.get("validation")
+        if is_data(data):
+            batched_already(lengths=lengths, batch_size=batch_size, chunk=chunk, validation_split=validation_split)
+        else:
+            given, held = text_split(symbols("data", data, lengths, self.vocab_size), validation_split, seed)
+            if held is not None:
+                if raw is not None:
+                    raise ValueError("validation_split should not be given with validation")
+                settings["validation"] = whole_sequences("validation", held, size)
+            rows = [row for row in given.split() if len(row)]
+            if not rows:
+                raise ValueError("data should hold at least one symbol")
+            data = training.TextWindows(rows, steps=steps, batch_size=size, begin=self.begin, seed=seed)
+        if raw is not None and not is_data(raw):
+            held = symbols("validation", *padded_pair(raw), self.vocab_size)
+            settings["validation"] = whole_sequences("validation", held, size)
+        return self._train(data, {"seed": seed, **settings})
 
     def _log_probs(self, given: Symbols) -> Array:
         result = np.empty(len(given.ids))
@@ -623,7 +647,7 @@ class TransformerLM(SymbolModel):
         TypeError, ValueError
             Naming the argument, what it was and what it should be.
         """
-        array = checks.as_array("x_t", x_t)
+        array = ids_array("x_t", x_t)
         if array.ndim != 1:
             raise ValueError(f"x_t should be of shape (B,), not {array.shape}")
         ids = checks.ids("x_t", array, self.vocab_size)
@@ -737,6 +761,8 @@ class TransformerEncoderModel(Model):
     pooling : {"mean", "cls", "max"} or None
         One vector of a sequence: the mean of its tokens' [2]_, the first one, or the largest of each element. None:
         a vector of each token.
+    pooler : bool
+        Whether the vector of a sequence goes through a linear map and tanh, as in BERT; with ``pooling="cls"``.
     normalize : bool
         Whether the vectors that come out are divided by their length.
     num_labels : int, optional
@@ -755,6 +781,8 @@ class TransformerEncoderModel(Model):
 
     _layers: ClassVar[Any] = layers
     _losses: ClassVar[Any] = losses
+    # The set of operations of what has no layer of its own.
+    _operations: ClassVar[Any] = _alignment
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
 
     vocab_size: int
@@ -769,6 +797,7 @@ class TransformerEncoderModel(Model):
     norm_first: bool
     layer_norm_eps: float
     pooling: str | None
+    pooler: bool
     normalize: bool
     num_labels: int | None
     seed: int | None
@@ -792,6 +821,7 @@ class TransformerEncoderModel(Model):
         num_labels: int | None = None,
         dtype: Any = "float32",
         seed: int | None = None,
+        pooler: bool = False,
     ) -> None:
         self.vocab_size = checks.size("vocab_size", vocab_size, 1)
         self.d_model = checks.size("d_model", d_model, 1)
@@ -802,13 +832,16 @@ class TransformerEncoderModel(Model):
         self.norm_first = checks.flag("norm_first", norm_first)
         self.layer_norm_eps = checks.number("layer_norm_eps", layer_norm_eps, least=0)
         self.pooling = None if pooling is None else checks.choice("pooling", pooling, POOLINGS)
+        self.pooler = checks.flag("pooler", pooler)
+        if self.pooler and self.pooling != "cls":
+            raise ValueError(f"pooling should be 'cls' with pooler=True, not {self.pooling!r}")
         self.normalize = checks.flag("normalize", normalize)
         self.num_labels = None if num_labels is None else checks.size("num_labels", num_labels, 1)
         if self.normalize and self.num_labels is not None:
             raise ValueError("normalize should be False where num_labels gives the model a head")
         self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
         self.seed = checks.seed("seed", seed)
-        seeds = seeds_of(self.seed, 5)
+        seeds = seeds_of(self.seed, 6)
         kinds, of_type = self._layers, {"dtype": self.dtype}
         encoder = kinds.TransformerEncoder(
             num_layers,
@@ -842,6 +875,7 @@ class TransformerEncoderModel(Model):
             "num_labels": self.num_labels,
             "dtype": self.dtype.name,
             "seed": self.seed,
+            "pooler": self.pooler,
         }
         children: dict[str, Layer] = {
             "word": kinds.Embedding(self.vocab_size, self.d_model, seed=seeds[1], **of_type),
@@ -851,6 +885,8 @@ class TransformerEncoderModel(Model):
             children["type"] = kinds.Embedding(self.type_vocab_size, self.d_model, seed=seeds[3], **of_type)
         children["norm"] = kinds.LayerNorm(self.d_model, eps=self.layer_norm_eps, **of_type)
         children["encoder"] = encoder
+        if self.pooler:
+            children["pooler"] = kinds.Linear(self.d_model, self.d_model, seed=seeds[5], **of_type)
         if self.num_labels is not None:
             children["head"] = kinds.Linear(self.d_model, self.num_labels, seed=seeds[4], **of_type)
         self._start(config, **children)
@@ -859,25 +895,31 @@ class TransformerEncoderModel(Model):
         self._type: Any = children.get("type")
         self._norm: Any = children["norm"]
         self._encoder: Any = encoder
+        self._pooler: Any = children.get("pooler")
         self._head: Any = children.get("head")
         self._drop = kinds.Dropout(self.dropout, **of_type)
         _initialise(self, self.num_layers, 1.0)
 
+    @property
+    def time(self) -> str:  # type: ignore[override]
+        """Whether there is a vector for every token or one for a sequence."""
+        return SEQUENCE if self.pooling is None else POOLING
+
     @classmethod
-    def from_bert(
-        cls, config: Mapping[str, Any], weights: Mapping[str, Any], **settings: Any
-    ) -> TransformerEncoderModel:
+    def from_bert(cls, config: Any, weights: Any, **settings: Any) -> TransformerEncoderModel:
         """The model that a BERT of the package transformers is.
 
         Parameters
         ----------
-        config : mapping
+        config : mapping, or BertConfig
             What its config.json holds: ``vocab_size``, ``hidden_size``, ...
-        weights : mapping from str to array
-            Its state dict, as `bert_state_dict` takes it. The classifier of a token head is taken where the model
-            has such a head; another head starts anew.
+        weights : mapping from str to array, or model of transformers
+            Its state dict, as `bert_state_dict` takes it. Where it holds a classifier, the model gives the same scores:
+            of sequences, if it holds a pooler, too, and of tokens otherwise; `num_labels` has to say how many. Without
+            a classifier `num_labels` makes a head that starts anew, and a pooler is taken with ``pooler=True`` only.
         **settings
-            Of the model; what they say comes before what `config` says.
+            Of the model; what they say comes before what `config` says. Dropout is that of ``hidden_dropout_prob``
+            everywhere.
 
         Returns
         -------
@@ -888,6 +930,15 @@ class TransformerEncoderModel(Model):
         ValueError, TypeError
             Naming what is missing, or of another kind than this model has.
         """
+        if not isinstance(config, Mapping) and hasattr(config, "to_dict"):
+            config = config.to_dict()
+        if not isinstance(config, Mapping):
+            raise TypeError(
+                "config should be a mapping, what config.json holds, or a BertConfig of transformers,"
+                f" not {checks.describe(config)}"
+            )
+        if not isinstance(weights, Mapping) and hasattr(weights, "state_dict"):
+            weights = weights.state_dict()
         given = checks.mapping("config", config)
         names = {
             "vocab_size": "vocab_size",
@@ -898,6 +949,8 @@ class TransformerEncoderModel(Model):
         missing = [name for name in names.values() if name not in given]
         if missing:
             raise ValueError(f"config should have {', '.join(missing)}, too")
+        if given.get("model_type", "bert") != "bert":
+            raise ValueError(f"config should have model_type='bert', not {given['model_type']!r}")
         more = {
             "dim_feedforward": "intermediate_size",
             "max_length": "max_position_embeddings",
@@ -909,17 +962,18 @@ class TransformerEncoderModel(Model):
         kind = given.get("position_embedding_type", "absolute")
         if kind != "absolute":
             raise ValueError(f"config should have position_embedding_type='absolute', not {kind!r}")
+        for name in ("is_decoder", "add_cross_attention"):
+            if given.get(name):
+                raise ValueError(f"config should have {name}=False, not {given[name]!r}")
         activations = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
         activation = checks.choice("hidden_act of config", given.get("hidden_act", "gelu"), tuple(activations))
+        arrays = bert_state_dict(weights, pooler=True)
+        settings = _with_head(arrays, settings)
         model = cls(**{**made, "activation": activations[activation], **settings})
-        arrays = bert_state_dict(weights)
-        names_of_head = ["head.weight", "head.bias"]
-        head = {name: arrays.pop(name) for name in names_of_head if name in arrays}
-        if model.num_labels is not None:
-            if model.pooling is not None or not head:
-                own = model.state_dict()
-                head = {name: own[name] for name in names_of_head}
-            arrays |= head
+        if not model.pooler:
+            arrays = {name: array for name, array in arrays.items() if not name.startswith("pooler.")}
+        if model.num_labels is not None and "head.weight" not in arrays:
+            arrays |= {name: array for name, array in model.state_dict().items() if name.startswith("head.")}
         model.load_state_dict(arrays)
         return model
 
@@ -991,25 +1045,36 @@ class TransformerEncoderModel(Model):
             return given.spread(y)
         return y[0] if given.alone else y
 
-    def _pool(self, y: Array, rows: Rows) -> tuple[Array, Any]:
-        """From the tokens (N, d_model) to what the model is asked for, and what `_unpool` needs."""
+    def _pool(self, y: Array, rows: Rows, taped: bool = False) -> tuple[Array, Any]:
+        """From the tokens (N, d_model) to what the model is asked for, and if `taped` what `_unpool` needs."""
         kept: Any = None
+        of_pooler: Any = None
         if self.pooling is not None:
             y, kept = _pooled(self.pooling, y, rows)
+        if self._pooler is not None:
+            z, tape = self._pooler.forward(y) if taped else (self._pooler(y), None)
+            y = self._operations.tanh_forward(z, threads.get_num_threads())
+            y[np.diff(rows.starts) == 0] = 0
+            of_pooler = y, tape
         if not self.normalize:
-            return y, (kept, None)
+            return y, (kept, of_pooler, None)
         lengths = np.maximum(np.sqrt(np.square(y).sum(axis=1, keepdims=True)), y.dtype.type(_SMALLEST))
         y = y / lengths
-        return y, (kept, (y, lengths))
+        return y, (kept, of_pooler, (y, lengths))
 
-    def _unpool(self, dy: Array, rows: Rows, kept: Any) -> Array:
+    def _unpool(self, dy: Array, rows: Rows, kept: Any, targets: dict[str, Any]) -> Array:
         """The gradient of the tokens."""
-        of_pooling, of_length = kept
+        of_pooling, of_pooler, of_length = kept
         if of_length is not None:
             y, lengths = of_length
             # Too short a vector was divided by a constant.
             along = np.where(lengths > _SMALLEST, y * (y * dy).sum(axis=1, keepdims=True), 0)
             dy = (dy - along) / lengths
+        if of_pooler is not None:
+            y, tape = of_pooler
+            dz = self._operations.tanh_backward(y, np.ascontiguousarray(dy), threads.get_num_threads())
+            dz[np.diff(rows.starts) == 0] = 0
+            dy = self._pooler.backward(dz, tape, grads=targets["pooler"])
         if self.pooling is None:
             return dy
         return _spread(self.pooling, dy, rows, of_pooling)
@@ -1051,7 +1116,7 @@ class TransformerEncoderModel(Model):
             x, entering = self._drop.forward(x, seed=child_seed(seed, 0))
         context = Context(Frame(rows, rows, False), None, False)
         y, of_encoder = self._encoder._forward_rows(x, context, child_seed(seed, 1))
-        y, pooled = self._pool(y, rows)
+        y, pooled = self._pool(y, rows, taped=True)
         if self._head is not None:
             if self.dropout:
                 y, leaving = self._drop.forward(y, seed=child_seed(seed, 2))
@@ -1083,7 +1148,7 @@ class TransformerEncoderModel(Model):
             dy = self._head.backward(dy, kept.head, grads=targets["head"])
             if kept.leaving is not None:
                 dy = self._drop.backward(dy, kept.leaving)
-        dy = self._unpool(dy, rows, kept.pooled)
+        dy = self._unpool(dy, rows, kept.pooled, targets)
         dx, _ = self._encoder._backward_rows(dy, kept.encoder, targets["encoder"])
         if kept.entering is not None:
             dx = self._drop.backward(dx, kept.entering)
@@ -1092,6 +1157,11 @@ class TransformerEncoderModel(Model):
         if kept.type is not None:
             self._type.backward(dx, kept.type, grads=targets["type"])
         self._word.backward(dx, kept.word, grads=targets["word"])
+
+    @property
+    def loss_unit(self) -> str:
+        """What the losses of a training are counted in."""
+        return "nats a label"
 
     def _needs_head(self) -> int:
         if self.num_labels is None:
@@ -1208,17 +1278,19 @@ class TransformerEncoderModel(Model):
         loss, _ = self._losses.softmax_cross_entropy(scores, targets, ignore_index=_IGNORED)
         return loss, int((targets != _IGNORED).sum()), None
 
+    @checks.short_traceback
     def fit(
         self,
         data: Any,
         targets: Any = None,
         lengths: Any = None,
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         seed: int | None = 0,
+        validation_split: float | None = None,
         **settings: Any,
     ) -> History:
-        """Train to tell labels; what was learnt before is where it starts.
+        """Train to tell labels; what was learnt before is where it starts. Where this fails, the model is as it was.
 
         Parameters
         ----------
@@ -1228,37 +1300,65 @@ class TransformerEncoderModel(Model):
             Labels in 0..num_labels-1; one of -1 does not count.
         lengths : array of shape (B,), optional
             The real tokens of each row.
-        batch_size : int
-            Sequences in a batch.
+        batch_size : int, optional
+            Sequences in a batch; 32 by default.
         seed : int, optional
             Fixes the order of the data and what dropout drops.
+        validation_split : float in (0, 1), optional
+            The share of the sequences, drawn by the seed, that the model is validated on.
         **settings
             As of `fastseq.training.fit`: ``epochs``, ``optimiser``, ``validation``, ``checkpoint``, ...
-            ``validation`` may be a pair of data and targets.
+            ``validation`` may be a tuple of data and targets, or of data, targets and lengths. Its loss is the mean
+            of -log P of a label, as of `log_prob`.
 
         Returns
         -------
         History
         """
         self._needs_head()
-        made = self._data("data", data, targets, lengths, batch_size, seed)
-        validation = settings.get("validation")
-        if isinstance(validation, tuple) and len(validation) == 2 and not isinstance(validation, Batch):
-            settings["validation"] = self._data("validation[0]", *validation, None, batch_size, 0)
-        return training.fit(self, made, seed=seed, **settings)
-
-    def _data(self, name: str, data: Any, targets: Any, lengths: Any, batch_size: int, seed: int | None) -> Any:
-        """Data of the trainer, made from ids where those were given."""
+        raw = settings.get("validation")
+        if targets is None and isinstance(data, tuple) and not is_data(data) and len(data) in (2, 3):
+            data, targets, *more = data
+            lengths = more[0] if more else lengths
         if targets is None:
-            return data
+            if not is_data(data):
+                raise ValueError("targets should be given: labels are what the model learns")
+            batched_already(lengths=lengths, batch_size=batch_size, validation_split=validation_split)
+            self._with_validation(settings, BATCH_SIZE)
+            return self._train(data, {"seed": seed, **settings})
+        size = BATCH_SIZE if batch_size is None else checks.size("batch_size", batch_size, 1)
+        sequences, labels = self._labelled("data", data, "targets", targets, lengths)
+        if validation_split is not None:
+            if raw is not None:
+                raise ValueError("validation_split should not be given with validation")
+            learnt, out = held_out(len(sequences), validation_split, seed)
+            held = [[rows[i] for i in out] for rows in (sequences, labels)]
+            settings["validation"] = training.PaddedBatches(*held, batch_size=size, shuffle=False)
+            sequences, labels = ([rows[i] for i in learnt] for rows in (sequences, labels))
+        self._with_validation(settings, size)
+        made = training.PaddedBatches(sequences, labels, batch_size=size, seed=seed)
+        return self._train(made, {"seed": seed, **settings})
+
+    def _with_validation(self, settings: dict[str, Any], batch_size: int) -> None:
+        """Put raw data to validate on into batches."""
+        raw = settings.get("validation")
+        if isinstance(raw, tuple) and not is_data(raw) and len(raw) in (2, 3):
+            data, targets, *more = raw
+            sequences, labels = self._labelled(
+                "validation[0]", data, "validation[1]", targets, more[0] if more else None
+            )
+            settings["validation"] = training.PaddedBatches(sequences, labels, batch_size=batch_size, shuffle=False)
+
+    def _labelled(
+        self, name: str, data: Any, targets_name: str, targets: Any, lengths: Any
+    ) -> tuple[list[Array], list[Any]]:
+        """Sequences without padding, and the label of each, or those of its tokens."""
         given = _tokens(name, data, lengths, self.vocab_size)
         if given.alone:
             raise ValueError(f"{name} should be a batch of sequences, not one of shape {np.shape(data)}")
-        labels: Any = self._labels("targets", targets, given, _IGNORED)
+        labels = self._labels(targets_name, targets, given, _IGNORED)
         ends = given.rows.starts[1:-1]
-        if self.pooling is None:
-            labels = np.split(labels, ends)
-        return training.PaddedBatches(np.split(given.ids, ends), labels, batch_size=batch_size, seed=seed)
+        return np.split(given.ids, ends), np.split(labels, ends) if self.pooling is None else list(labels)
 
 
 def _pooled(kind: str, y: Array, rows: Rows) -> tuple[Array, Any]:
@@ -1301,6 +1401,8 @@ _BERT_EMBEDDINGS = {
     "embeddings.token_type_embeddings.weight": "type.weight",
     "embeddings.LayerNorm.weight": "norm.weight",
     "embeddings.LayerNorm.bias": "norm.bias",
+    "pooler.dense.weight": "pooler.weight",
+    "pooler.dense.bias": "pooler.bias",
     "classifier.weight": "head.weight",
     "classifier.bias": "head.bias",
 }
@@ -1311,18 +1413,43 @@ _BERT_LAYER = {
     "output.dense": "linear2",
     "output.LayerNorm": "norm2",
 }
-# What this arrangement has no use for: the pooler and the heads of the pretraining.
-_BERT_UNUSED = ("pooler.", "cls.", "embeddings.position_ids")
+# What this arrangement has no use for: the heads of the pretraining, and numbers that are no weights.
+_BERT_UNUSED = ("cls.", "embeddings.position_ids", "embeddings.token_type_ids")
 
 
-def bert_state_dict(mapping: Mapping[str, Any]) -> dict[str, Array]:
+def _with_head(arrays: Mapping[str, Array], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model whose head is the one that weights hold; refused where it would be left out."""
+    made = dict(settings)
+    if "head.weight" not in arrays:
+        return made
+    if made.get("num_labels") is None:
+        raise ValueError(
+            f"num_labels should be {len(arrays['head.weight'])} where weights hold that many labels in classifier.*;"
+            " or leave classifier.* out of them"
+        )
+    of_sequences = "pooler.weight" in arrays
+    if of_sequences and "pooling" not in made:
+        made |= {"pooling": "cls", "pooler": True, **settings}
+    made.setdefault("pooling", None)
+    if made["pooling"] is not None and not (of_sequences and made.get("pooler")):
+        raise ValueError(
+            "pooling should be None, or 'cls' with pooler=True, where weights hold classifier.*, which is a head over"
+            f" tokens or over BERT's pooler, not {made['pooling']!r}; or leave classifier.* out of weights for a head"
+            " that starts anew"
+        )
+    return made
+
+
+def bert_state_dict(mapping: Mapping[str, Any], *, pooler: bool = False) -> dict[str, Array]:
     """The state dict of a BERT of the package transformers under the names of `TransformerEncoderModel`.
 
     Parameters
     ----------
     mapping : mapping from str to array
         Names like ``encoder.layer.0.attention.self.query.weight``, with ``bert.`` in front of them or not. The
-        pooler and the heads of the pretraining are left out.
+        heads of the pretraining are left out.
+    pooler : bool
+        Whether to keep the pooler, for a model that has one.
 
     Returns
     -------
@@ -1334,7 +1461,8 @@ def bert_state_dict(mapping: Mapping[str, Any]) -> dict[str, Array]:
         Naming what is unknown or missing.
     """
     given = {name.removeprefix("bert."): value for name, value in checks.mapping("mapping", mapping).items()}
-    given = {name: value for name, value in given.items() if not name.startswith(_BERT_UNUSED)}
+    unused = _BERT_UNUSED if checks.flag("pooler", pooler) else (*_BERT_UNUSED, "pooler.")
+    given = {name: value for name, value in given.items() if not name.startswith(unused)}
     result: dict[str, Array] = {}
     parts: dict[str, dict[str, Array]] = {}  # of what is one matrix here: queries, keys and values
     unknown = []

@@ -16,12 +16,14 @@ from fastseq.checks import Array
 from fastseq.io import load_into
 from fastseq.layers import attention as _layers_attention
 from fastseq.layers.attention import AttentionTape, Engine
+from fastseq.layers.base import Layer
 from fastseq.reference import (
     alignment_operations,
     attention_operations,
     dense,
     losses,
     operations,
+    pooling_operations,
     transformer_operations,
 )
 from fastseq.state import AttentionState, LSTMState, Seq2SeqState, State
@@ -36,9 +38,13 @@ __all__ = [
     "Dropout",
     "Embedding",
     "LSTMState",
+    "LastStep",
+    "Layer",
     "LayerNorm",
     "LearnedPositions",
     "Linear",
+    "MaxOverTime",
+    "MeanOverTime",
     "MultiheadAttention",
     "MultiplicativeAttention",
     "RMSNorm",
@@ -46,9 +52,12 @@ __all__ = [
     "RotaryPositions",
     "Seq2SeqState",
     "Sequential",
+    "SiLU",
+    "Sigmoid",
     "SinusoidalPositions",
     "Softmax",
     "State",
+    "Tanh",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
@@ -122,6 +131,42 @@ class ReLU(layers.ReLU):  # noqa: D101
 class GELU(layers.GELU):  # noqa: D101
     __doc__ = layers.GELU.__doc__
     _operations: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class SiLU(layers.SiLU):  # noqa: D101
+    __doc__ = layers.SiLU.__doc__
+    _operations: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class Tanh(layers.Tanh):  # noqa: D101
+    __doc__ = layers.Tanh.__doc__
+    _operations: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class Sigmoid(layers.Sigmoid):  # noqa: D101
+    __doc__ = layers.Sigmoid.__doc__
+    _operations: ClassVar[Any] = dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class LastStep(layers.LastStep):  # noqa: D101
+    __doc__ = layers.LastStep.__doc__
+    _operations: ClassVar[Any] = pooling_operations
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class MeanOverTime(layers.MeanOverTime):  # noqa: D101
+    __doc__ = layers.MeanOverTime.__doc__
+    _operations: ClassVar[Any] = pooling_operations
+    _dtypes: ClassVar[tuple[str, ...] | None] = None
+
+
+class MaxOverTime(layers.MaxOverTime):  # noqa: D101
+    __doc__ = layers.MaxOverTime.__doc__
+    _operations: ClassVar[Any] = pooling_operations
     _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 

@@ -162,11 +162,19 @@ def normal_cdf(x: Array) -> Array:
 
 
 def activation_forward(x: Array, kind: str, n_threads: int) -> Array:
-    """relu: max(x, 0);  gelu: x Phi(x);  gelu_tanh: x / 2 (1 + tanh u) with u = sqrt(2 / pi) (x + 0.044715 x^3)"""
+    """relu: max(x, 0);  gelu: x Phi(x);  gelu_tanh: x / 2 (1 + tanh u) with u = sqrt(2 / pi) (x + 0.044715 x^3);
+
+    tanh;  sigmoid: 1 / (1 + exp(-x));  silu: x sigmoid(x)
+    """
     if kind == "relu":
         return np.maximum(x, x.dtype.type(0))
     wide = widened(x)
     with np.errstate(all="ignore"):
+        if kind == "tanh":
+            return np.asarray(np.tanh(wide), x.dtype)
+        if kind in ("sigmoid", "silu"):
+            sigmoid = 1 / (1 + np.exp(-wide))
+            return np.asarray(sigmoid if kind == "sigmoid" else wide * sigmoid, x.dtype)
         share = normal_cdf(wide) if kind == "gelu" else half_of_one_plus_tanh(wide)
         return np.asarray(wide * share, x.dtype)
 
@@ -177,13 +185,21 @@ def half_of_one_plus_tanh(x: Array) -> Array:
 
 
 def activation_backward(x: Array, dy: Array, kind: str, n_threads: int) -> Array:
-    """relu: dy where x > 0;  gelu: Phi(x) + x phi(x);  gelu_tanh: s + x s (1 - s) 2 du/dx with s = (1 + tanh u) / 2"""
+    """relu: dy where x > 0;  gelu: Phi(x) + x phi(x);  gelu_tanh: s + x s (1 - s) 2 du/dx with s = (1 + tanh u) / 2;
+
+    tanh: 1 / cosh(x)^2;  sigmoid: s (1 - s) with s = 1 / (1 + exp(-x));  silu: s + x s (1 - s)
+    """
     if kind == "relu":
         return np.where(x > 0, dy, x.dtype.type(0))
     wide = widened(x)
     with np.errstate(all="ignore"):
         if kind == "gelu":
             slope = normal_cdf(wide) + wide * np.exp(-wide * wide / 2) / math.sqrt(2 * math.pi)
+        elif kind == "tanh":
+            slope = 1 / np.cosh(wide) ** 2
+        elif kind in ("sigmoid", "silu"):
+            s, rest = 1 / (1 + np.exp(-wide)), 1 / (1 + np.exp(wide))
+            slope = s * rest if kind == "sigmoid" else s + np.where(s * rest == 0, 0, wide * s * rest)
         else:
             s = half_of_one_plus_tanh(wide)
             steep = wide * s * (1 - s) * (2 * ROOT_2_OVER_PI * (1 + 3 * CUBIC * wide * wide))

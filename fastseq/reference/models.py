@@ -66,6 +66,7 @@ class TransformerEncoderModel(models.TransformerEncoderModel):  # noqa: D101
     __doc__ = models.TransformerEncoderModel.__doc__
     _layers: ClassVar[Any] = reference
     _losses: ClassVar[Any] = losses
+    _operations: ClassVar[Any] = alignment_operations
     _dtypes: ClassVar[tuple[str, ...] | None] = None
 
 

@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file each, written whole or not at all, with a checksum over all of it.
 
 The content is a dict, of dicts, lists, tuples, numbers, strings, arrays and states. The arrays are the tensors of the
-file, named by their place; the rest is JSON in its metadata.
+file, named by their place; the rest is JSON in its metadata. What is written reads back equal: arrays with the numbers
+they had, in native byte order, and NumPy's numbers as Python's.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from fastseq import checks, state
+from fastseq import checks, io, state
 from fastseq.checks import Array
 from fastseq.io import write_whole
 
 _FORMAT = "1"
-_CONTENT, _CHECKSUM, _VERSION = "fastseq.checkpoint", "fastseq.checksum", "fastseq.format"
-_STATES = {"State": state.State, "LSTMState": state.LSTMState}
-_DTYPES = ("bool", "int64", "int32", "uint64", "float16", "float32", "float64")
+_CONTENT, _VERSION = "fastseq.checkpoint", "fastseq.format"
+_OLD_CHECKSUM = "fastseq.checksum"  # of the content, in files of older versions, which have none over all their bytes
+_STATES = {kind.__name__: kind for kind in (state.State, state.LSTMState, state.Seq2SeqState, state.AttentionState)}
+_DTYPES = ("bool", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64")
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
@@ -39,18 +41,17 @@ def save_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> No
 
     Raises
     ------
+    TypeError
+        The content holds something else, which is named.
     OSError
         The file cannot be written, as on a full disk; what `path` named before is still there.
     """
     import json
 
-    from safetensors.numpy import save as to_bytes
-
     target = checks.path("path", path)
     arrays: dict[str, Array] = {}
-    text = json.dumps(_taken_apart(checks.mapping("content", content), "", arrays))
-    metadata = {_VERSION: _FORMAT, _CONTENT: text, _CHECKSUM: _checksum(text, arrays)}
-    write_whole(target, to_bytes(arrays, metadata))
+    text = json.dumps(_taken_apart(dict(checks.mapping("content", content)), "", arrays))
+    write_whole(target, io.to_bytes(arrays, {_VERSION: _FORMAT, _CONTENT: text}))
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -88,32 +89,36 @@ def _read(name: str) -> dict[str, Any]:
 
     from safetensors import SafetensorError, safe_open
 
-    with open(name, "rb"):
-        pass  # a file that is missing or not ours to read raises Python's own error
+    io.check_whole(name)  # a file that is missing or not ours to read raises Python's own error
     try:
         with safe_open(name, framework="numpy") as file:
             metadata = file.metadata() or {}
-            if _CONTENT not in metadata or _CHECKSUM not in metadata:
+            if "fastseq.class" in metadata:
+                raise ValueError(f"path: {name!r} is no checkpoint of fastseq, but what a save wrote: fastseq.load it")
+            if _CONTENT not in metadata or not (_OLD_CHECKSUM in metadata or io.CHECKSUM in metadata):
                 raise ValueError(f"path: {name!r} is a safetensors file, but no checkpoint of fastseq")
             if metadata.get(_VERSION) != _FORMAT:
                 raise ValueError(f"path: {name!r} was written by another version of fastseq")
+            io.check_names(name, metadata, {_CONTENT, _VERSION, _OLD_CHECKSUM})
             try:
                 arrays = {key: np.array(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
             except (TypeError, AttributeError, KeyError) as error:  # a dtype that NumPy does not have
                 raise ValueError(f"path: {name!r} is damaged: {error}") from None
     except SafetensorError as error:
         raise ValueError(f"path: {name!r} is damaged: not a whole safetensors file: {error}") from None
-    if _checksum(metadata[_CONTENT], arrays) != metadata[_CHECKSUM]:
+    if io.CHECKSUM not in metadata and _checksum(metadata[_CONTENT], arrays) != metadata[_OLD_CHECKSUM]:
         raise ValueError(f"path: {name!r} is damaged: its content does not have the checksum it was written with")
     try:
         content = _put_together(json.loads(metadata[_CONTENT]), arrays)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"path: {name!r} is damaged: {error}") from None
-    assert isinstance(content, dict)
+    if not isinstance(content, dict):
+        raise ValueError(f"path: {name!r} is damaged: it holds {checks.describe(content)}")
     return content
 
 
 def _checksum(text: str, arrays: dict[str, Array]) -> str:
+    """The checksum of a file of an older version."""
     value = zlib.crc32(text.encode())
     for name in sorted(arrays):
         array = arrays[name]
@@ -126,17 +131,20 @@ def _taken_apart(value: Any, place: str, arrays: dict[str, Array]) -> Any:
     """A value as JSON has it; arrays are put into `arrays` by their place."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, np.generic):
+    if isinstance(value, np.bool_ | np.integer | np.floating) and not isinstance(value, np.longdouble):
         return value.item()
     if isinstance(value, np.ndarray):
-        if value.dtype.name not in _DTYPES:
-            raise TypeError(f"a checkpoint can hold arrays of {', '.join(_DTYPES)}, but {place} is {value.dtype}")
-        while place in arrays:  # names may hold what places are made with
+        if value.dtype.name not in _DTYPES or isinstance(value, np.ma.MaskedArray):
+            raise TypeError(
+                f"a checkpoint can hold arrays of {', '.join(_DTYPES)}, but {place} is {checks.describe(value)}"
+            )
+        while place in arrays or place == "__metadata__":  # names may hold what places are made with
             place += "'"
-        arrays[place] = np.asarray(value, order="C")
+        arrays[place] = value
         return {"array": place}
-    if isinstance(value, state.State):
-        return {"state": type(value).__name__, "of": _taken_apart(list(value), place, arrays)}
+    if type(value).__name__ in _STATES and type(value) is _STATES[type(value).__name__]:
+        named = {n: _taken_apart(array, f"{place}.{n}", arrays) for n, array in _named(value).items()}
+        return {"state": type(value).__name__, "named": named}
     if isinstance(value, list | tuple):
         items = [_taken_apart(item, f"{place}.{i}", arrays) for i, item in enumerate(value)]
         return {"list" if isinstance(value, list) else "tuple": items}
@@ -148,13 +156,26 @@ def _taken_apart(value: Any, place: str, arrays: dict[str, Array]) -> Any:
     raise TypeError(f"a checkpoint cannot hold {place}: {checks.describe(value)}")
 
 
+def _named(value: Any) -> dict[str, Array]:
+    """The arrays that a state is made of again."""
+    if isinstance(value, state.AttentionState):
+        return value._arrays()
+    if isinstance(value, state.Seq2SeqState):
+        return value._named()
+    return {name: getattr(value, name) for name in value._fields}
+
+
 def _put_together(value: Any, arrays: dict[str, Array]) -> Any:
     if not isinstance(value, dict):
         return value
     if "array" in value:
         return arrays[value["array"]]
-    if "state" in value:
-        return _STATES[value["state"]](*_put_together(value["of"], arrays))
+    if "named" in value:
+        made: Any = _STATES[value["state"]]
+        return made(**{name: _put_together(array, arrays) for name, array in value["named"].items()})
+    if "state" in value:  # as older versions wrote it
+        made = _STATES[value["state"]]
+        return made(*_put_together(value["of"], arrays))
     if "dict" in value:
         return {name: _put_together(item, arrays) for name, item in value["dict"].items()}
     items = [_put_together(item, arrays) for item in value["list" if "list" in value else "tuple"]]

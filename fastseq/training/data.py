@@ -117,6 +117,12 @@ def _values(name: str, value: Any) -> Array:
     return array
 
 
+def _real(name: str, value: Any) -> Array:
+    """Values (N, I), of integers too."""
+    array = checks.as_array(name, value)
+    return _values(name, array.astype(np.float64) if array.dtype.kind in "iu" else array)
+
+
 class PaddedBatches(Data):
     """Sequences of any lengths, padded with zeros to the longest of their batch.
 
@@ -156,7 +162,8 @@ class PaddedBatches(Data):
         self._choose_seed(seed)
         self._shuffle = checks.flag("shuffle", shuffle)
         self._group = checks.flag("group", group)
-        self._sequences = [_values(f"sequences[{i}]", sequence) for i, sequence in enumerate(sequences)]
+        arrays = [_values(f"sequences[{i}]", sequence) for i, sequence in enumerate(sequences)]
+        self._sequences = _with_empty(sequences, arrays)
         _alike("sequences", self._sequences)
         self._targets = None if targets is None else self._checked_targets(targets)
         self._lengths = np.array([len(sequence) for sequence in self._sequences])
@@ -170,6 +177,7 @@ class PaddedBatches(Data):
                 f"targets should have one for each of the {len(self._sequences)} sequences, not {len(targets)}"
             )
         arrays = [checks.as_array(f"targets[{i}]", target) for i, target in enumerate(targets)]
+        arrays = _with_empty(targets, arrays)
         for i, (target, sequence) in enumerate(zip(arrays, self._sequences, strict=True)):
             if target.dtype.kind not in "iuf":
                 raise TypeError(f"targets[{i}] should hold integers or real floating numbers, not {target.dtype}")
@@ -270,6 +278,17 @@ def _sequences_of_ids(name: str, value: Any) -> list[Array]:
     return [array if array.size else array.astype(np.int64) for array in arrays]
 
 
+def _with_empty(given: Any, arrays: list[Array]) -> list[Array]:
+    """Arrays of what was given; empty lists, which say nothing of what they would hold, are as the others."""
+    first = next((array for array in arrays if array.size), None)
+    if first is None:
+        return arrays
+    return [
+        np.zeros((0, *first.shape[1:]), first.dtype) if isinstance(one, list | tuple) and len(one) == 0 else array
+        for one, array in zip(given, arrays, strict=True)
+    ]
+
+
 def _alike(name: str, arrays: Sequence[Array]) -> None:
     """Arrays that may stand in one: of one kind, and alike beyond their first axis."""
     first = arrays[0]
@@ -288,6 +307,8 @@ def _is_float(array: Array) -> bool:
 def _padded(arrays: Sequence[Array]) -> Array:
     """One array of some, with zeros after those that are shorter; of numbers, an array of them."""
     dtype = np.result_type(*(array.dtype for array in arrays))
+    if dtype.kind == "f" and not _is_float(arrays[0]):  # what NumPy makes of int64 and uint64
+        dtype = np.dtype(np.int64)
     if arrays[0].ndim == 0:
         return np.array(arrays, dtype)
     whole = np.zeros((len(arrays), max(len(array) for array in arrays), *arrays[0].shape[1:]), dtype)
@@ -300,19 +321,20 @@ class Streams(Data):
     """One long sequence as several streams side by side, in chunks; the state is carried from chunk to chunk.
 
     The targets are the inputs one step later. Every row of a chunk goes on where the same row of the chunk before
-    ended; in the first chunk of an epoch all rows are fresh.
+    ended; in the first chunk of an epoch all rows are fresh. An epoch has every step once: where the sequence does not
+    divide into streams of one length, the last ones are a step longer, and the last chunk has ``lengths``.
 
     Parameters
     ----------
     ids : array of shape (N,), or (N, I)
         Ids, or values.
     batch_size : int
-        Streams.
+        Streams, whatever their length; `fitting` takes fewer where they would be short.
     steps : int
         Time steps of a chunk; the last of an epoch may have fewer.
     seed : int, optional
-        With it, every epoch starts at a place of its own within the first `steps`, so that chunks begin and end
-        elsewhere. Without, at the first step.
+        With it, chunks begin and end elsewhere in every epoch: the first one has fewer steps, as many as are drawn.
+        Without, chunks are the same in every epoch.
     """
 
     def __init__(self, ids: Any, *, batch_size: int, steps: int, seed: int | None = None) -> None:
@@ -325,29 +347,167 @@ class Streams(Data):
             raise ValueError(
                 f"ids should have at least batch_size + 1 = {self._batch_size + 1} steps, not {len(self._ids)}"
             )
-        # Starting later may not cost any stream its last step.
-        self._shifts = 1 if self._seed is None else min(self._steps, pairs - self._batch_size + 1)
-        self._time = (pairs - (self._shifts - 1)) // self._batch_size
+        time, longer = divmod(pairs, self._batch_size)
+        self._times = np.full(self._batch_size, time)
+        # The last ones, so that where a row has ended there still is a step to fill the chunk with.
+        self._times[self._batch_size - longer :] += 1
+        self._time = int(self._times[-1])
+        self._least, self._most = self._first_chunk()
+
+    @classmethod
+    def fitting(cls, ids: Any, *, batch_size: int, steps: int, seed: int | None = None) -> Streams:
+        """As many streams, up to `batch_size`, as have at least `steps` steps each; one, if there are none.
+
+        Parameters
+        ----------
+        ids, steps, seed
+            As of `Streams`.
+        batch_size : int
+            The most streams there may be.
+
+        Returns
+        -------
+        Streams
+        """
+        most, pairs = checks.size("batch_size", batch_size, 1), len(_values("ids", ids)) - 1
+        fitting = max(1, pairs // checks.size("steps", steps, 1))
+        return cls(ids, batch_size=min(most, fitting), steps=steps, seed=seed)
+
+    @property
+    def batch_size(self) -> int:
+        """Streams side by side."""
+        return self._batch_size
+
+    def _first_chunk(self) -> tuple[int, int]:
+        """The fewest and the most steps that the first chunk of an epoch may have.
+
+        The first and the last chunk share what the full ones between them leave, so that every epoch has as many
+        chunks as the others, and none of them is much shorter than a quarter of the longest.
+        """
+        rest = (self._time - 1) % self._steps + 1
+        if self._seed is None or self._time <= self._steps:
+            return self._steps, self._steps
+        ends = rest if 2 * rest > self._steps else rest + self._steps
+        least = max(ends - self._steps, -(-ends // 4))
+        return (least, ends - least) if least < ends - least else (self._steps, self._steps)
 
     def __len__(self) -> int:
-        return -(-self._time // self._steps)
+        # However long the first chunk, there are as many.
+        return 1 + max(0, -(-(self._time - self._least) // self._steps))
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        shift = 0 if self._seed is None else int(self._random(epoch).integers(self._shifts))
-        first = shift + self._time * np.arange(self._batch_size)[:, None]
+        head = self._least
+        if self._least < self._most:
+            head = int(self._random(epoch).integers(self._least, self._most + 1))
+        first = (np.cumsum(self._times) - self._times)[:, None]
         for index in range(start, len(self)):
-            places = np.arange(index * self._steps, min((index + 1) * self._steps, self._time))
+            begin = head + (index - 1) * self._steps if index else 0
+            end = min(head + index * self._steps, self._time)
+            lengths = np.minimum(self._times, end) - begin
+            places = first + np.arange(begin, end)
             fresh = np.full(self._batch_size, index == 0)
-            yield Batch(self._ids[first + places], self._ids[first + places + 1], None, fresh)
+            ragged = lengths[0] < end - begin
+            yield Batch(self._ids[places], self._ids[places + 1], lengths if ragged else None, fresh)
+
+
+class TextWindows(Data):
+    """Windows over texts, each with what follows every symbol; for models that carry no state, as Transformers.
+
+    An epoch has every symbol at least once as a target. A text of at most `steps` symbols is one window, shorter than
+    the others, which are all full: a longer text has as many as it takes to cover it, and one more where there would
+    be little room to move them, the first at its beginning and the last at its end. They overlap where the text does
+    not divide, at places that every epoch draws anew.
+
+    Parameters
+    ----------
+    ids : array of shape (N,), or list of them
+        Texts: ids. A window lies within one text.
+    steps : int
+        Symbols in a window.
+    batch_size : int
+        Windows in a batch; the last of an epoch may have fewer.
+    begin : int, optional
+        The symbol that the first one of a text follows. None: nothing is learnt about the first one, which then is an
+        input only.
+    seed : int, optional
+        Fixes the windows and the order of every epoch. If not given, the seed of the run does.
+    shuffle : bool
+        Whether windows move and come in an order of their own in every epoch; else they are spaced evenly, and come
+        one after the other.
+    """
+
+    def __init__(
+        self,
+        ids: Any,
+        *,
+        steps: int,
+        batch_size: int,
+        begin: int | None = None,
+        seed: int | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        several = isinstance(ids, list | tuple) and any(not isinstance(one, int | np.integer) for one in ids)
+        names = [f"ids[{i}]" for i in range(len(ids))] if several else ["ids"]
+        texts = [checks.integers(n, one) for n, one in zip(names, ids if several else [ids], strict=True)]
+        self._steps = checks.size("steps", steps, 1)
+        self._batch_size = checks.size("batch_size", batch_size, 1)
+        first = None if begin is None else checks.size("begin", begin)
+        self._choose_seed(seed)
+        self._shuffle = checks.flag("shuffle", shuffle)
+        least = 1 if begin is not None else 2
+        for name, text in zip(names, texts, strict=True):
+            if text.ndim != 1:
+                raise ValueError(f"{name} should be ids of shape (N,), not {text.shape}")
+            if len(text) < least:
+                raise ValueError(f"{name} should have at least {least} symbols, not {len(text)}")
+        self._texts = [text if first is None else np.concatenate([[first], text]) for text in texts]
+        self._counts = np.array([self._windows_of(len(text) - 1) for text in self._texts])
+
+    def _windows_of(self, symbols: int) -> int:
+        """In how many windows so many symbols are."""
+        count = -(-symbols // self._steps)
+        room = count * self._steps - symbols
+        return count + (count >= 4 and 4 * room < self._steps)
+
+    def __len__(self) -> int:
+        return -(-int(self._counts.sum()) // self._batch_size)
+
+    def _starts(self, symbols: int, count: int, random: np.random.Generator | None) -> Array:
+        """Where the windows of a text begin, in their order; none is further from the one before than its steps."""
+        last = max(0, symbols - self._steps)
+        if random is None or count < 3:
+            return np.linspace(0, last, count).astype(np.int64)
+        # What is too much is taken off the distances, in shares that are drawn.
+        much = (count - 1) * self._steps - last
+        taken = np.sort(random.integers(0, much + 1, count - 2))
+        starts = np.arange(count) * self._steps - np.concatenate([[0], taken, [much]])
+        inside: Array = np.clip(starts, 0, last)
+        return inside
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        random = self._random(epoch) if self._shuffle else None
+        windows = [
+            (text, int(at))
+            for text, count in zip(self._texts, self._counts, strict=True)
+            for at in self._starts(len(text) - 1, int(count), random)
+        ]
+        order = np.arange(len(windows)) if random is None else random.permutation(len(windows))
+        for index in range(start, len(self)):
+            rows = [windows[i] for i in order[index * self._batch_size : (index + 1) * self._batch_size]]
+            cut = [text[at : at + self._steps + 1] for text, at in rows]
+            yield _batch_of([one[:-1] for one in cut], [one[1:] for one in cut])
 
 
 class Windows(Data):
     """Windows over series of values; the targets are the same windows some steps later.
 
+    An epoch has every window of every series. A series too short for one, where others are not, is in it as a shorter
+    window: whole, with zeros after it, and its batch has ``lengths``.
+
     Parameters
     ----------
     series : array of shape (N,) or (N, I), or list of them
-        Real floating numbers; a window lies within one series.
+        Real numbers; a window lies within one series, of at least ``horizon + 1`` steps. Integers become float64.
     steps : int
         Time steps of a window.
     horizon : int
@@ -374,23 +534,29 @@ class Windows(Data):
             not isinstance(one, int | float | np.number) for one in series
         )
         names = [f"series[{i}]" for i in range(len(series))] if several else ["series"]
-        self._series = [_values(n, one) for n, one in zip(names, series if several else [series], strict=True)]
-        for name, one in zip(names, self._series, strict=True):
-            if one.dtype.kind != "f":
-                raise TypeError(f"{name} should hold real floating numbers, not {one.dtype}")
+        self._series = [_real(n, one) for n, one in zip(names, series if several else [series], strict=True)]
         _alike("series", self._series)
         self._steps = checks.size("steps", steps, 1)
         self._horizon = checks.size("horizon", horizon, 1)
         self._batch_size = checks.size("batch_size", batch_size, 1)
         self._choose_seed(seed)
         self._shuffle = checks.flag("shuffle", shuffle)
-        counts = [max(0, len(one) - self._steps - self._horizon + 1) for one in self._series]
-        self._ends = np.cumsum(counts)  # windows in this series and those before it
-        if not self._ends[-1]:
+        least = self._horizon + 1
+        short = [i for i, one in enumerate(self._series) if len(one) < least]
+        if short:
+            others = f", as of {len(short)} of {len(self._series)} series" if len(short) > 1 else ""
             raise ValueError(
-                f"series should have at least steps + horizon = {self._steps + self._horizon} steps,"
+                f"{names[short[0]]} should have at least horizon + 1 = {least} steps,"
+                f" not {len(self._series[short[0]])}{others}"
+            )
+        counts = [len(one) - self._steps - self._horizon + 1 for one in self._series]
+        if max(counts) < 1:
+            raise ValueError(
+                f"series should have at least steps + horizon = {self._steps + self._horizon} steps in one series,"
                 f" not {max(len(one) for one in self._series)}"
             )
+        counts = [max(1, count) for count in counts]
+        self._ends = np.cumsum(counts)  # windows in this series and those before it
 
     def __len__(self) -> int:
         return -(-int(self._ends[-1]) // self._batch_size)
@@ -405,9 +571,15 @@ class Windows(Data):
             inputs, targets = [], []
             for number, first in zip(which, firsts, strict=True):
                 one = self._series[number]
-                inputs.append(one[first : first + self._steps])
                 targets.append(one[first + self._horizon : first + self._horizon + self._steps])
-            yield Batch(_padded(inputs), _padded(targets))
+                inputs.append(one[first : first + len(targets[-1])])
+            yield _batch_of(inputs, targets)
+
+
+def _batch_of(inputs: Sequence[Array], targets: Sequence[Array]) -> Batch:
+    """A batch of windows; with lengths, unless all have as many steps."""
+    lengths = np.array([len(one) for one in inputs])
+    return Batch(_padded(inputs), _padded(targets), None if (lengths == lengths[0]).all() else lengths)
 
 
 class Listed(Data):
@@ -439,8 +611,8 @@ def checked(name: str, value: Any) -> Any:
         value = Listed(name, value)
     if not callable(getattr(value, "batches", None)) or not hasattr(value, "__len__"):
         raise TypeError(
-            f"{name} should be PaddedBatches, PairedBatches, Streams, Windows, a list of Batch or anything with"
-            f" batches(epoch, start) and a length, not {checks.describe(value)}"
+            f"{name} should be PaddedBatches, PairedBatches, Streams, TextWindows, Windows, a list of Batch or anything"
+            f" with batches(epoch, start) and a length, not {checks.describe(value)}"
         )
     if len(value) == 0:
         raise ValueError(f"{name} should have at least one batch")

@@ -1,0 +1,51 @@
+"""The last step, the mean and the maximum of each row, one row after another.
+
+Nothing here is shared with `fastseq.over_time`, which has the same functions. x is (B, T, D), y is (B, D).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastseq.checks import Array
+
+
+def pooling_forward(x: Array, lengths: Array | None, kind: str) -> tuple[Array, Any]:
+    """last: y = x_n;  mean: y = (x_1 + ... + x_n) / n;  max: y = max of x_1 ... x_n;  0 where n is 0."""
+    batch, time, width = x.shape
+    y, steps = np.zeros((batch, width), x.dtype), [time] * batch if lengths is None else lengths.tolist()
+    for b, n in enumerate(steps):
+        row = x[b, :n]
+        if not n:
+            continue
+        if kind == "last":
+            y[b] = row[-1]
+        elif kind == "max":
+            y[b] = row.max(axis=0)
+        else:
+            total = row[0].astype(np.promote_types(x.dtype, np.float64))
+            for step in row[1:]:
+                total = total + step
+            y[b] = total / n
+    return y, (x, steps)
+
+
+def pooling_backward(dy: Array, kept: Any, kind: str) -> Array:
+    """last: dx_n = dy;  mean: dx_t = dy / n;  max: dx_t = dy at the first t with x_t = y."""
+    x, steps = kept
+    dx = np.zeros_like(x)
+    for b, n in enumerate(steps):
+        if not n:
+            continue
+        if kind == "last":
+            dx[b, n - 1] = dy[b]
+        elif kind == "mean":
+            dx[b, :n] = dy[b] / x.dtype.type(n)
+        else:
+            for d in range(x.shape[2]):
+                column = x[b, :n, d]
+                at = np.isnan(column) if np.isnan(column).any() else column == column.max()
+                dx[b, np.flatnonzero(at)[0], d] = dy[b, d]
+    return dx
