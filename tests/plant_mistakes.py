@@ -562,8 +562,8 @@ def _place(text: bytes, at: int, first: int) -> tuple[int, int]:
 class Recorder:
     """A plugin of pytest that notes the lines of some files that each test runs."""
 
-    def __init__(self, root: Path, files: list[str], out: Path) -> None:
-        self._out = out
+    def __init__(self, root: Path, files: list[str], out: Path, limit: float) -> None:
+        self._out, self._limit = out, limit
         self._lines: dict[str, set[int]] = {}
         self._locals: dict[str, Any] = {}
         for file in files:
@@ -596,12 +596,15 @@ class Recorder:
         for lines in self._lines.values():
             lines.clear()
         self._duration, self._passed = 0.0, True
+        signal.signal(signal.SIGPROF, _too_long)
+        signal.setitimer(signal.ITIMER_PROF, self._limit)
         threading.settrace(self._trace)
         sys.settrace(self._trace)
 
     def pytest_runtest_logfinish(self, nodeid: str, location: Any) -> None:
         sys.settrace(None)
         threading.settrace(None)  # type: ignore[arg-type]
+        signal.setitimer(signal.ITIMER_PROF, 0)
         number = len(self.tests)
         self.tests.append((nodeid, self._duration, self._passed))
         for file, lines in self._lines.items():
@@ -610,6 +613,10 @@ class Recorder:
 
     def pytest_sessionfinish(self) -> None:
         self._out.write_text(json.dumps({"tests": self.tests, "lines": self.seen}))
+
+
+def _too_long(number: int, frame: Any) -> None:
+    raise TimeoutError("the test is left out of the map")
 
 
 class Planted:
@@ -801,7 +808,7 @@ def test_files(patterns: list[str]) -> list[str]:
     """The files of tests, relative to the tree."""
     names = [path.name for path in sorted((ROOT / "tests").glob("test_*.py"))]
     if patterns:
-        names = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+        names = [name for pattern in patterns for name in names if fnmatch.fnmatch(name, pattern)]
     else:
         names = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in LEFT_OUT)]
     return [f"tests/{name}" for name in names]
@@ -820,7 +827,7 @@ def make_map(arguments: argparse.Namespace) -> None:
                 continue
             out.unlink(missing_ok=True)
             begun = time.monotonic()
-            plugin = Recorder(tree, list(sources([])), out)
+            plugin = Recorder(tree, list(sources([])), out, arguments.test_limit)
             status = run_pytest(tree, [file], plugin, WORK / "map.log", arguments.limit)
             print(f"{file}: status {status}, {time.monotonic() - begun:.0f} s", flush=True)
     finally:
@@ -959,6 +966,9 @@ def main() -> None:
     of_map.add_argument("tests", nargs="*", help="files of tests, test_models.py or test_*.py; else most of them")
     of_map.add_argument("--missing", action="store_true", help="only those of which there is no map")
     of_map.add_argument("--limit", type=float, default=900, help="seconds for a file of tests")
+    of_map.add_argument(
+        "--test-limit", type=float, default=10, help="of the processor; tests that need more are left out"
+    )
     of_plant = command("plant", plant)
     of_plant.add_argument("--count", type=int, default=150)
     of_plant.add_argument("--seed", type=int, default=0)

@@ -663,33 +663,107 @@ CHAINS: dict[str, Callable[[Any, str], list[Any]]] = {
 }
 
 
+def encoder_of_tokens(root: Any, dtype: str) -> Any:
+    sizes = {"dropout": 0.0, "max_length": 12, "dtype": dtype, "seed": 2}
+    return root.models.TransformerEncoderModel(SYMBOLS, 8, 2, 1, pooling=None, **sizes)
+
+
+CHAINS["model"] = lambda root, dtype: [encoder_of_tokens(root, dtype), root.Linear(8, 8, dtype=dtype, seed=3)]
+# These give one output a row, and nothing after them has steps.
+POOLING: dict[str, Callable[[Any, str], list[Any]]] = {
+    **{
+        name: lambda root, dtype, name=name: [
+            of_symbols(root, dtype),
+            root.GRU(8, 4, bidirectional=True, dtype=dtype, seed=2),
+            getattr(root, name)(dtype=dtype),
+            root.Tanh(dtype=dtype),
+            root.Linear(8, 8, dtype=dtype, seed=3),
+        ]
+        for name in ("LastStep", "MeanOverTime", "MaxOverTime")
+    },
+    "nested_pooling": lambda root, dtype: [
+        root.Sequential(of_symbols(root, dtype), root.LayerNorm(8, dtype=dtype), root.MaxOverTime(dtype=dtype)),
+        root.Sequential(root.Linear(8, 8, dtype=dtype, seed=3)),
+    ],
+    "pooling_model": lambda root, dtype: [
+        root.models.TransformerEncoderModel(
+            SYMBOLS, 8, 2, 1, pooling="mean", dropout=0.0, max_length=12, dtype=dtype, seed=2
+        ),
+        root.Linear(8, 8, dtype=dtype, seed=3),
+    ],
+}
+
+
 def chain(root: Any, dtype: str, variant: str) -> Any:
-    return alive(root.Sequential(*CHAINS[variant](root, dtype)))
+    return alive(root.Sequential(*(CHAINS | POOLING)[variant](root, dtype)))
 
 
-NAMES = {name: name for name in CHAINS}
+NAMES = {name: name for name in CHAINS | POOLING}
+
+
+def given_by(variant: str, y: Array) -> Any:
+    return Each(y) if variant in POOLING else Steps(y, "x")
+
+
+def first_steps(state: Any) -> dict[str, Each]:
+    """What each layer's state is, where one is carried."""
+    return {f"state {i}": Each(own) for i, own in enumerate(state or ()) if own is not None}
 
 
 @contract("Sequential.__call__", **NAMES)
 def _chain(root: Any, dtype: str, name: str, variant: str) -> Case:
     layer = chain(root, dtype, variant)
-    return Case(
-        {"x": ids(COUNTS, SYMBOLS)},
-        {"lengths": "x"},
-        lambda x, lengths=None: {"y": Steps(layer(x, lengths=lengths), "x")},
-    )
+
+    def run(x: Any, lengths: Any = None) -> dict[str, Any]:
+        return {"y": given_by(variant, layer(x, lengths=lengths))}
+
+    return Case({"x": ids(COUNTS, SYMBOLS)}, {"lengths": "x"}, run)
+
+
+@contract("Sequential.run", **{name: name for name in CHAINS if "nested" not in name})
+def _chain_run(root: Any, dtype: str, name: str, variant: str) -> Case:
+    layer = chain(root, dtype, variant)
+
+    def run(x: Any, resets: Any, lengths: Any = None) -> dict[str, Any]:
+        y, state = layer.run(x, lengths=lengths, resets=resets if layer.carries_state else None)
+        on, state = layer.run(x, state, lengths=lengths)
+        return {"y": given_by(variant, y), "on": given_by(variant, on), **first_steps(state)}
+
+    return Case({"x": ids(COUNTS, SYMBOLS), "resets": resets()}, {"lengths": "x"}, run)
+
+
+def chain_trained(root: Any, dtype: str, variant: str, forward: Callable[..., Any]) -> Case:
+    layer = chain(root, dtype, variant)
+
+    def run(x: Any, dy: Any, lengths: Any = None) -> dict[str, Any]:
+        y, more, tape = forward(layer, x, lengths)
+        grads = no_grads(layer)
+        assert layer.backward(dy, tape, grads=grads) is None
+        return {"y": given_by(variant, y), **more, "grads": Summed(grads)}
+
+    if variant in POOLING:
+        whole = {"dy": np.stack(values((1,) * ROWS, 8, dtype))[:, 0]}
+        return Case({"x": ids(COUNTS, SYMBOLS)}, {"lengths": "x"}, run, whole)
+    return Case({"x": ids(COUNTS, SYMBOLS), "dy": values(COUNTS, 8, dtype)}, {"lengths": "x"}, run)
 
 
 @contract("Sequential.forward", **NAMES)
 def _chain_trained(root: Any, dtype: str, name: str, variant: str) -> Case:
-    layer = chain(root, dtype, variant)
+    def forward(layer: Any, x: Any, lengths: Any) -> Any:
+        y, tape = layer.forward(x, lengths=lengths)
+        return y, {}, tape
 
-    def run(x: Any, dy: Any, lengths: Any = None) -> dict[str, Any]:
-        y, dx, grads = trained(layer, dy, x, lengths=lengths)
-        assert dx is None
-        return {"y": Steps(y, "x"), "grads": Summed(grads)}
+    return chain_trained(root, dtype, variant, forward)
 
-    return Case({"x": ids(COUNTS, SYMBOLS), "dy": values(COUNTS, 8, dtype)}, {"lengths": "x"}, run)
+
+@contract("Sequential.forward_carrying", **{name: name for name in ("recurrent", "nested", "LastStep", "encoder")})
+def _chain_carrying(root: Any, dtype: str, name: str, variant: str) -> Case:
+    def forward(layer: Any, x: Any, lengths: Any) -> Any:
+        _, state = layer.run(x, lengths=lengths)
+        y, state, tape = layer.forward_carrying(x, state, lengths=lengths)
+        return y, first_steps(state) if variant != "nested" else {}, tape
+
+    return chain_trained(root, dtype, variant, forward)
 
 
 @contract("Sequential.forward", of_values={})
@@ -709,6 +783,77 @@ def _chain_of_values(root: Any, dtype: str, name: str, setting: dict[str, Any]) 
         return {**steps, "grads": Summed(grads)}
 
     return Case({"x": values(COUNTS, 3, dtype), "dy": values(COUNTS, 2, dtype, 1)}, {"lengths": "x"}, run)
+
+
+# One output for each row.
+
+OVER_TIME = ("LastStep", "MeanOverTime", "MaxOverTime")
+
+
+@contract(*(f"{name}.__call__" for name in OVER_TIME))
+def _over_time(root: Any, dtype: str, name: str) -> Case:
+    layer = resolved(root, name)(dtype=dtype)
+    return Case(
+        {"x": values(COUNTS, 3, dtype)},
+        {"lengths": "x"},
+        lambda x, lengths=None: {"y": Each(layer(x, lengths=lengths))},
+    )
+
+
+@contract(*(f"{name}.forward" for name in OVER_TIME))
+def _over_time_trained(root: Any, dtype: str, name: str) -> Case:
+    layer = resolved(root, name)(dtype=dtype)
+
+    def run(x: Any, dy: Any, lengths: Any = None) -> dict[str, Any]:
+        y, dx, _ = trained(layer, dy, x, lengths=lengths)
+        return {"y": Each(y), "dx": Steps(dx, "x")}
+
+    whole = {"dy": np.stack(values((1,) * ROWS, 3, dtype, 1))[:, 0]}
+    return Case({"x": values(COUNTS, 3, dtype)}, {"lengths": "x"}, run, whole)
+
+
+# The one form that every layer has, which containers and the trainer use: here it is asked of layers of each kind. What
+# a pointwise layer makes of 0 is not 0, and so its outputs have to be cleared.
+
+EVERY: dict[str, tuple[int | None, int | None, Callable[[Any, str], Any]]] = {  # values a step of x, and of y
+    "embedding": (None, 8, of_symbols),
+    "linear": (3, 8, lambda root, dtype: root.Linear(3, 8, dtype=dtype, seed=0)),
+    "layer_norm": (4, 4, lambda root, dtype: root.LayerNorm(4, dtype=dtype)),
+    "sigmoid": (4, 4, lambda root, dtype: root.Sigmoid(dtype=dtype)),
+    "positions": (4, 4, lambda root, dtype: root.SinusoidalPositions(4, dtype=dtype)),
+    "recurrent": (3, 8, lambda root, dtype: root.LSTM(3, 4, bidirectional=True, dtype=dtype, seed=0)),
+    "self_attention": (8, 8, lambda root, dtype: root.MultiheadAttention(8, 2, dtype=dtype, seed=0)),
+    "encoder": (8, 8, lambda root, dtype: root.TransformerEncoder(1, 8, 2, 12, dropout=0.0, dtype=dtype, seed=0)),
+    "over_time": (3, None, lambda root, dtype: root.MeanOverTime(dtype=dtype)),
+    "model": (None, 8, encoder_of_tokens),
+}
+
+
+@contract("Layer.run", "Layer.forward_carrying", **{name: name for name in EVERY})
+def _every(root: Any, dtype: str, name: str, variant: str) -> Case:
+    takes, gives, make = EVERY[variant]
+    layer = alive(make(root, dtype))
+
+    def run(x: Any, dy: Any, lengths: Any = None) -> dict[str, Any]:
+        if name == "Layer.run":
+            y, state = layer.run(x, lengths=lengths)
+            found: dict[str, Any] = {}
+        else:
+            y, state, tape = layer.forward_carrying(x, lengths=lengths)
+            grads = no_grads(layer)
+            real = np.ones(x.shape[:2], bool) if lengths is None else np.arange(x.shape[1]) < lengths[:, None]
+            dx = layer.backward_carrying(np.where(real[..., None], dy, 0) if gives else dy, tape, grads=grads)
+            found = {"grads": Summed(grads)}
+            if dx is not None:
+                # A pointwise layer knows no padding in its backward; whoever calls this clears it before and after.
+                found["dx"] = Steps(dx, "x", past=None if layer.time == "pointwise" else 0.0)
+        found["y"] = Each(y) if gives is None else Steps(y, "x")
+        return found if state is None else {**found, "state": Each(state)}
+
+    rows = {"x": ids(COUNTS, SYMBOLS) if takes is None else values(COUNTS, takes, dtype)}
+    if gives is None:
+        return Case(rows, {"lengths": "x"}, run, {"dy": np.stack(values((1,) * ROWS, 3, dtype, 1))[:, 0]})
+    return Case({**rows, "dy": values(COUNTS, gives, dtype, 1)}, {"lengths": "x"}, run)
 
 
 # Losses.
@@ -739,6 +884,26 @@ def _of_elements(root: Any, dtype: str, name: str) -> Case:
 
     x, targets = values(COUNTS, 2, dtype), [1 / (1 + np.exp(-row)) for row in values(COUNTS, 2, dtype, 1)]
     return Case({"x": x, "targets": targets}, {"lengths": "x"}, run)
+
+
+METRICS = ("accuracy", "binary_accuracy", "mean_absolute_error", "mean_squared_error")
+
+
+@contract(*(f"training.metrics.{name}" for name in METRICS))
+def _metric(root: Any, dtype: str, name: str) -> Case:
+    metric = getattr(F.metrics, name.split(".")[-1])
+
+    def run(outputs: Any, targets: Any, lengths: Any = None) -> dict[str, Any]:
+        real = np.ones(targets.shape[:2], bool) if lengths is None else np.arange(targets.shape[1]) < lengths[:, None]
+        if name.endswith("accuracy"):
+            real = real & (targets != -1)
+        return {"metric": Mean(metric(outputs, targets, lengths=lengths), int(real.sum()))}
+
+    if name.endswith(".accuracy"):
+        targets = [np.where(np.arange(len(row)) == 1, -1, row) for row in ids(COUNTS, 3, 1)]
+        return Case({"outputs": values(COUNTS, 3, dtype), "targets": targets}, {"lengths": "outputs"}, run)
+    targets = ids(COUNTS, 2, 1) if name.endswith("binary_accuracy") else series(COUNTS, dtype, 1)
+    return Case({"outputs": series(COUNTS, dtype), "targets": targets}, {"lengths": "outputs"}, run)
 
 
 # Models of symbols.
@@ -1288,6 +1453,16 @@ def _pair_state(root: Any, dtype: str, variant: str, setting: dict[str, Any]) ->
     return Case({"source": sources()}, {"lengths": "source"}, run, {"y": y})
 
 
+@of_pairs("fit", plain={}, sampled={"sampling": 0.5})
+def _pair_fitted(root: Any, dtype: str, variant: str, setting: dict[str, Any]) -> Case:
+    def run(source: Any, target: Any, **lengths: Any) -> dict[str, Any]:
+        model = pair_model(root, dtype, variant)
+        settings = {"batch_size": 2, "epochs": 2, "optimiser": F.SGD(model, 0.1), "progress": False, **setting}
+        return learnt(model, model.fit(source, target, **lengths, **settings))
+
+    return Case({"source": sources(), "target": ids(COUNTS, SYMBOLS)}, OF_TARGET, run, listed=run)
+
+
 # States that are made of arrays.
 
 
@@ -1477,7 +1652,8 @@ def callables(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
             if not attribute.startswith("_") or attribute in ("__call__", "__init__", "__new__"):
                 function = getattr(thing, attribute)
                 if inspect.isroutine(function):
-                    yield f"{name}.{attribute}", function
+                    of_every = function is getattr(fs.Layer, attribute, None)  # once, and not of each layer again
+                    yield f"Layer.{attribute}" if of_every else f"{name}.{attribute}", function
     elif inspect.isroutine(thing):
         yield name, thing
 
@@ -1645,9 +1821,9 @@ TRAINED: dict[str, Callable[[int], tuple[Any, Any, Any]]] = {
         f"fs.Sequential, {variant}": lambda s, variant=variant: (
             chain(fs, "float64", variant),
             ids(SOME, SYMBOLS, s),
-            ids(SOME, 8, s + 9),
+            ids(SOME, 8, s + 9) if variant in CHAINS else np.array([3, 0, 7, 1, 1]),
         )
-        for variant in CHAINS
+        for variant in CHAINS | POOLING
     },
     "fs.LSTM": lambda s: (
         alive(fs.LSTM(2, 3, bidirectional=True, dtype="float64", seed=0)),
