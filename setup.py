@@ -122,6 +122,7 @@ def extension(name: str) -> Extension:
 
 MODULES = (
     "_simd",
+    "_parallel",
     "_recurrent",
     "_dense",
     "_attention",
@@ -139,7 +140,7 @@ setup(
     cmdclass={"build_ext": Build},
     ext_modules=cythonize(
         [extension(name) for name in MODULES],
-        include_path=["src"],
+        include_path=["src", "."],
         compiler_directives={"language_level": 3, "cdivision": True},
         # Where coverage is counted, lines of C say which line of Cython they stand for.
         emit_linenums=switch("FASTSEQ_COVERAGE"),

@@ -9,7 +9,7 @@
 """
 
 from fastseq import init, losses, models, plotting, reference, training
-from fastseq.io import load
+from fastseq.io import load, register
 from fastseq.layers import (
     GELU,
     GRU,
@@ -94,6 +94,7 @@ __all__ = [
     "models",
     "plotting",
     "reference",
+    "register",
     "set_num_threads",
     "training",
 ]

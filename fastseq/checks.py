@@ -177,14 +177,17 @@ def as_array(name: str, value: Any) -> Array:
 def real_array(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
     """A real array as `dtype`, aligned and in native byte order, its last axis contiguous.
 
+    Integers are none: they are more likely to be ids, given to the wrong layer.
     An array that is all that already comes back as it is; others are copied, inputs are never modified.
     """
     if type(value) is np.ndarray and value.dtype is dtype and value.flags.carray:
         return value  # nearly always, and worth a microsecond to a stream of single steps
     if type(value) is not np.ndarray or value.dtype is not dtype:
-        value = as_array(name, value)
+        given, value = value, as_array(name, value)
         if value.dtype.kind != "f":
-            raise TypeError(f"{name} should hold real floating numbers, not {value.dtype}")
+            whole = value.dtype.kind in "iu" and isinstance(given, np.ndarray)
+            hint = f'; {name}.astype("{dtype.name}") makes them of integers' if whole else ""
+            raise TypeError(f"{name} should hold real floating numbers, not {value.dtype}{hint}")
         with np.errstate(all="ignore"):
             value = value.astype(dtype, copy=False)
     flags = value.flags
@@ -192,6 +195,30 @@ def real_array(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
         value = np.ascontiguousarray(value) if flags.aligned else value.copy()
     array: Array = value
     return array
+
+
+def ragged(name: str, value: Any, lengths: Any) -> tuple[Any, Any]:
+    """A list of rows of unequal lengths as one array, padded with zeros, and the lengths; all else as it is."""
+    if not isinstance(value, list | tuple) or not all(isinstance(row, list | tuple | np.ndarray) for row in value):
+        return value, lengths
+    if any(isinstance(row, np.ndarray) and not row.ndim for row in value) or len({len(row) for row in value}) < 2:
+        return value, lengths
+    if lengths is not None:
+        raise ValueError(f"lengths should be None where {name} is a list of rows of unequal lengths, which tell them")
+    rows = [as_array(f"{name}[{i}]", row) for i, row in enumerate(value)]
+    first = next(i for i, row in enumerate(rows) if len(row))
+    rest = rows[first].shape[1:]
+    for i, row in enumerate(rows):
+        if len(row) and row.shape[1:] != rest:
+            form = ", ".join(["T", *map(str, rest)]) + ("" if rest else ",")
+            raise ValueError(f"{name}[{i}] should be of shape ({form}) as {name}[{first}] is, not {row.shape}")
+        if len(row) and row.dtype.kind not in "fiu":
+            raise TypeError(f"{name}[{i}] should hold numbers, not {row.dtype}")
+    counts = np.array([len(row) for row in rows], np.int64)
+    array = np.zeros((len(rows), int(counts.max()), *rest), np.result_type(*(row for row in rows if len(row))))
+    for into, row in zip(array, rows, strict=True):
+        into[: len(row)] = row.reshape(len(row), *rest)
+    return array, counts
 
 
 def like(name: str, value: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:

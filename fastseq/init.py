@@ -18,7 +18,7 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
-from fastseq.layers import LSTM, Linear, MultiheadAttention
+from fastseq.layers import LSTM, Linear, MultiheadAttention, Sequential
 from fastseq.layers.base import Composite, Layer, child_seed
 from fastseq.layers.recurrent import Recurrent
 
@@ -143,12 +143,13 @@ def initialise(
     layer : layer or model
     weights : {"default", "xavier_uniform", "xavier_normal", "he_uniform", "he_normal", "orthogonal"}
         How the matrices of linear and recurrent layers and of attention are drawn, those of each gate, and of queries,
-        keys and values, on their own; their biases are 0 then. Other layers, and all with "default", start as they do
-        when they are made, which is as in PyTorch.
+        keys and values, on their own; their biases are 0 then. All else, as embeddings, positions, norms and the
+        outputs of models, and everything with "default", starts as it does when layer or model is made.
     forget_bias : float, optional
         The bias of the forget gates of LSTMs [1]_: `bias_ih` has it, `bias_hh` 0.
     seed : int, optional
-        Fixes the numbers. With "default" they are those of a layer made with this seed.
+        Fixes the numbers. With "default" they are those of a layer or model made with this seed; the layers of a
+        `Sequential` have each a seed of their own that follows from it.
 
     Raises
     ------
@@ -168,7 +169,13 @@ def initialise(
         forget_bias = checks.number("forget_bias", forget_bias)
         if not any(isinstance(part, LSTM) and part.bias for part in _leaves(layer)):
             raise ValueError(f"forget_bias should be None: no LSTM with biases is in {layer!r}")
-    _renew(layer, weights, forget_bias, seed)
+    _renew(layer, seed)
+    if weights != "default":
+        _draw_matrices(layer, weights, seed)
+    if forget_bias is not None:
+        for part in _leaves(layer):
+            if isinstance(part, LSTM):
+                _set_forget_bias(part, forget_bias)
 
 
 def _leaves(layer: Layer) -> list[Layer]:
@@ -178,21 +185,34 @@ def _leaves(layer: Layer) -> list[Layer]:
     return [leaf for child in layer._children.values() for leaf in _leaves(child)]
 
 
-def _renew(layer: Layer, weights: str, forget_bias: float | None, seed: int | None) -> None:
-    if isinstance(layer, Composite):
-        for place, child in enumerate(layer._children.values()):
-            _renew(child, weights, forget_bias, None if seed is None else child_seed(seed, place))
+def _renew(layer: Layer, seed: int | None) -> None:
+    """The parameters of one that is made anew."""
+    if isinstance(layer, Sequential):
+        for place, child in enumerate(layer):
+            _renew(child, None if seed is None else child_seed(seed, place))
         return
-    rng = np.random.default_rng(seed)
-    if weights == "default" or not isinstance(layer, Linear | Recurrent | MultiheadAttention):
-        arrays = layer._initial(rng)
-    else:
-        arrays = {name: _matrices(layer, name, old.shape, weights, rng) for name, old in layer._arrays.items()}
-    if forget_bias is not None and isinstance(layer, LSTM):
-        size = layer.hidden_size
-        for name in arrays:
-            if name.startswith("bias"):  # gates i, f, g, o
-                arrays[name][size : 2 * size] = forget_bias if name.startswith("bias_ih") else 0
+    config = dict(layer._config)
+    if "seed" in config:
+        config["seed"] = seed
+    layer._replace(type(layer)(**config)._arrays)
+
+
+def _draw_matrices(layer: Layer, weights: str, seed: int | None) -> None:
+    """Draw what a scheme is for."""
+    if isinstance(layer, Composite):
+        for place, (name, child) in enumerate(layer._children.items()):
+            if name not in layer._by_own_rule:
+                _draw_matrices(child, weights, None if seed is None else child_seed(seed, place))
+    elif isinstance(layer, Linear | Recurrent | MultiheadAttention):
+        rng = np.random.default_rng(seed)
+        layer._replace({name: _matrices(layer, name, old.shape, weights, rng) for name, old in layer._arrays.items()})
+
+
+def _set_forget_bias(layer: LSTM, bias: float) -> None:
+    size = layer.hidden_size
+    arrays = {name: np.array(array) for name, array in layer._arrays.items() if name.startswith("bias")}
+    for name, array in arrays.items():  # gates i, f, g, o
+        array[size : 2 * size] = bias if name.startswith("bias_ih") else 0
     layer._replace(arrays)
 
 

@@ -196,6 +196,8 @@ def over_elements(
     """The other losses over a set of operations; `first` is what the first argument is called."""
     x = _real(engine, first, predictions)
     t = checks.like("targets", targets, x.dtype, x.shape)
+    # Of `huber`: where the line begins has to be a number of the dtype, and more than 0.
+    more = tuple(min(max(value, float(np.finfo(x.dtype).tiny)), float(np.finfo(x.dtype).max)) for value in more)
     count = x.size
     rows, time = x.shape[:2] if x.ndim > 1 else (1, x.size)
     if lengths is not None:

@@ -13,6 +13,9 @@ from fastseq.checks import Array
 
 S = TypeVar("S", bound="State")
 
+MOST_TOKENS = (1 << 31) - 1  # of a row; more are some weeks of decoding
+MOST_TABLES = 1 << 31  # bytes of the tables of pages of a state that is made of arrays: 8 for every 64 tokens
+
 
 class State:
     """The state of an RNN or a GRU.
@@ -98,6 +101,19 @@ class State:
                     )
         return cls(*(np.concatenate(arrays) for arrays in zip(*states, strict=True)))
 
+    def replaced(self: S, rows: Any, other: S) -> S:
+        """The state with some rows taken from another: where a stream ends and a new one begins, for example.
+
+        Parameters
+        ----------
+        rows : int, slice, or array of integers or booleans
+            Which rows of this state, each once.
+        other : state
+            Of this class, dtype and size, with as many rows as are replaced, in their order.
+        """
+        result: S = _replaced(self, rows, other)
+        return result
+
     def copy(self: S) -> S:
         """A state of its own with the same numbers."""
         return type(self)(*self)
@@ -129,6 +145,24 @@ class State:
         from fastseq import io
 
         io.save(path, type(self).__name__, {}, {name: getattr(self, name) for name in self._fields})
+
+
+def _replaced(state: Any, rows: Any, other: Any) -> Any:
+    """`replaced` of any kind of state: the rows of both, joined, and those that are wanted taken of them."""
+    if type(other) is not type(state):
+        raise TypeError(f"other should be a {type(state).__name__}, not {checks.describe(other)}")
+    index = _row_indices(rows, state.batch_size) % max(1, state.batch_size)
+    if len(set(index.tolist())) != len(index):
+        raise ValueError(f"rows should name each row once, not {checks.describe(rows)}")
+    if other.batch_size != len(index):
+        raise ValueError(f"other should have {len(index)} rows, as many as are replaced, not {other.batch_size}")
+    wanted = np.arange(state.batch_size)
+    wanted[index] = state.batch_size + np.arange(len(index))
+    try:
+        both = type(state).concatenate([state, other])
+    except ValueError:
+        raise ValueError(f"other should agree with {state!r} in all but the batch, not be {other!r}") from None
+    return both[wanted]
 
 
 def _of_one_class(cls: type[Any], states: Any) -> list[Any]:
@@ -230,7 +264,8 @@ class Seq2SeqState(State):
         of_source = {"keys": keys, "projected": projected, "lengths": lengths}
         missing = [name for name, value in of_source.items() if value is None]
         if 0 < len(missing) < len(of_source):
-            raise ValueError(f"keys, projected and lengths should be given together: {', '.join(missing)} is None")
+            verb = "is" if len(missing) == 1 else "are"
+            raise ValueError(f"keys, projected and lengths should be given together: {', '.join(missing)} {verb} None")
         if not missing:
             self._take_source(**of_source)
         for name, array in self._named().items():
@@ -407,10 +442,11 @@ class AttentionState:
     `save`, and `fastseq.load`; `AttentionState.concatenate` joins batches, `rolled_back` goes back in time.
     """
 
-    __slots__ = ("_memory", "_own", "_tokens")
+    __slots__ = ("_memory", "_own", "_since", "_tokens")
     _own: Any  # Pages of the set of operations that made them
     _memory: Any
     _tokens: Array | None
+    _since: Array | None  # firsts, where a state was made of arrays that begin within a page
 
     def __init__(
         self,
@@ -425,9 +461,16 @@ class AttentionState:
         memory_values: Any = None,
         tokens: Any = None,
     ) -> None:
-        window = checks.size("window", np.asarray(window).item())
+        window = checks.as_array("window", window)
+        if window.size != 1:
+            raise ValueError(f"window should be one integer, not of shape {window.shape}")
+        window = checks.size("window", window.item())
         own = _pages_of("", window, lengths, firsts, keys, values)
         memory = None
+        of_memory = {"memory_lengths": memory_lengths, "memory_keys": memory_keys, "memory_values": memory_values}
+        missing = [name for name, value in of_memory.items() if value is None]
+        if 0 < len(missing) < len(of_memory):
+            raise ValueError(f"{', '.join(of_memory)} should be given together, but not {', '.join(missing)}")
         if memory_lengths is not None:
             memory = _pages_of(
                 "memory_", 0, memory_lengths, np.zeros(len(own.lengths), np.int64), memory_keys, memory_values
@@ -435,13 +478,16 @@ class AttentionState:
             if len(memory.lengths) != len(own.lengths) or memory.form != own.form:
                 raise ValueError(f"memory_keys should agree with keys but for T, not be of {np.shape(memory_keys)}")
         if tokens is not None:
-            tokens = checks.integers("tokens", tokens).astype(np.int64)
+            tokens = checks.integers("tokens", tokens)
             if tokens.ndim != 2 or len(tokens) != len(own.lengths) or tokens.shape[1] < own.lengths.max(initial=0):
                 raise ValueError(f"tokens should have those of all {len(own.lengths)} rows, not be of {tokens.shape}")
-        self._take(own, memory, tokens)
+            tokens = checks.ids("tokens", tokens, MOST_TOKENS, np.arange(tokens.shape[1]) < own.lengths[:, None])
+            tokens = np.maximum(tokens, 0)  # past the ends
+        since = np.array(firsts, np.int64)
+        self._take(own, memory, tokens, None if np.array_equal(since, own.firsts) else since)
 
-    def _take(self, own: Any, memory: Any, tokens: Array | None) -> None:
-        for name, value in (("_own", own), ("_memory", memory), ("_tokens", tokens)):
+    def _take(self, own: Any, memory: Any, tokens: Array | None, since: Array | None) -> None:
+        for name, value in (("_own", own), ("_memory", memory), ("_tokens", tokens), ("_since", since)):
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -469,7 +515,21 @@ class AttentionState:
     @property
     def firsts(self) -> Array:  # noqa: D102
         firsts: Array = self._own.firsts
-        return firsts
+        return firsts if self._since is None else np.maximum(firsts, self._since)
+
+    def _kept(self) -> tuple[Array, Array, Array]:
+        """First token of each row, and keys and values from it on."""
+        firsts, keys, values = self._own.arrays()
+        if self._since is None:
+            return firsts, keys, values
+        since = self.firsts
+        steps = np.arange(int((self.lengths - since).max(initial=0))) + (since - firsts)[:, None]
+        past = steps >= (self.lengths - firsts)[:, None]
+        steps = np.where(past, 0, steps)[:, None, None, :, None]
+        arrays = [np.take_along_axis(array, steps, axis=3) if array.size else array for array in (keys, values)]
+        for array in arrays:
+            array.swapaxes(1, 3)[past] = 0
+        return since, arrays[0], arrays[1]
 
     @property
     def window(self) -> int:  # noqa: D102
@@ -477,13 +537,11 @@ class AttentionState:
 
     @property
     def keys(self) -> Array:  # noqa: D102
-        keys: Array = self._own.arrays()[1]
-        return keys
+        return self._kept()[1]
 
     @property
     def values(self) -> Array:  # noqa: D102
-        values: Array = self._own.arrays()[2]
-        return values
+        return self._kept()[2]
 
     @property
     def memory_lengths(self) -> Array | None:  # noqa: D102
@@ -503,7 +561,7 @@ class AttentionState:
 
     def _arrays(self) -> dict[str, Array]:
         """What makes such a state."""
-        firsts, keys, values = self._own.arrays()
+        firsts, keys, values = self._kept()
         arrays = {"lengths": self.lengths, "firsts": firsts, "keys": keys, "values": values}
         arrays["window"] = np.array([self.window])
         if self._memory is not None:
@@ -515,8 +573,26 @@ class AttentionState:
 
     def __getitem__(self, rows: Any) -> AttentionState:
         index = _row_indices(rows, self.batch_size)
-        memory = None if self._memory is None else self._memory.take(index)
-        return attention_state(self._own.take(index), memory, None if self._tokens is None else self._tokens[index])
+        memory, tokens, since = self._memory, self._tokens, self._since
+        return attention_state(
+            self._own.take(index),
+            None if memory is None else memory.take(index),
+            None if tokens is None else tokens[index],
+            None if since is None else since[index],
+        )
+
+    def replaced(self, rows: Any, other: AttentionState) -> AttentionState:
+        """The state with some rows taken from another.
+
+        Parameters
+        ----------
+        rows : int, slice, or array of integers or booleans
+            Which rows of this state, each once.
+        other : AttentionState
+            Of this layer or model, with as many rows as are replaced, in their order.
+        """
+        result: AttentionState = _replaced(self, rows, other)
+        return result
 
     def rolled_back(self, lengths: Any) -> AttentionState:
         """The state at an earlier time.
@@ -530,7 +606,7 @@ class AttentionState:
         given = checks.integers("lengths", lengths)
         if given.shape not in ((), self.lengths.shape):
             raise ValueError(f"lengths should be an integer, or of shape {self.lengths.shape}, not {given.shape}")
-        wanted = np.broadcast_to(given, self.lengths.shape)
+        wanted = np.broadcast_to(given.astype(np.int64), self.lengths.shape)  # what does not fit becomes negative
         needed = np.maximum(wanted - self.window + 1, 0) if self.window else np.zeros_like(wanted)
         for i, (length, most, least) in enumerate(zip(wanted, self.lengths, self.firsts, strict=True)):
             if not 0 <= length <= most:
@@ -543,7 +619,7 @@ class AttentionState:
         tokens = None
         if self._tokens is not None:
             tokens = np.where(np.arange(self._tokens.shape[1]) < wanted[:, None], self._tokens, 0)
-        return attention_state(self._own.take(np.arange(len(wanted)), wanted), self._memory, tokens)
+        return attention_state(self._own.take(np.arange(len(wanted)), wanted), self._memory, tokens, self._since)
 
     @classmethod
     def concatenate(cls, states: Iterable[AttentionState]) -> AttentionState:
@@ -563,15 +639,18 @@ class AttentionState:
                 )
         own = _joined([state._own for state in states])
         memory = None if first._memory is None else _joined([state._memory for state in states])
+        since = None
+        if any(state._since is not None for state in states):
+            since = np.concatenate([state.firsts for state in states])
         if first._tokens is None:
-            return attention_state(own, memory, None)
+            return attention_state(own, memory, None, since)
         time = max(state._tokens.shape[1] for state in states)
         rows = [np.pad(state._tokens, ((0, 0), (0, time - state._tokens.shape[1]))) for state in states]
-        return attention_state(own, memory, np.concatenate(rows))
+        return attention_state(own, memory, np.concatenate(rows), since)
 
     def copy(self) -> AttentionState:
         """A state of its own with the same numbers. What it holds never changes, and is shared."""
-        return attention_state(self._own, self._memory, self._tokens)
+        return attention_state(self._own, self._memory, self._tokens, self._since)
 
     def __copy__(self) -> AttentionState:
         return self.copy()
@@ -617,10 +696,10 @@ class AttentionState:
         io.save(path, type(self).__name__, {}, self._arrays())
 
 
-def attention_state(own: Any, memory: Any, tokens: Array | None) -> AttentionState:
+def attention_state(own: Any, memory: Any, tokens: Array | None, since: Array | None = None) -> AttentionState:
     """A state of pages that a set of operations made: no check, no copy. For the layers."""
     state = AttentionState.__new__(AttentionState)
-    state._take(own, memory, tokens)
+    state._take(own, memory, tokens, since)
     return state
 
 
@@ -646,16 +725,31 @@ def _pages_of(prefix: str, window: int, lengths: Any, firsts: Any, keys: Any, va
                 f"{prefix}keys and {prefix}values should be of one dtype and shape (B, layers, kv_heads, T, D),"
                 f" not {arrays[0].shape} and {array.shape}"
             )
+    if 0 in (arrays[0].shape[1], arrays[0].shape[2], arrays[0].shape[4]):
+        raise ValueError(
+            f"{prefix}keys and {prefix}values should have layers, heads and elements, not be of shape {arrays[0].shape}"
+        )
     batch, time = arrays[0].shape[0], arrays[0].shape[3]
-    counts = [
-        checks.integers(f"{prefix}{name}", v).astype(np.int64) for name, v in (("lengths", lengths), ("firsts", firsts))
-    ]
-    for name, count in zip(("lengths", "firsts"), counts, strict=True):
-        if count.shape != (batch,) or (count < 0).any():
-            raise ValueError(f"{prefix}{name} should be of shape ({batch},), from 0 on, not {checks.describe(count)}")
+    counts = []
+    for name, value in (("lengths", lengths), ("firsts", firsts)):
+        count = checks.integers(f"{prefix}{name}", value)
+        if count.shape != (batch,):
+            raise ValueError(f"{prefix}{name} should be of shape ({batch},), not {count.shape}")
+        if batch and not 0 <= int(count.min()) <= int(count.max()) <= MOST_TOKENS:
+            raise ValueError(f"{prefix}{name} should be in 0..{MOST_TOKENS}, not {count.tolist()}")
+        counts.append(count.astype(np.int64))
     kept = counts[0] - counts[1]
     if (kept < 0).any() or kept.max(initial=0) > time:
         raise ValueError(f"{prefix}lengths should be in firsts..firsts + {time}, not {counts[0].tolist()}")
+    needed = np.maximum(counts[0] - window + 1, 0) if window else np.zeros_like(counts[0])
+    if (counts[1] > needed).any():
+        row = int(np.argmax(counts[1] > needed))
+        raise ValueError(
+            f"{prefix}firsts should be at most the first token that the next one looks back on, {needed[row]}, but"
+            f" {prefix}firsts[{row}] is {counts[1][row]}"
+        )
+    if int(counts[0].sum()) // 8 > MOST_TABLES:
+        raise MemoryError(f"the tables of {int(counts[0].sum())} tokens")
     native = [np.ascontiguousarray(array, array.dtype.newbyteorder("=")) for array in arrays]
     return _operations_for(native[0].dtype).Pages.of(window, *counts, *native)
 

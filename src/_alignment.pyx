@@ -10,7 +10,7 @@ from libc.string cimport memset
 
 from alignment cimport TANH_WORK, add_times, align_one, dot, hidden, real
 from leaves cimport fs_leaves
-from share cimport share_out, take_out
+from fastseq._parallel cimport parallel_for, parallel_for_dynamic
 
 import numpy as np
 
@@ -62,7 +62,7 @@ def tanh_forward(cnp.ndarray x not None, int n_threads):
     job.n = cnp.PyArray_SIZE(x)
     job.x = cnp.PyArray_BYTES(x)
     job.out = cnp.PyArray_BYTES(y)
-    share_out(tanh_part, &job, (job.n + LINE - 1) // LINE, TANH_WORK * LINE, n_threads)
+    parallel_for(tanh_part, &job, (job.n + LINE - 1) // LINE, TANH_WORK * LINE, n_threads)
     return y
 
 
@@ -75,7 +75,7 @@ def tanh_backward(cnp.ndarray y not None, cnp.ndarray dy not None, int n_threads
     job.x = cnp.PyArray_BYTES(y)
     job.dy = cnp.PyArray_BYTES(dy)
     job.out = cnp.PyArray_BYTES(dx)
-    share_out(tanh_dx_part, &job, (job.n + LINE - 1) // LINE, LINE, n_threads)
+    parallel_for(tanh_dx_part, &job, (job.n + LINE - 1) // LINE, LINE, n_threads)
     return dx
 
 
@@ -207,7 +207,7 @@ def align(
     job.context = cnp.PyArray_BYTES(context)
     job.weights = cnp.PyArray_BYTES(weights)
     cdef double work = <double> most * (job.units * TANH_WORK + job.width)
-    take_out(align_part, &job, n, max(1.0, work), (job.units + most) * job.leaves.item_size, n_threads)
+    parallel_for_dynamic(align_part, &job, n, max(1.0, work), (job.units + most) * job.leaves.item_size, n_threads)
     return context, weights
 
 
@@ -234,7 +234,7 @@ def align_backward(
     job.dkeys = cnp.PyArray_BYTES(dkeys)
     job.dscores = cnp.PyArray_BYTES(dscores)
     cdef double work = <double> job.most * (job.units * (TANH_WORK + 4) + 2 * job.width) * n / max(1, sequences)
-    take_out(
+    parallel_for_dynamic(
         align_back_part, &job, sequences, max(1.0, work), (job.units + 2 * job.most) * job.leaves.item_size, n_threads,
     )
     for i in range(sequences):

@@ -12,7 +12,7 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
 
 from leaves cimport fs_attention, fs_heads, fs_leaves
-from share cimport SHARE_CHUNK_WORK, share_out, take_out
+from fastseq._parallel cimport SIGNAL_WORK, parallel_for, parallel_for_dynamic
 
 import numpy as np
 
@@ -162,11 +162,11 @@ cdef object run(Job made, want_weights, int n_threads):
         job.weights = cnp.PyArray_DATA(weights)
         result = weights
     # Few heads are split so that every thread finds some, and long ones so that Ctrl-C is seen.
-    job.parts = max(1, 4 * n_threads // max(1, pairs), <Py_ssize_t> min(ceil(8 * work / SHARE_CHUNK_WORK), 1e6))
+    job.parts = max(1, 4 * n_threads // max(1, pairs), <Py_ssize_t> min(ceil(8 * work / SIGNAL_WORK), 1e6))
     items.leaves = made.leaves
     items.job = job
     made.out, made.stats = out, stats
-    take_out(
+    parallel_for_dynamic(
         forward_part, &items, pairs * job.parts, max(1.0, work / job.parts),
         made.leaves.attend_scratch(job) * made.leaves.item_size, n_threads,
     )
@@ -208,17 +208,19 @@ def attention_backward(Job kept not None, dout, int n_threads):
     items.leaves = kept.leaves
     items.job = &job
     cdef Py_ssize_t scratch = kept.leaves.attend_back_scratch(&job) * kept.leaves.item_size
-    parts = <Py_ssize_t> max(1.0, min(ceil(4 * work / SHARE_CHUNK_WORK), 1e6))
+    parts = <Py_ssize_t> max(1.0, min(ceil(4 * work / SIGNAL_WORK), 1e6))
     job.parts = parts
-    if pairs < n_threads and parts * pairs * work / parts > SHARE_CHUNK_WORK / 256:
+    if pairs < n_threads and parts * pairs * work / parts > SIGNAL_WORK / 256:
         job.parts = max(4 * n_threads, parts)
         for phase in (1, 2):
             job.phase = phase
-            take_out(backward_part, &items, pairs * job.parts, max(1.0, work / job.parts), scratch, n_threads)
+            parallel_for_dynamic(
+                backward_part, &items, pairs * job.parts, max(1.0, work / job.parts), scratch, n_threads,
+            )
     else:
         for part in range(parts):
             job.part = part
-            take_out(backward_part, &items, pairs, max(1.0, work / parts), scratch, n_threads)
+            parallel_for_dynamic(backward_part, &items, pairs, max(1.0, work / parts), scratch, n_threads)
     return tuple(d[..., :shape[-1]] for d, shape in zip((dq, dk, dv), kept.shapes))
 
 
@@ -269,5 +271,5 @@ def rotary(
     job.positions = <const int64_t *> cnp.PyArray_DATA(positions)
     job.interleaved = interleaved
     job.inverse = inverse
-    share_out(turn_part, &job, cnp.PyArray_DIM(x, 0), TURN_WORK * job.heads * job.width, n_threads)
+    parallel_for(turn_part, &job, cnp.PyArray_DIM(x, 0), TURN_WORK * job.heads * job.width, n_threads)
     return y

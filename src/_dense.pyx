@@ -10,7 +10,6 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
-from cython.parallel cimport parallel, threadid
 from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -18,23 +17,18 @@ from libc.string cimport memcpy, memset
 from huge cimport huge_zeros
 from leaves cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_finish, fs_leaves, fs_step, fs_weights
 from outer cimport (
-    OUTER_ROWS, Outer, add_outer, add_row, fs_barrier, fs_barrier_wait, lay_out_factors, lay_out_sums, multiply_share,
-    pack_share, set_factor, set_product, take_sums, taken,
+    OUTER_ROWS, Outer, add_outer, add_row, lay_out_factors, lay_out_sums, multiply_share, pack_share, set_factor,
+    set_product, take_sums, taken,
 )
-from share cimport SHARE_CHUNK_WORK, SHARE_TEAM_WORK, share_out
+from fastseq._parallel cimport (
+    SIGNAL_WORK, TEAM_WORK, fs_barrier, fs_flush_denormals, fs_restore_denormals, parallel_for, run_team, team_wait,
+)
 
 import numpy as np
 
 from fastseq import _simd
 
 cnp.import_array()
-
-cdef extern from "team.h" nogil:
-    int fs_team_limit(int wanted)
-    int fs_team_size()
-    void fs_barrier_init(fs_barrier *barrier)
-    unsigned long long fs_flush_denormals()
-    void fs_restore_denormals(unsigned long long before)
 
 cdef enum:
     LINE = 64         # bytes of a cache line: two threads do not write to one
@@ -176,7 +170,7 @@ cdef cnp.ndarray mapped(Packed packed, const fs_weights *weights, cnp.ndarray x,
     job.x_row = cnp.PyArray_STRIDE(x, 0)
     job.y_row = cnp.PyArray_STRIDE(y, 0)
     job.by_panels = rows < 2 * packed.leaves.tile_rows[4] * n_threads
-    if work_row * BLOCK_ROWS > SHARE_CHUNK_WORK and weights.panels >= 8 * n_threads:
+    if work_row * BLOCK_ROWS > SIGNAL_WORK and weights.panels >= 8 * n_threads:
         # Few rows between two looks for Ctrl-C would have to wait for all of the weights.
         job.by_panels = True
         block = BLOCK_ROWS
@@ -185,7 +179,7 @@ cdef cnp.ndarray mapped(Packed packed, const fs_weights *weights, cnp.ndarray x,
         job.x = cnp.PyArray_BYTES(x) + first * job.x_row
         job.y = cnp.PyArray_BYTES(y) + first * job.y_row
         items = weights.panels if job.by_panels else job.rows
-        share_out(product_part, &job, items, job.rows * work_row / items, n_threads)
+        parallel_for(product_part, &job, items, job.rows * work_row / items, n_threads)
     return y
 
 
@@ -201,7 +195,10 @@ cdef struct Gradient:
     const void **dy_rows
     const void **x_rows
     char *pointers       # of each thread, OUTER_ROWS
-    fs_barrier barrier
+    # What is done now:
+    Py_ssize_t rows
+    int part             # of the outputs, where there are several parts
+    int parts
 
 
 cdef Py_ssize_t lay_out(
@@ -219,22 +216,21 @@ cdef Py_ssize_t lay_out(
     return n_bytes
 
 
-cdef void gradient_share(Gradient *job, Py_ssize_t rows, int part, int parts, int thread, int team) noexcept nogil:
-    """What one thread adds of some rows; where there are several parts, of some outputs at each."""
-    cdef unsigned long long before = fs_flush_denormals()
-    cdef Py_ssize_t columns = job.outer.a[0].columns
+cdef void gradient_share(void *gradient, int thread, int team, fs_barrier *barrier) noexcept nogil:
+    """What one thread adds of some rows."""
+    cdef Gradient *job = <Gradient *> gradient
+    cdef Py_ssize_t rows = job.rows, columns = job.outer.a[0].columns
     cdef const void **pointers = <const void **> (job.pointers + thread * OUTER_ROWS * sizeof(void *))
-    if part == 0:
+    if job.part == 0:
         job.leaves.sum_rows(job.dy_rows, rows, columns * thread // team, columns * (thread + 1) // team, job.bias)
-    if parts == 1:
-        add_outer(&job.outer, job.leaves, rows, pointers, thread, team, &job.barrier)
+    if job.parts == 1:
+        add_outer(&job.outer, job.leaves, rows, pointers, thread, team, barrier)
     else:
-        if part == 0:
+        if job.part == 0:
             pack_share(&job.outer, job.leaves, 0, rows, pointers, thread, team)
             if team > 1:
-                fs_barrier_wait(&job.barrier, team)
-        multiply_share(&job.outer.products[0], job.leaves, rows, part * team + thread, parts * team)
-    fs_restore_denormals(before)
+                team_wait(barrier, team)
+        multiply_share(&job.outer.products[0], job.leaves, rows, job.part * team + thread, job.parts * team)
 
 
 cdef int add_weight_gradient(
@@ -243,18 +239,15 @@ cdef int add_weight_gradient(
     """dweight += dy^T x;  dbias += the sum over the rows of dy"""
     cdef Gradient job
     cdef Py_ssize_t total = cnp.PyArray_DIM(x, 0), units = cnp.PyArray_DIM(dweight, 0), k = cnp.PyArray_DIM(dweight, 1)
-    cdef Py_ssize_t block, first, rows, i, n_bytes, zero_bytes
-    cdef int part, parts
+    cdef Py_ssize_t block, first, i, n_bytes, zero_bytes
     cdef unsigned long long before
     cdef char *bias = NULL if dbias is None else cnp.PyArray_BYTES(dbias)
     job.leaves = table(x)
     cdef double work = <double> units * k
     # Few enough rows that Ctrl-C is seen in time; and where that would be too few, some of the outputs at a time.
-    block = min(total, max(OUTER_ROWS, <Py_ssize_t> min(8.0 * OUTER_ROWS, SHARE_CHUNK_WORK / work)))
-    parts = <int> min(<double> units, ceil(block * work / SHARE_CHUNK_WORK)) if block <= OUTER_ROWS else 1
-    cdef int most = <int> min(<double> min(n_threads, units), total * work / SHARE_TEAM_WORK)
-    cdef int region = fs_team_limit(n_threads) if most > 1 else 1
-    cdef int threads = max(1, min(most, region))
+    block = min(total, max(OUTER_ROWS, <Py_ssize_t> min(8.0 * OUTER_ROWS, SIGNAL_WORK / work)))
+    job.parts = <int> min(<double> units, ceil(block * work / SIGNAL_WORK)) if block <= OUTER_ROWS else 1
+    cdef int threads = <int> max(1, min(<double> min(n_threads, units), total * work / TEAM_WORK))
     if total == 0:
         return 0
     job.outer.n_a = job.outer.n_b = job.outer.n_products = 1
@@ -272,19 +265,13 @@ cdef int add_weight_gradient(
     job.outer.b[0].rows = job.x_rows
     try:
         for first in range(0, total, block):
-            rows = min(block, total - first)
-            for i in range(rows):
+            job.rows = min(block, total - first)
+            for i in range(job.rows):
                 job.dy_rows[i] = cnp.PyArray_BYTES(dy) + (first + i) * cnp.PyArray_STRIDE(dy, 0)
                 job.x_rows[i] = cnp.PyArray_BYTES(x) + (first + i) * cnp.PyArray_STRIDE(x, 0)
-            for part in range(parts):
+            for job.part in range(job.parts):
                 with nogil:
-                    if threads == 1:
-                        gradient_share(&job, rows, part, parts, 0, 1)
-                    else:
-                        fs_barrier_init(&job.barrier)
-                        with parallel(num_threads=region):
-                            if threadid() < threads:
-                                gradient_share(&job, rows, part, parts, threadid(), min(fs_team_size(), threads))
+                    run_team(gradient_share, &job, threads, n_threads)
                 PyErr_CheckSignals()
         with nogil:
             before = fs_flush_denormals()
@@ -363,7 +350,7 @@ def embedding_forward(cnp.ndarray weight not None, cnp.ndarray ids not None, int
     job.weight = cnp.PyArray_BYTES(weight)
     job.ids = <const int64_t *> cnp.PyArray_DATA(ids)
     job.out = cnp.PyArray_BYTES(y)
-    share_out(gather_part, &job, cnp.PyArray_DIM(ids, 0), COPY_WORK * job.width, n_threads)
+    parallel_for(gather_part, &job, cnp.PyArray_DIM(ids, 0), COPY_WORK * job.width, n_threads)
     return y
 
 
@@ -389,7 +376,7 @@ def embedding_backward(
     job.dy = cnp.PyArray_BYTES(dy)
     job.dweight = cnp.PyArray_BYTES(dweight)
     cdef Py_ssize_t items = strips(&job)
-    share_out(scatter_part, &job, items, COPY_WORK * job.rows * job.width / items, n_threads)
+    parallel_for(scatter_part, &job, items, COPY_WORK * job.rows * job.width / items, n_threads)
 
 
 cdef void norm_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -417,7 +404,7 @@ def layer_norm_forward(
     job.out = cnp.PyArray_BYTES(y)
     job.means = cnp.PyArray_BYTES(means)
     job.scales = cnp.PyArray_BYTES(scales)
-    share_out(norm_part, &job, cnp.PyArray_DIM(x, 0), NORM_WORK * job.width, n_threads)
+    parallel_for(norm_part, &job, cnp.PyArray_DIM(x, 0), NORM_WORK * job.width, n_threads)
     return y, means, scales
 
 
@@ -456,10 +443,10 @@ def layer_norm_backward(
     job.dweight = <char *> data_or_null(dweight)
     job.dbias = <char *> data_or_null(dbias)
     job.strip = LINE
-    share_out(norm_dx_part, &job, job.rows, NORM_WORK * job.width, n_threads)
+    parallel_for(norm_dx_part, &job, job.rows, NORM_WORK * job.width, n_threads)
     cdef Py_ssize_t items = strips(&job)
     if dweight is not None:
-        share_out(norm_sums_part, &job, items, NORM_WORK * job.rows * job.width / items, n_threads)
+        parallel_for(norm_sums_part, &job, items, NORM_WORK * job.rows * job.width / items, n_threads)
     return dx
 
 
@@ -480,7 +467,7 @@ def rms_norm_forward(cnp.ndarray x not None, cnp.ndarray weight, double eps, int
     job.weight = <const char *> data_or_null(weight)
     job.out = cnp.PyArray_BYTES(y)
     job.scales = cnp.PyArray_BYTES(scales)
-    share_out(rms_part, &job, cnp.PyArray_DIM(x, 0), NORM_WORK * job.width, n_threads)
+    parallel_for(rms_part, &job, cnp.PyArray_DIM(x, 0), NORM_WORK * job.width, n_threads)
     return y, scales
 
 
@@ -514,10 +501,10 @@ def rms_norm_backward(
     job.out = cnp.PyArray_BYTES(dx)
     job.dweight = <char *> data_or_null(dweight)
     job.strip = LINE
-    share_out(rms_dx_part, &job, job.rows, NORM_WORK * job.width, n_threads)
+    parallel_for(rms_dx_part, &job, job.rows, NORM_WORK * job.width, n_threads)
     cdef Py_ssize_t items = strips(&job)
     if dweight is not None:
-        share_out(rms_sums_part, &job, items, NORM_WORK * job.rows * job.width / items, n_threads)
+        parallel_for(rms_sums_part, &job, items, NORM_WORK * job.rows * job.width / items, n_threads)
     return dx
 
 
@@ -624,7 +611,7 @@ cdef cnp.ndarray activated(cnp.ndarray x, cnp.ndarray dy, str kind, int n_thread
     job.x = cnp.PyArray_BYTES(x)
     job.dy = <const char *> data_or_null(dy)
     job.out = cnp.PyArray_BYTES(y)
-    share_out(
+    parallel_for(
         activation_part if job.smooth == OTHER else smooth_part, &job, strips(&job),
         ACTIVATION_WORK * LINE / job.leaves.item_size, n_threads,
     )
@@ -659,7 +646,7 @@ cdef cnp.ndarray softmaxed(cnp.ndarray x, cnp.ndarray dy, int n_threads):
     job.x = cnp.PyArray_BYTES(x)
     job.dy = <const char *> data_or_null(dy)
     job.out = cnp.PyArray_BYTES(y)
-    share_out(softmax_part, &job, cnp.PyArray_DIM(x, 0), ACTIVATION_WORK * job.width, n_threads)
+    parallel_for(softmax_part, &job, cnp.PyArray_DIM(x, 0), ACTIVATION_WORK * job.width, n_threads)
     return y
 
 
@@ -695,5 +682,5 @@ def dropout(cnp.ndarray x not None, double p, seed, stream, int n_threads):
     job.stream = stream
     job.threshold = <uint32_t> min(ceil(p * 4294967296.0), 4294967295.0)
     job.factor = 1 / (1 - p)
-    share_out(dropout_part, &job, strips(&job), DROPOUT_WORK * LINE / job.leaves.item_size, n_threads)
+    parallel_for(dropout_part, &job, strips(&job), DROPOUT_WORK * LINE / job.leaves.item_size, n_threads)
     return y

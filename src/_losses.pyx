@@ -11,7 +11,7 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from leaves cimport fs_leaves, fs_loss, fs_softmax_sums
-from share cimport share_out
+from fastseq._parallel cimport parallel_for
 
 import numpy as np
 
@@ -69,7 +69,7 @@ def softmax_cross_entropy(
     job.scale = 1.0 / max(count, 1)
     job.gradient = cnp.PyArray_BYTES(gradient)
     job.sums = <fs_softmax_sums *> cnp.PyArray_DATA(scratch)
-    share_out(softmax_part, &job, rows, SOFTMAX_WORK * job.classes, n_threads)
+    parallel_for(softmax_part, &job, rows, SOFTMAX_WORK * job.classes, n_threads)
     with nogil:
         for row in range(rows):
             one = job.sums[row]
@@ -129,7 +129,7 @@ cdef tuple elements_loss(
     job.scale = 1.0 / max(count, 1)
     job.gradient = cnp.PyArray_BYTES(gradient)
     job.sums = <double *> cnp.PyArray_DATA(scratch)
-    share_out(elements_part, &job, rows, ELEMENT_WORK * job.width, n_threads)
+    parallel_for(elements_part, &job, rows, ELEMENT_WORK * job.width, n_threads)
     with nogil:
         for row in range(rows):
             total += job.sums[row]

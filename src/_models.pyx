@@ -7,9 +7,9 @@ at the door. Threads split the series; a series is one chain of sums in one orde
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from cython.parallel cimport parallel, threadid
 from libc.math cimport hypot
 
+from fastseq._parallel cimport TEAM_WORK, fs_barrier, run_team
 from leaves cimport fs_leaves
 
 import numpy as np
@@ -18,20 +18,12 @@ from fastseq import _simd
 
 cnp.import_array()
 
-cdef extern from "team.h" nogil:
-    int fs_team_limit(int wanted)
-    int fs_team_size()
-    unsigned long long fs_flush_denormals()
-    void fs_restore_denormals(unsigned long long before)
-
 ctypedef fused real:
     float
     double
 
 ctypedef void (*activation_leaf)(ptrdiff_t n, const void *x, void *y) noexcept nogil
 
-# Below this many multiply-adds in all, waking another thread costs more than it gives.
-cdef Py_ssize_t TEAM_WORK = 256 * 1024
 # Multiply-adds between two looks for Ctrl-C: tens of milliseconds.
 cdef Py_ssize_t CHUNK_WORK = 16 * 1024 * 1024
 
@@ -59,36 +51,43 @@ ctypedef void (*row_job)(
 ) noexcept nogil
 
 
-cdef void rows_of(row_job each, const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from_step,
-                  Py_ssize_t to_step, int thread, int team) noexcept nogil:
+# Some rows and steps of a job.
+cdef struct Block:
+    row_job each
+    const Job *job
+    Py_ssize_t base
+    Py_ssize_t rows
+    Py_ssize_t from_step
+    Py_ssize_t to_step
+
+
+cdef void rows_of(void *block, int thread, int team, fs_barrier *barrier) noexcept nogil:
     """The part of one thread."""
-    cdef unsigned long long before = fs_flush_denormals()
+    cdef const Block *b = <const Block *> block
     cdef Py_ssize_t row
-    for row in range(base + rows * thread // team, base + rows * (thread + 1) // team):
-        each(job, row, from_step, to_step, thread)
-    fs_restore_denormals(before)
+    for row in range(b.base + b.rows * thread // team, b.base + b.rows * (thread + 1) // team):
+        b.each(b.job, row, b.from_step, b.to_step, thread)
 
 
 cdef int execute(row_job each, const Job *job, Py_ssize_t steps, Py_ssize_t step_work, int n_threads) except -1:
     """Do all rows and steps, in blocks between which Ctrl-C is looked for."""
-    cdef Py_ssize_t most = max(1, CHUNK_WORK // step_work)
-    cdef Py_ssize_t block = min(job.rows, most), chunk, base, rows, from_step, to_step
+    cdef Py_ssize_t most = max(1, CHUNK_WORK // step_work), block_rows = min(job.rows, most), chunk
+    cdef Block block
     if job.rows == 0 or steps == 0:
         return 0
-    cdef bint alone = n_threads == 1 or job.rows == 1 or <double> job.rows * steps * step_work < TEAM_WORK
-    cdef int region = 1 if alone else fs_team_limit(n_threads)
-    chunk = max(1, most // block)
-    for base in range(0, job.rows, block):
-        rows = min(block, job.rows - base)
-        for from_step in range(0, steps, chunk):
-            to_step = min(steps, from_step + chunk)
+    cdef int threads = 1 if <double> job.rows * steps * step_work < TEAM_WORK else <int> min(n_threads, job.rows)
+    block.each, block.job, block.base = each, job, 0
+    chunk = max(1, most // block_rows)
+    while block.base < job.rows:
+        block.rows = min(block_rows, job.rows - block.base)
+        block.from_step = 0
+        while block.from_step < steps:
+            block.to_step = min(steps, block.from_step + chunk)
             with nogil:
-                if region == 1:
-                    rows_of(each, job, base, rows, from_step, to_step, 0, 1)
-                else:
-                    with parallel(num_threads=region):
-                        rows_of(each, job, base, rows, from_step, to_step, threadid(), fs_team_size())
+                run_team(rows_of, &block, threads, n_threads)
             PyErr_CheckSignals()
+            block.from_step = block.to_step
+        block.base += block.rows
     return 0
 
 

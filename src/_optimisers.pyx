@@ -9,7 +9,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport sqrt
 
 from leaves cimport fs_leaves, fs_update
-from share cimport share_out
+from fastseq._parallel cimport parallel_for
 
 import numpy as np
 
@@ -58,7 +58,7 @@ cdef int sweep(pass_function f, fs_update update, cnp.ndarray p, int n_threads) 
     job.f = f
     job.update = update
     job.n = cnp.PyArray_SIZE(p)
-    return share_out(pass_part, &job, blocks_of(job.n), PASS_WORK * BLOCK, n_threads)
+    return parallel_for(pass_part, &job, blocks_of(job.n), PASS_WORK * BLOCK, n_threads)
 
 
 cdef fs_update prepared(
@@ -165,7 +165,7 @@ def scale(cnp.ndarray x not None, double factor, int n_threads):
     """Multiply an array by a number, in place."""
     cdef Clip job = clip_of(x)
     job.factor = factor
-    share_out(scale_part, &job, blocks_of(job.n), CLIP_WORK * BLOCK, n_threads)
+    parallel_for(scale_part, &job, blocks_of(job.n), CLIP_WORK * BLOCK, n_threads)
 
 
 def sum_of_squares(cnp.ndarray x not None, int n_threads):
@@ -175,7 +175,7 @@ def sum_of_squares(cnp.ndarray x not None, int n_threads):
     cdef cnp.ndarray sums = np.empty(blocks)
     cdef double total = 0
     job.sums = <double *> cnp.PyArray_DATA(sums)
-    share_out(sum_part, &job, blocks, CLIP_WORK * BLOCK, n_threads)
+    parallel_for(sum_part, &job, blocks, CLIP_WORK * BLOCK, n_threads)
     for block in range(blocks):
         total += job.sums[block]
     return total

@@ -18,7 +18,6 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
-from cython.parallel cimport parallel, threadid
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
@@ -33,10 +32,12 @@ from leaves cimport (
     fs_step, fs_weights,
 )
 from outer cimport (
-    OUTER_ROWS, Outer, add_outer, add_row, fs_barrier, lay_out_factors, lay_out_sums, set_factor, set_product,
+    OUTER_ROWS, Outer, add_outer, add_row, lay_out_factors, lay_out_sums, set_factor, set_product,
     take_sums, taken,
 )
-from share cimport share_out
+from fastseq._parallel cimport (
+    fs_barrier, fs_flush_denormals, fs_restore_denormals, parallel_for, run_team, team_dissolved, team_wait,
+)
 
 import os
 
@@ -45,14 +46,6 @@ import numpy as np
 from fastseq import _simd
 
 cnp.import_array()
-
-cdef extern from "team.h" nogil:
-    int fs_team_limit(int wanted)
-    int fs_team_size()
-    void fs_barrier_init(fs_barrier *barrier)
-    void fs_barrier_wait(fs_barrier *barrier, int team)
-    unsigned long long fs_flush_denormals()
-    void fs_restore_denormals(unsigned long long before)
 
 KINDS = {
     "linear": (RNN_CELL, FS_IDENTITY),  # no cell, but what `rollout` makes of its outputs
@@ -246,7 +239,7 @@ def input_table(Cell cell not None, cnp.ndarray embedding not None, int n_thread
     table.embedding = cnp.PyArray_BYTES(embedding)
     table.embedding_row = cnp.PyArray_STRIDE(embedding, 0)
     table.rows = cnp.PyArray_BYTES(rows)
-    share_out(table_part, &table, symbols, work, n_threads)
+    parallel_for(table_part, &table, symbols, work, n_threads)
     return rows
 
 
@@ -293,7 +286,11 @@ cdef struct Job:
     char *input_part         # [step of the chunk][place][panels][vectors][lanes], main then candidate
     Py_ssize_t input_part_main
     Py_ssize_t input_part_row
-    fs_barrier barrier
+    # What is done now: steps [from_step, to_step) for the `block` rows from place `base` on.
+    Py_ssize_t base
+    Py_ssize_t block
+    Py_ssize_t from_step
+    Py_ssize_t to_step
 
 
 cdef void plan(Job *job, int n_threads) noexcept nogil:
@@ -311,9 +308,10 @@ cdef void plan(Job *job, int n_threads) noexcept nogil:
         job.ahead = max(1, min(job.time, AHEAD_ROWS // job.rows, AHEAD_BYTES // each))
 
 
-cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from_step, Py_ssize_t to_step,
-               int thread, int team, fs_barrier *barrier) noexcept nogil:
-    """What one thread does of the steps [from_step, to_step) for the `rows` rows from place `base` on."""
+cdef void walk(void *made, int thread, int team, fs_barrier *barrier) noexcept nogil:
+    """What one thread does of a block of rows and a chunk of time, which ends early where the team dissolves."""
+    cdef Job *job = <Job *> made
+    cdef Py_ssize_t base = job.base, rows = job.block, from_step = job.from_step, to_step = job.to_step
     cdef const CellWeights *cell = job.cell
     cdef Py_ssize_t stride = 1 if job.split_panels else team
     cdef Py_ssize_t lane = 0 if job.split_panels else thread
@@ -410,6 +408,10 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
                 if cell.kind == GRU_BEFORE:
                     at.candidate_init[i] = <const char *> at.init[i] + job.input_part_main
         do_cell(&step, cell, n, False, shares, barrier)
+        if shares > 1 and team_dissolved(barrier):
+            if thread == 0:
+                job.to_step = s + 1
+            break
         for i in range(n):
             at.x[i] = <const char *> at.x[i] + x_step
             at.h[i] = at.out[i]
@@ -423,21 +425,11 @@ cdef void walk(const Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from
                 at.candidate_init[i] = <const char *> at.candidate_init[i] + init_step
 
 
-cdef void walk_flushed(Job *job, Py_ssize_t base, Py_ssize_t rows, Py_ssize_t from_step, Py_ssize_t to_step,
-                       int thread, int team) noexcept nogil:
-    cdef unsigned long long before = fs_flush_denormals()
-    walk(job, base, rows, from_step, to_step, thread, team, &job.barrier)
-    fs_restore_denormals(before)
-
-
 cdef int execute(Job *job, int n_threads) except -1:
     """Do a job. What it needs beside the arrays is scratch of its own."""
     if job.rows == 0 or job.time == 0:
         return 0
     plan(job, n_threads)
-    # Every region is opened with all threads, or none: the runtime ends and starts threads when their number changes.
-    cdef int region = fs_team_limit(n_threads) if job.threads > 1 else 1
-    job.threads = min(job.threads, region)
     cdef Py_ssize_t work = cell_work(job.cell)
     cdef Py_ssize_t limit = CHUNK_WORK * job.cell.leaves.lanes * min(job.threads, PROCESSORS)
     # Blocks of even height, such that one step of one is done within the limit.
@@ -469,24 +461,20 @@ cdef int execute(Job *job, int n_threads) except -1:
     cdef Py_ssize_t chunk = limit // (job.row_block * work) + 1
     if job.ahead:
         chunk = min(chunk, job.ahead)
-    cdef Py_ssize_t base, rows, from_step, to_step, time
+    cdef Py_ssize_t time
     try:
-        for base in range(0, job.rows, job.row_block):
-            rows = min(job.row_block, job.rows - base)
-            time = job.time if job.steps == NULL else job.steps[base]
-            for from_step in range(0, time, chunk):
-                to_step = min(time, from_step + chunk)
+        job.base = 0
+        while job.base < job.rows:
+            job.block = min(job.row_block, job.rows - job.base)
+            time = job.time if job.steps == NULL else job.steps[job.base]
+            job.from_step = 0
+            while job.from_step < time:
+                job.to_step = min(time, job.from_step + chunk)
                 with nogil:
-                    if job.threads == 1:
-                        walk_flushed(job, base, rows, from_step, to_step, 0, 1)
-                    else:
-                        fs_barrier_init(&job.barrier)
-                        with parallel(num_threads=region):
-                            if threadid() < job.threads:
-                                walk_flushed(
-                                    job, base, rows, from_step, to_step, threadid(), min(fs_team_size(), job.threads)
-                                )
+                    run_team(walk, job, job.threads, n_threads)
                 PyErr_CheckSignals()
+                job.from_step = job.to_step
+            job.base += job.block
     finally:
         if scratch != small:
             PyMem_RawFree(scratch)

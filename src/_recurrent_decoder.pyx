@@ -12,10 +12,8 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
-from cython.parallel cimport parallel, threadid
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from alignment cimport TANH_WORK, align_one, real
 from cells cimport (
@@ -24,17 +22,13 @@ from cells cimport (
 )
 from decoder cimport FS_AGAIN, FS_DONE, FS_NO_MEMORY, fs_decoder
 from leaves cimport FS_IDENTITY, FS_TANH, fs_attention, fs_finish, fs_leaves, fs_step, fs_weights
-from outer cimport fs_barrier, fs_barrier_wait
-from share cimport (
-    SHARE_CHUNK_WORK, SHARE_LINE, fs_flush_denormals, fs_restore_denormals, fs_team_limit, fs_team_size, lines,
+from fastseq._parallel cimport (
+    CACHE_LINE, SIGNAL_WORK, fs_barrier, lines, run_team, team_wait,
 )
 
 import numpy as np
 
 cnp.import_array()
-
-cdef extern from "team.h" nogil:
-    void fs_barrier_init(fs_barrier *barrier)
 
 cdef enum Attention:
     NONE
@@ -45,13 +39,8 @@ cdef dict ATTENTIONS = {None: NONE, "multiplicative": MULTIPLICATIVE, "additive"
 
 cdef enum:
     BLOCK_ROWS = 128           # rows whose pointers are made at once
-    MEASURED = 2               # steps by one thread, before a team does one
     WEIGHT_WORK = 32           # what a weight of attention takes beside the products, in multiply-adds
 
-# A step of a team takes long if it takes so many times as long as by one thread alone, and is not tried again until it
-# is but this share of all.
-cdef double SLOW = 1.5
-cdef double SHARE = 0.05
 cdef double MOST_BYTES = 1e18  # sizes below do not overflow
 
 
@@ -138,15 +127,6 @@ cdef class Weights:
         return <const fs_weights *> PyCapsule_GetPointer(packed.panels(), "fastseq.weights")
 
 
-# How long steps take. A team waits for whichever of its threads has no processor, so where others use them, steps by
-# one thread alone are the faster ones, by far.
-cdef struct Pace:
-    double alone             # the least seconds of a step by one thread,
-    int measured             # over so many steps,
-    Py_ssize_t rows          # of about so many rows
-    double pause             # steps that one thread does alone until a team tries again
-
-
 # What rows attend to: keys and what scores take of them, of one source after another.
 cdef struct Sources:
     Py_ssize_t n
@@ -189,12 +169,12 @@ cdef struct Rows:
     char *scratch            # of each thread, for attention
     Py_ssize_t scratch_each
     bint backwards           # the next step takes the last panels first
-    Pace pace
     # One step.
     Py_ssize_t done          # rows of it that are done
     const int64_t *symbols
     char *logits
-    fs_barrier *barrier      # of the threads that share panels
+    Py_ssize_t last          # rows that are done after this region
+    bint split_panels        # not rows
 
 
 cdef char *taken(char *memory, Py_ssize_t n_bytes, Py_ssize_t *all_bytes) noexcept nogil:
@@ -228,11 +208,11 @@ cdef int make_room(Rows *job, Py_ssize_t room) noexcept nogil:
     cdef Rows made = job[0]
     if <double> room * lay_out(&made, NULL, 1) > MOST_BYTES:
         return FS_NO_MEMORY
-    cdef Py_ssize_t n_bytes = lay_out(&made, NULL, room) + SHARE_LINE
+    cdef Py_ssize_t n_bytes = lay_out(&made, NULL, room) + CACHE_LINE
     made.memory = <char *> PyMem_RawMalloc(n_bytes)
     if made.memory == NULL:
         return FS_NO_MEMORY
-    lay_out(&made, made.memory + (-<Py_ssize_t> made.memory & (SHARE_LINE - 1)), room)
+    lay_out(&made, made.memory + (-<Py_ssize_t> made.memory & (CACHE_LINE - 1)), room)
     memset(made.before, 0, room * made.state_row)
     memset(made.after, 0, room * made.state_row)
     job[0] = made
@@ -284,8 +264,8 @@ cdef void attend(Rows *job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t h_at, 
         attention.stats = job.stats + row * 2 * item
         if packed[0] != source:
             packed[0] = source
-            (<int64_t *> (scratch + SHARE_LINE))[0] = -1
-        network.leaves.attend(&attention, 0, scratch + SHARE_LINE)
+            (<int64_t *> (scratch + CACHE_LINE))[0] = -1
+        network.leaves.attend(&attention, 0, scratch + CACHE_LINE)
         row = end
 
 
@@ -315,7 +295,8 @@ cdef inline void align_rows(Rows *job, Py_ssize_t first, Py_ssize_t last, real *
         )
 
 
-cdef void walk(Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shares, char *scratch) noexcept nogil:
+cdef void walk(Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shares, fs_barrier *barrier,
+               char *scratch) noexcept nogil:
     """One step of the rows [first, last): what one of some threads does that share the panels."""
     cdef const Network *network = job.network
     cdef const CellWeights *cell
@@ -348,12 +329,12 @@ cdef void walk(Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shar
                 h[i] = job.before + job.parent[base + i] * job.state_row + top_at
                 said[i] = job.said + (base + i) * job.said_row
             product(network.leaves, network.query, FS_IDENTITY, n, NULL, h, said, share, shares)
-            meet(job, shares)
+            meet(barrier, shares)
             if network.item == 4:
                 align_rows(job, mine, end, <float *> scratch)
             else:
                 align_rows(job, mine, end, <double *> scratch)
-            meet(job, shares)
+            meet(barrier, shares)
         if network.table == NULL:
             for i in range(n):
                 x[i] = network.embedding + job.symbols[base + i] * network.embedding_row
@@ -385,16 +366,16 @@ cdef void walk(Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shar
                     init[i] = network.table + job.symbols[row] * network.table_row
                 candidate_init[i] = <const char *> init[i] + network.table_main
             set_cell_step(&step, cell, &at, layer > 0 or network.attention == ADDITIVE, share, shares)
-            do_cell(&step, cell, n, job.backwards, shares, job.barrier)
+            do_cell(&step, cell, n, job.backwards, shares, barrier)
         if network.attention == MULTIPLICATIVE:
             attend(job, mine, end, top_at, scratch)
-            meet(job, shares)
+            meet(barrier, shares)
             for i in range(n):
                 x[i] = job.context + (base + i) * job.context_row
                 h[i] = out[i]
                 said[i] = job.said + (base + i) * job.said_row
             product(network.leaves, network.combine, FS_TANH, n, x, h, said, share, shares)
-            meet(job, shares)
+            meet(barrier, shares)
         for i in range(n):
             if network.attention == NONE:
                 h[i] = out[i]
@@ -409,26 +390,20 @@ cdef void walk(Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shar
         base += BLOCK_ROWS
 
 
-cdef inline void meet(Rows *job, int team) noexcept nogil:
+cdef inline void meet(fs_barrier *barrier, int team) noexcept nogil:
     if team > 1:
-        fs_barrier_wait(job.barrier, team)
+        team_wait(barrier, team)
 
 
-cdef void walk_flushed(
-    Rows *job, Py_ssize_t first, Py_ssize_t last, Split split, int thread, int team,
-) noexcept nogil:
-    """What one of the threads does of the rows [first, last)."""
-    cdef unsigned long long before
+cdef void walk_rows(void *rows, int thread, int team, fs_barrier *barrier) noexcept nogil:
+    """What one of the threads does of the rows [done, last)."""
+    cdef Rows *job = <Rows *> rows
     cdef char *scratch = job.scratch + thread * job.scratch_each
-    cdef Py_ssize_t n = last - first
-    if thread >= team:
-        return
-    before = fs_flush_denormals()
-    if split.panels:
-        walk(job, first, last, thread, team, scratch)
+    cdef Py_ssize_t first = job.done, n = job.last - first
+    if job.split_panels or team == 1:
+        walk(job, first, job.last, thread, team, barrier, scratch)
     else:
-        walk(job, first + n * thread // team, first + n * (thread + 1) // team, 0, 1, scratch)
-    fs_restore_denormals(before)
+        walk(job, first + n * thread // team, first + n * (thread + 1) // team, 0, 1, NULL, scratch)
 
 
 cdef Split plan(const Rows *job, Py_ssize_t *some) noexcept nogil:
@@ -457,7 +432,7 @@ cdef Split plan(const Rows *job, Py_ssize_t *some) noexcept nogil:
             work += product_work(network, network.query)
         else:
             work += product_work(network, network.combine)
-    parts = (job.rows - 1) // max(2 * tile * job.n_threads, SHARE_CHUNK_WORK // all_work) + 1
+    parts = (job.rows - 1) // max(2 * tile * job.n_threads, SIGNAL_WORK // all_work) + 1
     some[0] = (job.rows + parts - 1) // parts
     return split_of(
         some[0], work, some[0] * all_work, meetings, cell.main.panels, tile, <int> network.item, job.n_threads,
@@ -468,57 +443,18 @@ cdef inline Py_ssize_t product_work(const Network *network, const fs_weights *we
     return weights.panels * 4 * network.leaves.lanes * (weights.x_size + weights.h_size)
 
 
-cdef inline double now() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return t.tv_sec + 1e-9 * t.tv_nsec
-
-
-cdef bint pays(Pace *pace, Py_ssize_t rows) noexcept nogil:
-    """Whether a team is worth its while for a step of some rows."""
-    if rows > pace.rows or 2 * rows < pace.rows:
-        pace.rows = rows
-        pace.measured = 0
-    pace.pause = max(0.0, pace.pause - 1)
-    return pace.pause == 0 and pace.measured >= MEASURED
-
-
-cdef void learn(Pace *pace, bint team, double seconds) noexcept nogil:
-    """What a step took."""
-    if not team:
-        pace.alone = min(pace.alone, seconds) if pace.measured else seconds
-        pace.measured = min(MEASURED, pace.measured + 1)
-    elif seconds > SLOW * pace.alone:
-        pace.pause = seconds / (SHARE * pace.alone)
-
-
 cdef int step(void *self, ptrdiff_t rows, const int64_t *symbols, void *logits) noexcept nogil:
     """See decoder.h."""
     cdef Rows *job = <Rows *> self
-    cdef Py_ssize_t some, row, first = job.done, last
+    cdef Py_ssize_t some, row
     cdef Split split = plan(job, &some)
-    cdef bint several = split.threads > 1
-    cdef int region = 1
-    cdef double start = now() if several else 0
-    cdef fs_barrier barrier
-    last = min(rows, first + some)
-    if several and pays(&job.pace, some):
-        region = fs_team_limit(job.n_threads)
-    split.threads = min(split.threads, region)
+    job.last = min(rows, job.done + some)
+    job.split_panels = split.panels
     job.symbols = symbols
     job.logits = <char *> logits
-    if split.threads == 1:
-        split.panels = True
-        walk_flushed(job, first, last, split, 0, 1)
-    else:
-        fs_barrier_init(&barrier)
-        job.barrier = &barrier
-        with parallel(num_threads=region):
-            walk_flushed(job, first, last, split, threadid(), min(fs_team_size(), split.threads))
-    if several:
-        learn(&job.pace, split.threads > 1, now() - start)
-    if last < rows:
-        job.done = last
+    run_team(walk_rows, job, split.threads, job.n_threads)
+    if job.last < rows:
+        job.done = job.last
         return FS_AGAIN
     job.done = 0
     job.before, job.after = job.after, job.before
@@ -641,10 +577,10 @@ cdef class Decoder:
         else:
             reals = sources.units + 2 * sources.most
             job.said_row = lines(network.query.units * network.item)
-        job.scratch_each = SHARE_LINE + lines(reals * network.item)
-        cdef cnp.ndarray scratch = np.empty(job.n_threads * job.scratch_each + SHARE_LINE, np.uint8)
+        job.scratch_each = CACHE_LINE + lines(reals * network.item)
+        cdef cnp.ndarray scratch = np.empty(job.n_threads * job.scratch_each + CACHE_LINE, np.uint8)
         job.scratch = cnp.PyArray_BYTES(scratch)
-        job.scratch += -<Py_ssize_t> job.scratch & (SHARE_LINE - 1)
+        job.scratch += -<Py_ssize_t> job.scratch & (CACHE_LINE - 1)
         for thread in range(job.n_threads):
             (<int64_t *> (job.scratch + thread * job.scratch_each))[0] = -1
         self.kept = [of_keys, of_projected, counts, scratch]

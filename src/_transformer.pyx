@@ -16,7 +16,7 @@ from libc.string cimport memcpy, memset
 from decoder cimport FS_AGAIN, FS_DONE, FS_FULL, FS_NO_MEMORY, fs_decoder
 from leaves cimport FS_GELU, FS_GELU_TANH, FS_PAGE, FS_RELU, fs_leaves, fs_page, fs_weights
 from pages cimport (
-    fs_page_kind, fs_page_layer, fs_table, fs_table_clear, fs_table_drop, fs_table_extend, fs_table_first,
+    fs_page_kind, fs_page_layer, fs_table, fs_table_clear, fs_table_extend, fs_table_first, fs_table_reserve,
     fs_table_roll, fs_table_share,
 )
 from stack cimport Cursor, Layer, Mask, Norm, Plan, Task, plan_free, plan_make, walk_some
@@ -315,7 +315,7 @@ cdef class Pages:
         """The opposite of `arrays`."""
         cdef Py_ssize_t layers = keys.shape[1], kv_heads = keys.shape[2], head_dim = keys.shape[4]
         cdef Pages result = pages_new(keys.itemsize, layers, kv_heads, head_dim, window, len(lengths))
-        cdef Py_ssize_t i, layer, token, width = result.kind.width
+        cdef Py_ssize_t i, layer, token, before, width = result.kind.width
         cdef fs_table *table
         cdef cnp.ndarray k, v
         room = keys.shape[0], layers, kv_heads, keys.shape[3], width
@@ -323,12 +323,22 @@ cdef class Pages:
         spread_keys[..., :head_dim], spread_values[..., :head_dim] = keys, values
         for i in range(len(lengths)):
             table = &result.tables[i]
-            extend(table, &result.kind, lengths[i])
-            fs_table_drop(table, firsts[i] // FS_PAGE)
+            # Pages that are gone are never made; in the first that is there, what is not kept is 0.
+            before = firsts[i] // FS_PAGE
+            if fs_table_reserve(table, before):
+                raise MemoryError(f"the table of a row of {lengths[i]} tokens")
+            if before:
+                memset(table.pages, 0, before * sizeof(fs_page *))
+            table.count = before
+            table.length = before * FS_PAGE
+            extend(table, &result.kind, lengths[i] - table.length)
             for layer in range(layers):
-                for token in range(firsts[i], lengths[i]):
-                    k = np.ascontiguousarray(spread_keys[i, layer, :, token - firsts[i]])
-                    v = np.ascontiguousarray(spread_values[i, layer, :, token - firsts[i]])
+                for token in range(before * FS_PAGE, lengths[i]):
+                    if token < firsts[i]:
+                        k = v = np.zeros((kv_heads, width), keys.dtype)
+                    else:
+                        k = np.ascontiguousarray(spread_keys[i, layer, :, token - firsts[i]])
+                        v = np.ascontiguousarray(spread_values[i, layer, :, token - firsts[i]])
                     result.kind.leaves.page_store(
                         kv_heads, width, width, cnp.PyArray_DATA(k), cnp.PyArray_DATA(v),
                         table.pages[token // FS_PAGE], layer * fs_page_layer(&result.kind), token % FS_PAGE,

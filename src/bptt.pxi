@@ -236,7 +236,6 @@ cdef struct Undo:
     const void **middle_rows
     const void **output_rows
     const void **no_init     # as many pointers to zeros as any step has rows
-    fs_barrier barrier
 
 
 cdef inline Py_ssize_t steps_of(const Undo *job, Py_ssize_t place) noexcept nogil:
@@ -484,12 +483,12 @@ cdef void walk_back(Undo *job, int thread, int team, fs_barrier *barrier) noexce
         step_back(job, &main, &back, recurrent, &nothing, crossing)
         if projected or job.kind == GRU_BEFORE:
             if meet:
-                fs_barrier_wait(barrier, team)
+                team_wait(barrier, team)
             second.rows = n
             if n:
                 leaves.plain(&second)
         if meet:
-            fs_barrier_wait(barrier, team)
+            team_wait(barrier, team)
 
     # Before the first step: what is left reaches the initial state.
     if job.from_step:
@@ -545,15 +544,14 @@ cdef void add_products(Undo *job, int thread, int team, fs_barrier *barrier) noe
     add_outer(&job.outer, job.leaves, job.n, rows, thread, team, barrier)
 
 
-cdef void undo_chunk(Undo *job, int thread, int team) noexcept nogil:
+cdef void undo_chunk(void *undo, int thread, int team, fs_barrier *barrier) noexcept nogil:
     """All three steps, for one thread."""
-    cdef unsigned long long before = fs_flush_denormals()
-    walk_back(job, thread, team, &job.barrier)
+    cdef Undo *job = <Undo *> undo
+    walk_back(job, thread, team, barrier)
     if team > 1:
-        fs_barrier_wait(&job.barrier, team)
+        team_wait(barrier, team)
     multiply_inputs(job, thread, team)
-    add_products(job, thread, team, &job.barrier)
-    fs_restore_denormals(before)
+    add_products(job, thread, team, barrier)
 
 
 cdef Py_ssize_t padded_bytes(Py_ssize_t n_bytes) noexcept nogil:
@@ -662,8 +660,6 @@ cdef int undo(
     )
     job.threads = split.threads
     job.split_panels = split.panels
-    cdef int region = fs_team_limit(n_threads) if job.threads > 1 else 1
-    job.threads = min(job.threads, region)
     cdef Py_ssize_t chunk = max(1, min(OUTER_ROWS, limit // work) // job.row_block)
     chunk = min(chunk, job.time)
     job.chunk_rows = max(chunk * job.row_block, job.row_block)
@@ -696,13 +692,7 @@ cdef int undo(
                 job.from_step, job.to_step = from_step, to_step
                 with nogil:
                     list_chunk(job)
-                    if job.threads == 1:
-                        undo_chunk(job, 0, 1)
-                    else:
-                        fs_barrier_init(&job.barrier)
-                        with parallel(num_threads=region):
-                            if threadid() < job.threads:
-                                undo_chunk(job, threadid(), min(fs_team_size(), job.threads))
+                    run_team(undo_chunk, job, job.threads, n_threads)
                     # The first step of this chunk is what the next one continues from.
                     i = running(job, from_step, job.block)
                     memcpy(job.later, job.gradients + (job.n - i) * job.gradient_row, i * job.gradient_row)

@@ -1,7 +1,7 @@
 # One packed cell, and one step of it: what the layers and the decoders over recurrent layers have in common.
 
 from leaves cimport FS_BLEND, FS_IDENTITY, fs_finish, fs_leaves, fs_step, fs_weights
-from outer cimport fs_barrier, fs_barrier_wait
+from fastseq._parallel cimport TEAM_WORK, fs_barrier, team_wait
 
 cdef enum Kind:
     RNN_CELL
@@ -139,14 +139,14 @@ cdef inline void do_cell(
     else:
         do_panels(w.leaves.gru_gates, &step.main, 4, backwards)
         if team > 1:
-            fs_barrier_wait(barrier, team)
+            team_wait(barrier, team)
         do_panels(w.leaves.plain, &step.candidate, 4, backwards)
     if w.projection.units:
         if team > 1:
-            fs_barrier_wait(barrier, team)
+            team_wait(barrier, team)
         do_panels(w.leaves.plain, &step.projection, 4, backwards)
     if team > 1:
-        fs_barrier_wait(barrier, team)
+        team_wait(barrier, team)
 
 
 cdef inline void input_parts(
@@ -207,7 +207,6 @@ cdef inline Py_ssize_t cell_work(const CellWeights *w) noexcept nogil:
 
 cdef enum:
     STEP_WORK = 32 * 1024   # below this many multiply-adds, a barrier costs more than another thread gives
-    TEAM_WORK = 256 * 1024  # below this many in all, waking another thread does
     CACHE = 1024 * 1024     # bytes of weights that a core's own cache holds
     # What factors are cut to, so that a product of two stays within 64 bits; far beyond what any decision turns on.
     BOUND = 1 << 30

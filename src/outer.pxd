@@ -3,12 +3,8 @@
 # The rows of both factors are packed a block at a time, and each thread multiplies its share of the groups of A, which
 # are rows of the result, with every panel of B. A sum takes row after row, so neither blocks nor threads change it.
 
+from fastseq._parallel cimport fs_barrier, team_wait
 from leaves cimport fs_leaves
-
-cdef extern from "team.h" nogil:
-    ctypedef struct fs_barrier:
-        pass
-    void fs_barrier_wait(fs_barrier *barrier, int team)
 
 cdef enum:
     OUTER_ROWS = 384           # rows of a block: a panel of so many stays in a core's second cache
@@ -155,11 +151,11 @@ cdef inline void add_outer(
         n = rows * (block + 1) // blocks - first
         pack_share(job, leaves, first, n, pointers, thread, team)
         if team > 1:
-            fs_barrier_wait(barrier, team)
+            team_wait(barrier, team)
         for i in range(job.n_products):
             multiply_share(&job.products[i], leaves, n, thread, team)
         if team > 1:
-            fs_barrier_wait(barrier, team)
+            team_wait(barrier, team)
 
 
 cdef inline void add_row(const fs_leaves *leaves, const char *row, Py_ssize_t columns, char *target) noexcept nogil:

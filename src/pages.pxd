@@ -23,5 +23,5 @@ cdef extern from "pages.h" nogil:
     int fs_table_share(fs_table *table, const fs_table *other, int64_t length)
     int fs_table_extend(fs_table *table, const fs_page_kind *kind, int64_t more)
     void fs_table_roll(fs_table *table, const fs_page_kind *kind)
-    void fs_table_drop(fs_table *table, ptrdiff_t count)
+    int fs_table_reserve(fs_table *table, ptrdiff_t count)
     int64_t fs_table_first(const fs_table *table)

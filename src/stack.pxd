@@ -11,7 +11,6 @@ Attention is a segment of its own. The threads meet after every segment. No choi
 output is one chain over k, whoever computes it.
 """
 
-from cython.parallel cimport parallel, threadid
 from libc.math cimport sqrt
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
@@ -20,15 +19,11 @@ from libc.string cimport memcpy, memset
 from leaves cimport (
     FS_ADD, FS_IDENTITY, FS_PAGE, fs_attention, fs_finish, fs_leaves, fs_page, fs_step, fs_weights,
 )
-from outer cimport fs_barrier, fs_barrier_wait
 from pages cimport fs_page_kind, fs_page_layer
-from share cimport (
-    SHARE_CHUNK_WORK, SHARE_LINE, fs_counter, fs_counter_get, fs_counter_set, fs_flush_denormals,
-    fs_restore_denormals, fs_take, fs_team_limit, fs_team_size, lines, threads_for,
+from fastseq._parallel cimport (
+    CACHE_LINE, SIGNAL_WORK, fs_barrier, fs_counter, fs_counter_get, fs_counter_set, fs_take, lines, run_team,
+    team_dissolved, team_wait, threads_for,
 )
-
-cdef extern from "team.h" nogil:
-    void fs_barrier_init(fs_barrier *barrier)
 
 cdef extern from *:
     """
@@ -186,8 +181,8 @@ cdef struct Cursor:
 cdef struct Plan:
     const fs_leaves *leaves
     int item
-    int threads                # that work
-    int region                 # that are there
+    int threads                # that pay
+    int n_threads              # that there may be
     bint few                   # rows: panels are split
     Py_ssize_t n_steps
     Step *steps
@@ -202,7 +197,10 @@ cdef struct Plan:
     Py_ssize_t scratch_each
     Py_ssize_t attend_bytes    # of them, for attention; then for norms; then the rows of its own
     Py_ssize_t norm_bytes
-    fs_barrier barrier
+    # What is done now: from where the counters stand through `last_item` of the last segment.
+    Py_ssize_t first_segment
+    Py_ssize_t last_segment
+    Py_ssize_t last_item
 
 
 cdef inline char *row_of(const Place *place, char *own, Py_ssize_t row, Py_ssize_t first) noexcept nogil:
@@ -320,17 +318,15 @@ cdef inline void do_item(const Plan *plan, const Segment *segment, Py_ssize_t it
             copy(plan.leaves.item_size, s, first, last)
 
 
-cdef inline void walk(
-    Plan *plan, Py_ssize_t segment, Py_ssize_t last_segment, Py_ssize_t last_item, int thread, int team,
-) noexcept nogil:
-    """What one thread of a team takes: from where the counters stand through `last_item` of the last segment."""
-    cdef unsigned long long before = fs_flush_denormals()
+cdef inline void walk(void *made, int thread, int team, fs_barrier *barrier) noexcept nogil:
+    """What one thread of a team takes, which ends early where the team dissolves."""
+    cdef Plan *plan = <Plan *> made
     cdef char *scratch = plan.scratch + thread * plan.scratch_each
     cdef Segment *s
-    cdef Py_ssize_t item, end
-    while segment <= last_segment:
+    cdef Py_ssize_t segment = plan.first_segment, item, end
+    while segment <= plan.last_segment:
         s = &plan.segments[segment]
-        end = last_item if segment == last_segment else s.items
+        end = plan.last_item if segment == plan.last_segment else s.items
         if plan.steps[s.first].kind == ATTEND:
             (<int64_t *> scratch)[0] = -1  # whose keys are packed there
         if s.dealt:
@@ -343,30 +339,18 @@ cdef inline void walk(
                 do_item(plan, s, item, scratch)
                 item = fs_take(&s.counter)
         if team > 1:
-            fs_barrier_wait(&plan.barrier, team)
+            team_wait(barrier, team)
+            if team_dissolved(barrier):
+                if thread == 0 and segment < plan.last_segment:
+                    plan.last_segment, plan.last_item = segment, s.items
+                return
         segment += 1
-    fs_restore_denormals(before)
-
-
-cdef inline void walk_together(
-    Plan *plan, Py_ssize_t segment, Py_ssize_t last_segment, Py_ssize_t last_item,
-) noexcept nogil:
-    """What all threads take, from where the counters stand."""
-    cdef int thread = 0
-    if plan.threads == 1:
-        walk(plan, segment, last_segment, last_item, 0, 1)
-        return
-    fs_barrier_init(&plan.barrier)
-    with parallel(num_threads=plan.region):
-        thread = threadid()
-        if thread < plan.threads:
-            walk(plan, segment, last_segment, last_item, thread, min(fs_team_size(), plan.threads))
 
 
 cdef inline void walk_some(Plan *plan, Cursor *cursor) noexcept nogil:
     """From where the cursor stands as far as so much work allows, and at least an item for each thread."""
     cdef Py_ssize_t first = cursor.segment, last = first, last_item = cursor.item, each
-    cdef double budget = <double> plan.threads * SHARE_CHUNK_WORK, left
+    cdef double budget = <double> plan.threads * SIGNAL_WORK, left
     fs_counter_set(&plan.segments[first].counter, last_item)
     while True:
         left = plan.segments[last].items - last_item
@@ -382,10 +366,11 @@ cdef inline void walk_some(Plan *plan, Cursor *cursor) noexcept nogil:
         last += 1
         last_item = 0
         fs_counter_set(&plan.segments[last].counter, 0)
-    walk_together(plan, first, last, last_item)
-    cursor.segment, cursor.item = last, last_item
-    if last_item == plan.segments[last].items:
-        cursor.segment, cursor.item = last + 1, 0
+    plan.first_segment, plan.last_segment, plan.last_item = first, last, last_item
+    run_team(walk, plan, plan.threads, plan.n_threads)
+    cursor.segment, cursor.item = plan.last_segment, plan.last_item
+    if plan.last_item == plan.segments[plan.last_segment].items:
+        cursor.segment, cursor.item = plan.last_segment + 1, 0
 
 
 cdef inline Place place(Plan *plan, Py_ssize_t rows, Py_ssize_t width) noexcept nogil:
@@ -681,7 +666,7 @@ cdef inline void make_segments(Plan *plan) noexcept nogil:
             # Few heads are split so that every thread finds some, and long ones so that Ctrl-C is seen.
             step.attention.parts = max(
                 1, min(longest, ITEMS * n_threads // max(1, pairs)),
-                <Py_ssize_t> min(8 * work / (max(1, pairs) * SHARE_CHUNK_WORK), 1e6),
+                <Py_ssize_t> min(8 * work / (max(1, pairs) * SIGNAL_WORK), 1e6),
             )
             s.items = pairs * step.attention.parts
             s.dealt = plan.few
@@ -690,7 +675,7 @@ cdef inline void make_segments(Plan *plan) noexcept nogil:
             s.panels_each = max(
                 1,
                 min((step.weights.panels + n_threads - 1) // n_threads,
-                    <Py_ssize_t> (SHARE_CHUNK_WORK * step.weights.panels / max(1.0, work))),
+                    <Py_ssize_t> (SIGNAL_WORK * step.weights.panels / max(1.0, work))),
             )
             s.items = (step.weights.panels + s.panels_each - 1) // s.panels_each
             s.dealt = True
@@ -735,8 +720,7 @@ cdef inline int plan_make(Plan *plan, const Task *task, bint of_memory, int n_th
         plan.threads = <int> max(
             1, min(<double> n_threads, work_each * work / (<double> FEW_STEPS * task.n_layers * FEW_WORK)),
         )
-    plan.region = fs_team_limit(n_threads) if plan.threads > 1 else 1
-    plan.threads = min(plan.threads, plan.region)
+    plan.n_threads = n_threads
     plan.few = task.rows < FEW_ROWS * plan.threads
     if of_memory:
         lay_out_memory(plan, task)
@@ -745,10 +729,10 @@ cdef inline int plan_make(Plan *plan, const Task *task, bint of_memory, int n_th
     most_steps = MOST_STEPS * task.n_layers + 2
     n_bytes, step_bytes = lines(plan.n_bytes), lines(most_steps * sizeof(Step))
     segment_bytes = lines(most_steps * sizeof(Segment))
-    plan.room = <char *> malloc(n_bytes + step_bytes + segment_bytes + SHARE_LINE)
+    plan.room = <char *> malloc(n_bytes + step_bytes + segment_bytes + CACHE_LINE)
     if plan.room == NULL:
         return -1
-    plan.memory = plan.room + (-<Py_ssize_t> plan.room & (SHARE_LINE - 1))
+    plan.memory = plan.room + (-<Py_ssize_t> plan.room & (CACHE_LINE - 1))
     plan.steps = <Step *> (plan.memory + n_bytes)
     plan.segments = <Segment *> (plan.memory + n_bytes + step_bytes)
     if of_memory:
@@ -763,9 +747,9 @@ cdef inline int plan_make(Plan *plan, const Task *task, bint of_memory, int n_th
     plan.norm_bytes = lines(2 * ROW_BLOCK * plan.item)
     plan.scratch_each = plan.attend_bytes + plan.norm_bytes + plan.own_bytes
     scratch_bytes = plan.threads * plan.scratch_each
-    plan.scratch_room = <char *> malloc(scratch_bytes + SHARE_LINE)
+    plan.scratch_room = <char *> malloc(scratch_bytes + CACHE_LINE)
     if plan.scratch_room == NULL:
         plan_free(plan)
         return -1
-    plan.scratch = plan.scratch_room + (-<Py_ssize_t> plan.scratch_room & (SHARE_LINE - 1))
+    plan.scratch = plan.scratch_room + (-<Py_ssize_t> plan.scratch_room & (CACHE_LINE - 1))
     return 0

@@ -1,14 +1,17 @@
 /*
- * What the threads of one parallel region need: their number, a barrier, and the flushing of denormals.
+ * What the threads of one parallel region need: their number, a barrier that notices when a thread was kept from
+ * running, and the flushing of denormals.
  */
 #ifndef FASTSEQ_TEAM_H
 #define FASTSEQ_TEAM_H
 
 #include <stdatomic.h>
 #include <stdint.h>
+#include <time.h>
 
 #if defined(__linux__)
 #include <linux/futex.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #else
@@ -89,20 +92,100 @@ static inline int fs_has_openmp(void)
 #endif
 }
 
-/* A barrier for the steps of a sequence, far shorter than what the runtime's own is made for. */
+/* Nanoseconds of a clock that only moves forward. */
+static inline int64_t fs_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+enum {
+    FS_SPIN = 100000,      /* ns; most waits between two steps are far shorter */
+    FS_END_SPIN = 500000,  /* ns; at the end of a region, where shares are less even */
+    FS_LATE =
+        1000000, /* ns; a thread that has a processor is not so late, one that has none waits for longer */
+    FS_RECENT = 100000000, /* ns; what was known of a thread before that is out of date */
+    FS_SPINS = 64, /* pauses between two looks at the clock */
+};
+
+/* How often the system took the processor away from this thread; -1 where the system does not say. */
+static inline long fs_preemptions(void)
+{
+#if defined(RUSAGE_THREAD)
+    struct rusage usage;
+    if (!getrusage(RUSAGE_THREAD, &usage))
+        return usage.ru_nivcsw;
+#endif
+    return -1;
+}
+
+/* What was known of this thread when others last waited for it. */
+static _Thread_local struct {
+    long preemptions; /* -1: it woke late, or the system does not say */
+    int64_t at; /* ns */
+} fs_last_wait;
+
+/*
+ * Whether this thread, for which others wait, was kept from running; else its share was larger than theirs. To count
+ * preemptions is a system call, so it is not done before somebody waits, and the first wait in a while tells nothing.
+ */
+static inline int fs_was_held_up(int64_t now)
+{
+    long preemptions = fs_preemptions();
+    int held_up = fs_last_wait.preemptions == -1 || fs_last_wait.preemptions != preemptions;
+    int recent = now - fs_last_wait.at < FS_RECENT;
+    fs_last_wait.preemptions = preemptions;
+    fs_last_wait.at = now;
+    return held_up && recent;
+}
+
+static inline void fs_woke_late(int64_t now)
+{
+    fs_last_wait.preemptions = -1;
+    fs_last_wait.at = now;
+}
+
+/*
+ * A barrier for the steps of a sequence, far shorter than what the runtime's own is made for. It also finds out
+ * whether the threads of the team have processors: `late` sums how long it waited for threads that were preempted or
+ * woke late. Where that is more than its patience, all threads leave the next barrier with `dissolved` set.
+ */
 typedef struct fs_barrier {
     _Alignas(64) atomic_int arrived;
     _Alignas(64) atomic_int phase;
     atomic_int sleepers;
+    atomic_int dissolved;
+    int64_t patience; /* ns */
+    _Atomic int64_t late; /* ns */
+    _Atomic int64_t asleep_since; /* ns; the first sleeper of this phase */
+    _Atomic int64_t woken_at; /* ns; the last time sleepers were woken */
 } fs_barrier;
 
-enum { FS_SPINS = 2000 }; /* ten to a hundred microseconds; most waits between steps are far shorter */
-
-static inline void fs_barrier_init(fs_barrier *barrier)
+static inline void fs_barrier_init(fs_barrier *barrier, int64_t patience)
 {
     atomic_init(&barrier->arrived, 0);
     atomic_init(&barrier->phase, 0);
     atomic_init(&barrier->sleepers, 0);
+    atomic_init(&barrier->dissolved, 0);
+    barrier->patience = patience;
+    atomic_init(&barrier->late, 0);
+    atomic_init(&barrier->asleep_since, 0);
+    atomic_init(&barrier->woken_at, 0);
+}
+
+static inline int64_t fs_barrier_late(fs_barrier *barrier)
+{
+    return atomic_load_explicit(&barrier->late, memory_order_relaxed);
+}
+
+/*
+ * Whether the team had better part here, and one thread go on alone. The same on all threads from one barrier to the
+ * next.
+ */
+static inline int fs_barrier_dissolved(fs_barrier *barrier)
+{
+    return atomic_load_explicit(&barrier->dissolved, memory_order_relaxed);
 }
 
 /*
@@ -112,36 +195,150 @@ static inline void fs_barrier_init(fs_barrier *barrier)
 static inline void fs_barrier_sleep(fs_barrier *barrier, int phase)
 {
 #if defined(__linux__)
+    int64_t since = fs_now(), woken;
+    if (atomic_load(&barrier->sleepers) == 0)
+        atomic_store_explicit(&barrier->asleep_since, since, memory_order_relaxed);
     atomic_fetch_add(&barrier->sleepers, 1);
     syscall(SYS_futex, &barrier->phase, FUTEX_WAIT_PRIVATE, phase, NULL, NULL, 0);
     atomic_fetch_sub(&barrier->sleepers, 1);
+    woken = atomic_load_explicit(&barrier->woken_at, memory_order_relaxed);
+    if (woken > since && fs_now() - woken > FS_LATE)
+        fs_woke_late(fs_now());
 #else
     (void)barrier, (void)phase;
     sched_yield();
 #endif
 }
 
-/* Returns once all `team` threads are here; what each wrote before, all can read after. */
-static inline void fs_barrier_wait(fs_barrier *barrier, int team)
+/* The last thread to arrive says why others sleep: they do for long only where it had no processor. */
+static inline void fs_barrier_judge(fs_barrier *barrier)
+{
+    int64_t now = fs_now(), asleep = now - atomic_load_explicit(&barrier->asleep_since, memory_order_relaxed);
+    if (asleep > FS_LATE && fs_was_held_up(now))
+        atomic_fetch_add_explicit(&barrier->late, asleep, memory_order_relaxed);
+}
+
+static inline void fs_barrier_wake(fs_barrier *barrier, int team)
+{
+#if defined(__linux__)
+    atomic_store_explicit(&barrier->woken_at, fs_now(), memory_order_relaxed);
+    syscall(SYS_futex, &barrier->phase, FUTEX_WAKE_PRIVATE, team, NULL, NULL, 0);
+#else
+    (void)barrier, (void)team;
+#endif
+}
+
+/* Spins until the phase is over, or for about so many ns; returns whether it is over. */
+static inline int fs_barrier_spin(fs_barrier *barrier, int phase, int64_t ns)
+{
+    int64_t start = 0;
+    for (;;) {
+        for (int spin = 0; spin < FS_SPINS; spin++) {
+            if (atomic_load_explicit(&barrier->phase, memory_order_acquire) != phase)
+                return 1;
+#if defined(__x86_64__)
+            _mm_pause();
+#endif
+        }
+        int64_t now = fs_now();
+        if (start && now - start > ns)
+            return 0;
+        start = start ? start : now;
+    }
+}
+
+/*
+ * Returns once all `team` threads are here; what each wrote before, all can read after. A thread spins for so many ns
+ * before it gives its processor up.
+ */
+static inline void fs_barrier_meet(fs_barrier *barrier, int team, int64_t spin)
 {
     int phase = atomic_load_explicit(&barrier->phase, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&barrier->arrived, 1, memory_order_acq_rel) == team - 1) {
         atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
-        atomic_store(&barrier->phase, phase + 1);
-#if defined(__linux__)
         if (atomic_load(&barrier->sleepers))
-            syscall(SYS_futex, &barrier->phase, FUTEX_WAKE_PRIVATE, team, NULL, NULL, 0);
-#endif
+            fs_barrier_judge(barrier);
+        if (atomic_load_explicit(&barrier->late, memory_order_relaxed) > barrier->patience)
+            atomic_store_explicit(&barrier->dissolved, 1, memory_order_relaxed);
+        atomic_store(&barrier->phase, phase + 1);
+        if (atomic_load(&barrier->sleepers))
+            fs_barrier_wake(barrier, team);
         return;
     }
-    for (int spins = 0; atomic_load_explicit(&barrier->phase, memory_order_acquire) == phase; spins++) {
-        if (spins >= FS_SPINS)
+    if (!fs_barrier_spin(barrier, phase, spin))
+        while (atomic_load_explicit(&barrier->phase, memory_order_acquire) == phase)
             fs_barrier_sleep(barrier, phase);
-#if defined(__x86_64__)
-        else
-            _mm_pause();
-#endif
+}
+
+/*
+ * Whether teams of threads are worth their while. Where other processes use the processors, a team waits for
+ * whichever of its threads has none, for whole time slices, and one thread alone is faster by far. So where teams
+ * lose more than a share of their time to such waits, the process does without them for a pause, which doubles while
+ * the attempts after it go no better. One for the process; all threads may read and change it, and no result depends
+ * on it.
+ */
+typedef struct fs_pace {
+    _Atomic int64_t until; /* ns; no teams before */
+    _Atomic int64_t pause; /* ns; the last one */
+    _Atomic int64_t debt;  /* ns lost, less the share that may be */
+    atomic_int mode;       /* an fs_pace_mode */
+} fs_pace;
+
+enum fs_pace_mode {
+    FS_MEASURED,
+    /* For tests: */
+    FS_HELD,   /* teams whatever happens */
+    FS_BROKEN, /* teams that dissolve at the first barrier */
+};
+
+#define FS_PATIENCE INT64_C(5000000)     /* ns: the debt at which teams are given up */
+#define FS_LOSS_SHARE 4 /* a quarter of a team's time may be lost, and two threads are still faster */
+#define FS_PAUSE_LEAST INT64_C(2000000) /* ns: being wrong once costs next to nothing */
+#define FS_PAUSE_MOST INT64_C(500000000) /* ns: how late it is noticed that the processors are free again */
+#define FS_CALM INT64_C(50000000) /* ns: calm for so long and four pauses, and the next pause is short again */
+
+static inline int fs_pace_mode_of(fs_pace *pace)
+{
+    return atomic_load_explicit(&pace->mode, memory_order_relaxed);
+}
+
+static inline void fs_pace_set_mode(fs_pace *pace, int mode)
+{
+    atomic_store_explicit(&pace->mode, mode, memory_order_relaxed);
+}
+
+static inline int fs_pace_allows(fs_pace *pace)
+{
+    int64_t until = atomic_load_explicit(&pace->until, memory_order_relaxed);
+    return until == 0 || fs_pace_mode_of(pace) != FS_MEASURED || fs_now() >= until;
+}
+
+/* How long the next team may wait for threads without a processor. */
+static inline int64_t fs_pace_patience(fs_pace *pace)
+{
+    int mode = fs_pace_mode_of(pace);
+    if (mode != FS_MEASURED)
+        return mode == FS_HELD ? INT64_MAX : -1;
+    return FS_PATIENCE - atomic_load_explicit(&pace->debt, memory_order_relaxed);
+}
+
+/* Takes note of a region that was open from `opened` to `closed` and waited for `late`, all in ns. */
+static inline void fs_pace_note(fs_pace *pace, int64_t opened, int64_t closed, int64_t late)
+{
+    int64_t debt = late + atomic_load_explicit(&pace->debt, memory_order_relaxed);
+    debt -= (closed - opened) / FS_LOSS_SHARE;
+    if (debt > FS_PATIENCE) {
+        int64_t until = atomic_load_explicit(&pace->until, memory_order_relaxed);
+        int64_t pause = 2 * atomic_load_explicit(&pace->pause, memory_order_relaxed);
+        if (until == 0 || opened - until > 2 * pause + FS_CALM)
+            pause = FS_PAUSE_LEAST;
+        if (pause > FS_PAUSE_MOST)
+            pause = FS_PAUSE_MOST;
+        atomic_store_explicit(&pace->pause, pause, memory_order_relaxed);
+        atomic_store_explicit(&pace->until, closed + pause, memory_order_relaxed);
+        debt = FS_PATIENCE - FS_LATE; /* the next attempt is given up at the first wait */
     }
+    atomic_store_explicit(&pace->debt, debt > 0 ? debt : 0, memory_order_relaxed);
 }
 
 /* Items that the threads of a team take one by one, because some take longer than others. */

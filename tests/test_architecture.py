@@ -18,7 +18,7 @@ SOURCES = ROOT / "fastseq"
 
 # Each floor, from the ground up: its modules may import from floors below theirs, and from their own package.
 FLOORS = [
-    ["fastseq.version", "fastseq._simd"],
+    ["fastseq.version", "fastseq._simd", "fastseq._parallel"],
     [
         "fastseq.checks",
         "fastseq._recurrent",

@@ -845,7 +845,7 @@ def test_a_sequential_of_what_no_file_can_hold(tmp_path: Path) -> None:
     class Own(fs.Linear):
         pass
 
-    with pytest.raises(TypeError, match="Own"):
+    with pytest.raises(TypeError, match="not a Own, unless it is given to fastseq.register"):
         fs.Sequential(Own(2, 3)).save(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 

@@ -300,6 +300,19 @@ def test_lengths_weigh_a_loss_that_says_nothing() -> None:
     assert history.validation_loss == pytest.approx(np.average(losses, weights=[2, 7]))
 
 
+def test_rows_weigh_alike_where_time_has_ended() -> None:
+    rng = np.random.default_rng(0)
+    x = [rng.normal(size=(n, 1)).astype("float32") for n in (1, 2, 3, 9, 17)]
+    y = np.array([0, 1, 2, 0, 1])
+    model = fs.Sequential(fs.GRU(1, 4, seed=0), fs.LastStep(), fs.Linear(4, 3, seed=1))
+    data = PaddedBatches(x, y, batch_size=2, shuffle=False)
+    history = quiet(model, data, loss="cross_entropy", lr=0.0, epochs=1, validation=data, metrics=["accuracy"])
+    losses = [fs.losses.softmax_cross_entropy(model(row[None]), y[i : i + 1])[0] for i, row in enumerate(x)]
+    assert history.validation_loss == pytest.approx(np.mean(losses))
+    right = [model(row[None])[0].argmax() == wanted for row, wanted in zip(x, y, strict=True)]
+    assert history.metrics["accuracy"] == pytest.approx(np.mean(right))
+
+
 @pytest.mark.parametrize("value", [3.0, (3.0,), None, (1.0, 2.0, 3.0, 4.0)])
 def test_what_a_loss_should_return(value: Any) -> None:
     with pytest.raises(TypeError, match=r"loss should return \(mean, gradient\)"):

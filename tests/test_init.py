@@ -243,6 +243,80 @@ def test_what_initialise_refuses() -> None:
         assert_same_bits(layer.parameters[name], array)
 
 
+WHOLE: dict[str, Any] = {
+    "RNN": lambda m, s: m.RNN(3, 4, seed=s),
+    "LSTM": lambda m, s: m.LSTM(3, 4, 2, bidirectional=True, proj_size=2, seed=s),
+    "GRU": lambda m, s: m.GRU(3, 4, seed=s),
+    "Linear": lambda m, s: m.Linear(3, 4, seed=s),
+    "Embedding": lambda m, s: m.Embedding(9, 4, padding_idx=2, seed=s),
+    "LayerNorm": lambda m, s: m.LayerNorm(4),
+    "RMSNorm": lambda m, s: m.RMSNorm(4),
+    "LearnedPositions": lambda m, s: m.LearnedPositions(9, 4, seed=s),
+    "MultiheadAttention": lambda m, s: m.MultiheadAttention(4, 2, kdim=3, seed=s),
+    "MultiplicativeAttention": lambda m, s: m.MultiplicativeAttention(3, 4, seed=s),
+    "AdditiveAttention": lambda m, s: m.AdditiveAttention(3, 4, 5, seed=s),
+    "TransformerEncoderLayer": lambda m, s: m.TransformerEncoderLayer(4, 2, seed=s),
+    "TransformerEncoder": lambda m, s: m.TransformerEncoder(2, 4, 2, final_norm=True, seed=s),
+    "TransformerDecoderLayer": lambda m, s: m.TransformerDecoderLayer(4, 2, seed=s),
+    "TransformerDecoder": lambda m, s: m.TransformerDecoder(2, 4, 2, seed=s),
+    "Transformer": lambda m, s: m.Transformer(4, 2, 1, 1, seed=s),
+    "RecurrentLM": lambda m, s: m.models.RecurrentLM(20, 8, 8, seed=s),
+    "RecurrentForecaster": lambda m, s: m.models.RecurrentForecaster(2, 8, seed=s),
+    "TransformerLM": lambda m, s: m.models.TransformerLM(100, 16, 4, 2, seed=s),
+    "TransformerLM untied": lambda m, s: m.models.TransformerLM(100, 16, 4, 2, tied=False, norm_first=False, seed=s),
+    "TransformerEncoderModel": lambda m, s: m.models.TransformerEncoderModel(30, 8, 2, 2, num_labels=5, seed=s),
+    "TransformerSeq2Seq": lambda m, s: m.models.TransformerSeq2Seq(20, 20, 16, 2, 1, 1, seed=s),
+    "Seq2Seq": lambda m, s: m.models.Seq2Seq(20, 20, 8, 8, seed=s),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("kind", WHOLE)
+def test_default_is_what_the_constructor_makes(kind: str, module: Any) -> None:
+    """Of every layer and model with parameters, whatever it held before."""
+    made, other = WHOLE[kind](module, 3), WHOLE[kind](module, 4)
+    for name, array in other.parameters.items():
+        other.parameters[name] = array + 5
+    fs.init.initialise(other, "default", seed=3)
+    for name, array in made.parameters.items():
+        assert_same_bits(other.parameters[name], array, name)
+    for name, array in other.parameters.items():
+        other.parameters[name] = array + 9
+    fs.init.initialise(other)
+    assert all(np.abs(array).max(initial=0) < 6 for array in other.parameters.values())
+
+
+def test_every_public_class_with_parameters_is_tried() -> None:
+    public = {name for name in fs.layers.__all__ if name not in ("Layer", "Sequential")}
+    public |= {name for name in fs.models.__all__ if isinstance(getattr(fs.models, name), type)}
+    none = {"Dropout", "GELU", "LastStep", "MaxOverTime", "MeanOverTime", "ReLU", "RotaryPositions", "SiLU", "Sigmoid"}
+    none |= {"SinusoidalPositions", "Softmax", "Tanh", "MarkovChain", "AutoRegressive"}
+    assert public - none == {kind.split()[0] for kind in WHOLE}
+
+
+@BOTH
+@pytest.mark.parametrize("scheme", ["default", *fs.init.SCHEMES])
+def test_a_model_starts_as_good_as_chance(scheme: str, module: Any) -> None:
+    ids = np.random.default_rng(0).integers(0, 20, (4, 12))
+    for kind in WHOLE:
+        model = WHOLE[kind](module, 0)
+        if not hasattr(model, "log_prob") or "Forecaster" in kind:
+            continue
+        fs.init.initialise(model, scheme, seed=0)
+        if "Seq2Seq" in kind:
+            loss, chance = -model.log_prob(ids, ids).sum() / (4 * 13), np.log(21)
+        elif "Encoder" in kind:
+            loss, chance = -model.log_prob(ids, np.zeros(4, int)).mean(), np.log(5)
+        else:
+            loss, chance = -model.log_prob(ids).mean() / 12, np.log(model.vocab_size)
+        assert abs(loss - chance) < 0.35 * chance, (kind, loss, chance)
+        before = WHOLE[kind](module, 0).parameters
+        drawn = [name for name, array in before.items() if not np.array_equal(array, model.parameters[name])]
+        assert bool(drawn) == (scheme != "default") or kind == "TransformerSeq2Seq", kind
+        assert not any("embedding" in name or "norm" in name for name in drawn)
+        assert not any(name.startswith(("output", "head", "position")) for name in drawn)
+
+
 def test_every_function_is_documented() -> None:
     for name in fs.init.__all__:
         assert inspect.getdoc(getattr(fs.init, name))

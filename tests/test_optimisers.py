@@ -250,6 +250,70 @@ def test_groups() -> None:
     np.testing.assert_allclose(new["one.weight"], old["one.weight"] - 0.05 * (1 + 0.2 * old["one.weight"]), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("make", "name", "settings"), RULES)
+def test_groups_are_those_of_pytorch(make: Any, name: str, settings: dict[str, Any]) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: take the extra 'peers'")
+    layer = Several("float64")
+    first = settings.get("lr", {"RMSprop": 1e-2}.get(name, 1e-3))
+    groups = [
+        {"names": "one.weight", "lr": 7 * first},
+        {"names": "*.bias", "weight_decay": 0.0},
+        {"names": "two.weight", "lr": 3 * first, "weight_decay": 0.4},
+    ]
+    optimiser = make(layer, **settings, groups=groups)
+    theirs = {n: torch.nn.Parameter(torch.tensor(np.array(a))) for n, a in layer.parameters.items()}
+    biases = [parameter for n, parameter in theirs.items() if n.endswith("bias")]
+    peer = getattr(torch.optim, name)(
+        [
+            {"params": [theirs["one.weight"]], "lr": 7 * first},
+            {"params": biases, "weight_decay": 0.0},
+            {"params": [theirs["two.weight"]], "lr": 3 * first, "weight_decay": 0.4},
+        ],
+        **settings,
+    )
+    for step in range(20):
+        set_gradients(layer, step)
+        for n, gradient in layer.grads.items():
+            theirs[n].grad = torch.tensor(np.array(gradient))
+        if step == 10:  # all rates by one factor
+            optimiser.lr = first / 4
+            for group in peer.param_groups:
+                group["lr"] /= 4
+        peer.step()
+        optimiser.step()
+    for n, array in layer.parameters.items():
+        np.testing.assert_allclose(array, theirs[n].detach().numpy(), rtol=1e-9, atol=1e-12, err_msg=n)
+
+
+@EACH_RULE
+def test_a_rate_of_zero_with_groups(make: Any, settings: dict[str, Any]) -> None:
+    settings = {**settings, "lr": 0.1}
+    groups = [{"names": "one.*", "lr": 0.5}]
+    with pytest.raises(ValueError, match="lr should be more than 0 where a group has an lr of its own"):
+        make(Several(), **{**settings, "lr": 0}, groups=groups)
+    # Groups without one, or with a rate of 0 of their own, do not mind.
+    for some, rate in (([{"names": "one.*", "weight_decay": 0.1}], 0.0), ([{"names": "*", "lr": 0}], 0.1)):
+        layer = Several()
+        optimiser, old = make(layer, **{**settings, "lr": rate}, groups=some), dict(layer.parameters)
+        set_gradients(layer, 0)
+        optimiser.step()
+        assert_same_bits(list(layer.parameters.values()), list(old.values()))
+    # A rate that is set to 0 stops every group, and one set later makes them go on.
+    layer, other = Several(), Several()
+    optimiser, wanted = make(layer, **settings, groups=groups), make(other, **settings, groups=groups)
+    optimiser.lr = 0
+    old = dict(layer.parameters)
+    set_gradients(layer, 0)
+    optimiser.step()
+    assert_same_bits(list(layer.parameters.values()), list(old.values()))
+    optimiser.load_state_dict(wanted.state_dict())
+    optimiser.lr = wanted.lr = 0.2
+    set_gradients(other, 0)
+    optimiser.step()
+    wanted.step()
+    assert_same_bits(list(layer.parameters.values()), list(other.parameters.values()))
+
+
 def test_frozen_parameters_need_no_gradient_and_keep_no_array() -> None:
     layer = Several()
     optimiser = Adam(layer, groups=[{"names": "one.*", "frozen": True}])

@@ -539,12 +539,12 @@ def test_resumes(attention, tmp_path):
 def test_fits_data_in_any_form():
     sources, targets = reversals(40, 1)
     finals = []
-    for data in (
-        (sources, targets),
-        (PairedBatches(sources, targets, batch_size=8, seed=0),),
+    for data, more in (
+        ((sources, targets), {"batch_size": 8}),
+        ((PairedBatches(sources, targets, batch_size=8, seed=0),), {}),
     ):
         made = fs.models.Seq2Seq(6, 6, 8, 12, seed=0)
-        made.fit(*data, batch_size=8, steps=4, seed=0, progress=False)
+        made.fit(*data, **more, steps=4, seed=0, progress=False)
         finals.append(made.state_dict())
     for name, array in finals[0].items():
         assert_same_bits(finals[1][name], array, name)
@@ -766,7 +766,7 @@ def test_bad_input(attention, engine):
         (lambda: made.forward(SOURCES, TARGETS, seed=-1), ValueError, "seed should be at least 0"),
         (lambda: made.training_forward(batch._replace(targets=None)), ValueError, "targets should be given"),
         (lambda: made.training_forward(batch, label_smoothing=2), ValueError, "label_smoothing should be"),
-        (lambda: made.load_state_dict({}), ValueError, "is missing"),
+        (lambda: made.load_state_dict({}), ValueError, "are missing"),
     ]:
         with pytest.raises(error, match=message):
             call()

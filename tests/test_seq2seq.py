@@ -771,14 +771,17 @@ def of_batch(m, **changed):
             "tape should be",
         ),
         (lambda m: m.backward(np.zeros((1, 2, 6)), None), TypeError, "tape should be"),
-        (lambda m: m.backward(np.zeros((1, 2, 6)), m.forward([[0]], [[1]])[1], grads={}), ValueError, "is missing"),
+        (
+            lambda m: m.backward(np.zeros((1, 2, 6)), m.forward([[0]], [[1]])[1], grads={}),
+            ValueError,
+            "(is|are) missing",
+        ),
         (lambda m: m.fit([[0], [9]], [[0], [1]], steps=1), ValueError, r"but sources\[1\]\[0\] is 9"),
         (lambda m: m.fit([[0], [1]], [[0], [7]], steps=1), ValueError, r"but targets\[1\]\[0\] is 7"),
         (lambda m: m.fit([[0], []], [[0], [1]], steps=1), ValueError, r"sources\[1\] should have at least one symbol"),
         (lambda m: m.fit([[0], [1]], [[0]], steps=1), ValueError, "targets should be a batch of 2, as sources is"),
         (lambda m: m.fit([0, 1], [0, 1], steps=1), ValueError, "sources should be a batch of sequences, not one"),
         (lambda m: m.fit([[0]], steps=1), (TypeError, ValueError), "data"),
-        (lambda m: m.fit([[0]], [[0]]), ValueError, "epochs or steps"),
         (lambda m: m.fit([[0]], [[0]], steps=1, batch_size=0), ValueError, "batch_size should be at least 1"),
         (lambda m: m.fit([[0]], [[0]], steps=1, sampling=1.5), ValueError, "sampling should be at most 1"),
         (lambda m: m.fit([[0]], [[0]], steps=1, sampling=-1), ValueError, "sampling should be at least 0"),
@@ -828,7 +831,7 @@ def of_batch(m, **changed):
         (lambda m: make(norm_first=0), TypeError, "norm_first should be True or False"),
         (lambda m: make(dtype="float16"), TypeError, "dtype should be float32 or float64"),
         (lambda m: make(seed=-1), ValueError, "seed should be at least 0"),
-        (lambda m: m.load_state_dict({}), ValueError, "source_embedding.weight is missing"),
+        (lambda m: m.load_state_dict({}), ValueError, "source_embedding.weight.* are missing"),
     ],
 )
 def test_bad_input(call, kind, message):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from common import (
 )
 
 import fastseq as fs
-from fastseq import _simd
+from fastseq import _parallel, _simd
 from fastseq import threads as policy
 
 # Who decides
@@ -696,3 +697,72 @@ def test_a_build_without_openmp_runs_on_one_thread() -> None:
         expected = layer(x)
     with threads(5):
         assert_same_bits(layer(x), expected)
+
+
+# Beside other processes
+
+MS = 1_000_000
+
+
+def steady(count: int, length: int, late: int, between: int = 0) -> list[tuple[int, int, int]]:
+    """Regions one after another, each so long and so late, in ns."""
+    return [(i * (length + between), i * (length + between) + length, late) for i in range(1, count + 1)]
+
+
+def test_teams_that_lose_little_go_on() -> None:
+    assert not any(_parallel.pauses(steady(1000, 10 * MS, 0)))
+    assert not any(_parallel.pauses(steady(1000, 10 * MS, 2 * MS)))  # a quarter may be lost
+    assert not any(_parallel.pauses([(MS, 2 * MS, 4 * MS)]))  # once is an accident
+
+
+def test_teams_that_lose_much_pause_for_longer_and_longer() -> None:
+    """As regions come in a process: the next is opened when the pause is over."""
+    regions: list[tuple[int, int, int]] = []
+    for _ in range(14):
+        pause = _parallel.pauses(regions)[-1] if regions else 0
+        opened = (regions[-1][1] if regions else MS) + pause
+        regions.append((opened, opened + 4 * MS, 3 * MS))
+    pauses = [pause // MS for pause in _parallel.pauses(regions)]
+    first = pauses.index(2)
+    assert first == 2 and pauses[:first] == [0, 0]
+    assert pauses[first:] == [2, 4, 8, 16, 32, 64, 128, 256, 500, 500, 500, 500]
+
+
+def test_a_pause_after_long_calm_is_short_again() -> None:
+    crowded = [(i * 4 * MS, (i + 1) * 4 * MS, 12 * MS) for i in range(1, 12)]
+    calm = [(5000 * MS + i * MS, 5001 * MS + i * MS, 0) for i in range(100)]
+    again = [(5200 * MS, 5204 * MS, 12 * MS)]
+    pauses = _parallel.pauses(crowded + calm + again)
+    assert max(pauses[: len(crowded)]) > 100 * MS and pauses[-1] == 2 * MS
+
+
+@pytest.fixture
+def broken_teams() -> Iterator[None]:
+    _parallel.set_team_mode("broken")
+    yield
+    _parallel.set_team_mode("held")
+
+
+def test_a_team_that_dissolves_gives_the_same_bits(broken_teams: None) -> None:
+    """One thread takes up the work where the team left it."""
+    for kind in KINDS:
+        for batch in (1, 2, 40):
+            layer = make(kind, 30, 200, num_layers=2, bidirectional=True)
+            x, state, dy, dstate = example(layer, batch, 23)
+            lengths = random_lengths(batch, 23)
+            with threads(1):
+                expected = layer(x, state, lengths=lengths), train(layer, x, state, dy, dstate, lengths=lengths)
+            with threads(3):
+                assert_same_bits(layer(x, state, lengths=lengths), expected[0], f"{kind}, {batch} rows")
+                for name, array in train(layer, x, state, dy, dstate, lengths=lengths).items():
+                    assert_same_bits(array, expected[1][name], f"{kind}, {batch} rows, {name}")
+    encoder = fs.TransformerEncoder(3, 96, 4, 200, seed=1)
+    model = fs.models.TransformerLM(20, 96, 4, 2, context=64, seed=2)
+    for batch, time in ((1, 30), (5, 61)):
+        x, lengths = inputs((batch, time, 96)), random_lengths(batch, time)
+        prompts = [[1, 2, 3]] * batch
+        with threads(1):
+            expected = encoder(x, lengths=lengths), model.generate(prompts, 40, seed=3)
+        with threads(3):
+            assert_same_bits(encoder(x, lengths=lengths), expected[0], f"encoder, {batch} rows")
+            assert (model.generate(prompts, 40, seed=3) == expected[1]).all()

@@ -219,7 +219,8 @@ def batches(vocab):
     streams = list(fs.training.Streams(random_ids(vocab, 60), batch_size=3, steps=5).batches(0))
     short = [row for row in random_sequences(vocab, 1) if 0 < len(row) <= 17]
     padded = fs.training.PaddedBatches([row[:12] for row in short], batch_size=4, seed=0)
-    windows = language_model(vocab=vocab)._data("data", random_sequences(vocab), None, 20, 12, 0)
+    texts = [row for row in random_sequences(vocab) if len(row)]
+    windows = fs.training.TextWindows(texts, steps=12, batch_size=20, begin=vocab, seed=0)
     return {
         "fresh": streams[0],
         "later": streams[1],
@@ -228,7 +229,7 @@ def batches(vocab):
     }
 
 
-COUNTS = {"fresh": 15, "later": 15, "padded": 12 + 1 + 3, "windows": 17 + 40 + 1 + 3 + 25}
+COUNTS = {"fresh": 15, "later": 15, "padded": 12 + 1 + 3, "windows": 2 * 12 + 4 * 12 + 1 + 3 + 3 * 12}
 
 
 @ENGINES

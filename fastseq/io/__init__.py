@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,16 +66,25 @@ _MODELS = (
     "Seq2Seq",
 )
 _CLASSES = _LAYERS + _STATES + _MODELS
+_registered: dict[str, Any] = {}  # classes of layers that are not ours, by name
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}
 
 
-def save(path: str | os.PathLike[str], class_name: str, config: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-    """Write arrays and what they belong to, whole or not at all."""
+def save(
+    path: str | os.PathLike[str],
+    class_name: str,
+    config: Mapping[str, Any],
+    arrays: Mapping[str, Array],
+    own: Collection[str] = (),
+) -> None:
+    """Write arrays and what they belong to, whole or not at all; `own` are names of classes that are not ours."""
     import json
 
     target = checks.path("path", path)
-    for unknown in _classes(class_name, config) - {*_CLASSES}:
-        raise TypeError(f"a file can hold {', '.join(_CLASSES)}, not a {unknown}")
+    for unknown in _classes(class_name, config) - {*_CLASSES, *own}:
+        raise TypeError(
+            f"a file can hold {', '.join(_CLASSES)}, not a {unknown}, unless it is given to fastseq.register"
+        )
     for name, array in arrays.items():
         if array.dtype.name not in _DTYPES.values():
             raise TypeError(f"a file can hold {', '.join(_DTYPES.values())}, but {name} is {array.dtype}")
@@ -86,8 +95,56 @@ def save(path: str | os.PathLike[str], class_name: str, config: Mapping[str, Any
 
 
 def _classes(class_name: str, config: Mapping[str, Any]) -> set[str]:
-    """A class, and those of the layers that one of this configuration is made of."""
-    return {class_name}.union(*(_classes(child["class"], child["config"]) for child in config.get("layers", ())))
+    """A class, and those of the layers that a `Sequential` of this configuration is made of."""
+    children = config["layers"] if class_name == "Sequential" else ()
+    return {class_name}.union(*(_classes(child["class"], child["config"]) for child in children))
+
+
+def own_class(cls: type[Any], declares: bool) -> str | None:
+    """The name by which `load` finds a class that is not ours, which may be saved; None of one of ours.
+
+    A class says itself what makes a layer of it, where it `declares` that; any other is to be registered.
+    """
+    name = cls.__name__
+    if cls.__module__.partition(".")[0] == "fastseq":
+        return None
+    if name in _CLASSES:
+        raise TypeError(f"a file can hold a class of your own under a name of its own, not as {name}, one of fastseq")
+    return name if declares or _registered.get(name) is cls else None
+
+
+def register(cls: Any) -> Any:
+    """Let `load` find a class of layers of your own by its name.
+
+    Parameters
+    ----------
+    cls : class
+        A subclass of `fastseq.Layer`. One of the same name that was registered before is replaced.
+
+    Returns
+    -------
+    cls
+        As it was given, so that this can be used as a decorator.
+    """
+    _own_classes("cls", [cls])
+    _registered[cls.__name__] = cls
+    return cls
+
+
+def _own_classes(name: str, classes: Any) -> dict[str, Any]:
+    """Classes by their names, looked at."""
+    from fastseq.layers.base import Layer
+
+    if not isinstance(classes, list | tuple):
+        raise TypeError(f"{name} should be a list of classes of layers, not {checks.describe(classes)}")
+    for cls in classes:
+        if not isinstance(cls, type) or not issubclass(cls, Layer):
+            raise TypeError(f"{name} should hold subclasses of fastseq.Layer, not {checks.describe(cls)}")
+        if cls.__name__ in _CLASSES:
+            raise ValueError(
+                f"{name} should hold classes with names of their own, but {cls.__name__} is one of fastseq"
+            )
+    return {cls.__name__: cls for cls in classes}
 
 
 def to_bytes(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> bytearray:
@@ -149,13 +206,15 @@ def write_whole(path: str | os.PathLike[str], data: bytes | bytearray) -> None:
         raise
 
 
-def load(path: str | os.PathLike[str]) -> Any:
+def load(path: str | os.PathLike[str], *, classes: Any = ()) -> Any:
     """Read a layer, a model or a state that its `save` wrote.
 
     Parameters
     ----------
     path : path
         A file written by ``layer.save``, ``model.save`` or ``state.save``.
+    classes : list of classes, optional
+        Classes of layers of your own that the file may hold, besides those given to `register`.
 
     Returns
     -------
@@ -171,21 +230,22 @@ def load(path: str | os.PathLike[str]) -> Any:
     """
     import fastseq
 
-    return load_into(path, fastseq)
+    return load_into(path, fastseq, classes)
 
 
-def load_into(path: str | os.PathLike[str], namespace: ModuleType) -> Any:
+def load_into(path: str | os.PathLike[str], namespace: ModuleType, classes: Any = ()) -> Any:
     """`load`, with the classes of `namespace`."""
     import json
 
     from safetensors import SafetensorError, safe_open
 
     name = checks.path("path", path)
+    own = {**_registered, **_own_classes("classes", classes)}
     check_whole(name)  # a file that is missing or not ours to read raises Python's own error
     try:
         with safe_open(name, framework="numpy") as file:
             metadata = file.metadata() or {}
-            class_name = _class_name(name, metadata)
+            class_name = _class_name(name, metadata, own)
             for key in file.keys():  # noqa: SIM118  the file is no mapping
                 if file.get_slice(key).get_dtype() not in _DTYPES:
                     raise ValueError(f"path: {name!r} is damaged: {key} is {file.get_slice(key).get_dtype()}")
@@ -195,24 +255,33 @@ def load_into(path: str | os.PathLike[str], namespace: ModuleType) -> Any:
     try:
         if class_name in _STATES:
             return getattr(namespace, class_name)(**arrays)
-        layer = _made(class_name, json.loads(metadata["fastseq.config"]), namespace)
+        layer = _made(class_name, json.loads(metadata["fastseq.config"]), namespace, own)
         layer.load_state_dict(arrays)
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"path: {name!r} is damaged: {error}") from None
     return layer
 
 
-def _made(class_name: str, config: Mapping[str, Any], namespace: ModuleType) -> Any:
+def _made(class_name: str, config: Mapping[str, Any], namespace: ModuleType, own: Mapping[str, Any]) -> Any:
     """A layer from its configuration; one made of layers has theirs in it."""
+    if class_name in own:
+        return own[class_name](**config)
     if class_name not in _LAYERS + _MODELS:
-        raise ValueError(f"it holds a {class_name!r}, which this version does not know")
+        raise ValueError(_unknown(class_name))
     made = getattr(namespace.models if class_name in _MODELS else namespace, class_name)
-    if "layers" not in config:
+    if class_name != "Sequential":
         return made(**config)
-    return made(*(_made(child["class"], child["config"], namespace) for child in config["layers"]))
+    return made(*(_made(child["class"], child["config"], namespace, own) for child in config["layers"]))
 
 
-def _class_name(path: str, metadata: Mapping[str, str]) -> str:
+def _unknown(class_name: Any) -> str:
+    return (
+        f"it holds a {class_name!r}, which this version does not know; if it is a class of your own, give it as"
+        " classes=[...], or to fastseq.register before"
+    )
+
+
+def _class_name(path: str, metadata: Mapping[str, str], own: Mapping[str, Any]) -> str:
     """The class that a file says it holds."""
     name = metadata.get("fastseq.class")
     if "fastseq.checkpoint" in metadata:
@@ -228,6 +297,6 @@ def _class_name(path: str, metadata: Mapping[str, str]) -> str:
     if metadata.get("fastseq.format") != _FORMAT:
         raise ValueError(f"path: {path!r} was written by another version of fastseq")
     check_names(path, metadata, {"fastseq.format", "fastseq.class", "fastseq.config"})
-    if name not in _CLASSES:
-        raise ValueError(f"path: {path!r} holds a {name!r}, which this version does not know")
+    if name not in _CLASSES and name not in own:
+        raise ValueError(f"path: {path!r} cannot be read: {_unknown(name)}")
     return name

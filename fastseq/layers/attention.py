@@ -416,6 +416,9 @@ class MultiheadAttention(Layer):
             arrays["out_proj.bias"] = np.zeros(self.embed_dim)
         return arrays
 
+    def _gives(self) -> int:
+        return self.embed_dim
+
     def _row_counts(self) -> list[int]:
         """How many rows of `in_proj_weight` are of queries, of keys and of values."""
         return [self._rows[part].stop - self._rows[part].start for part in "qkv"]
@@ -641,6 +644,8 @@ class MultiheadAttention(Layer):
             of = self.embed_dim if key is None else self.kdim
             if value is None and width != of:
                 raise ValueError(f"{missing} should be given: {name} is {width}, not {of}")
+        if key is None:
+            query, lengths = checks.ragged("query", query, lengths)
         x, alone = batched("query", query, self.dtype, self.embed_dim, "Tq")
         passed = [x]
         for name, array, width in (("key", key, self.kdim), ("value", value, self.vdim)):

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ L = TypeVar("L", bound="Layer")
 
 # What a layer declares about the axis of time, `Layer.time`.
 POINTWISE, SEQUENCE, POOLING = TIMES = ("pointwise", "sequence", "pooling")
+SUMMARY_WIDTH = 60  # characters for what a layer is, in a summary
 
 _replacing = threading.Lock()  # two threads that change different parameters must not lose one
 
@@ -139,6 +140,7 @@ class Layer(metaclass=LayerType):
     dtype: np.dtype[Any]
     _config: dict[str, Any]
     _frozen: bool = False
+    _declares: bool = False  # whether the class says itself, to `__init__` below, what makes such a layer
     # Trailing axes that a pointwise layer works on together: with (B, T) they are the axes x has at least.
     _features: int = 0
     # Never changed in place: a change puts a new dict here. Whatever is made from the parameters, as the packed
@@ -153,7 +155,7 @@ class Layer(metaclass=LayerType):
         if "dtype" in takes:
             whole["dtype"] = self.dtype.name
         _check_makes(type(self).__name__, takes, whole)
-        self._config = whole
+        self._config, self._declares = whole, True
         self._arrays = {}
         for name, value in config.items():
             if not hasattr(self, name):
@@ -420,7 +422,12 @@ class Layer(metaclass=LayerType):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the layer to a safetensors file, whole or not at all; `fastseq.load` reads it back."""
-        io.save(path, type(self).__name__, self._config, self._arrays)
+        own = [io.own_class(type(part), part._declares) for part in self._saved_parts()]
+        io.save(path, type(self).__name__, self._config, self._arrays, [name for name in own if name is not None])
+
+    def _saved_parts(self) -> list[Layer]:
+        """The layers whose class and configuration a file of this one names."""
+        return [self]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self._config, "arrays": dict(self._arrays)}
@@ -435,14 +442,55 @@ class Layer(metaclass=LayerType):
         settings = ", ".join(f"{name}={value!r}" for name, value in self._config.items())
         return f"{type(self).__name__}({settings})"
 
+    def _brief(self) -> str:
+        """`_making`, without what is as by default."""
+        takes = inspect.signature(type(self)).parameters
+        settings = [
+            f"{name}={value!r}"
+            for name, value in self._config.items()
+            if name not in takes or type(value) is not type(takes[name].default) or value != takes[name].default
+        ]
+        return f"{type(self).__name__}({', '.join(settings)})"
+
+    def _count(self) -> int:
+        """How many numbers its parameters are."""
+        return sum(array.size for array in self._arrays.values())
+
     def __repr__(self) -> str:
-        return f"{self._making()} with {sum(array.size for array in self._arrays.values()):,} parameters"
+        return f"{self._making()} with {self._count():,} parameters"
+
+    def summary(self) -> str:
+        """A table for a person: what the layer or model is made of, what each part gives, and its parameters."""
+        rows = [*self._summary_rows(""), ("", "in all", "", self._count())]
+        cells = [(name, _shortened(what, SUMMARY_WIDTH), gives, f"{count:,}") for name, what, gives, count in rows]
+        cells.insert(0, ("", type(self).__name__, "output", "parameters"))
+        widths = [max(len(row[column]) for row in cells) for column in range(4)]
+        lines = [
+            f"{name:<{widths[0]}}  {what:<{widths[1]}}  {gives:<{widths[2]}}  {count:>{widths[3]}}"
+            for name, what, gives, count in cells
+        ]
+        return "\n".join(line.strip() if not widths[0] else line.rstrip() for line in lines)
+
+    def _summary_rows(self, prefix: str) -> list[tuple[str, str, str, int]]:
+        """Of each part its name, what it is, what it gives and how many parameters it has."""
+        return [(prefix, self._brief(), self._output_form(True), self._count())]
+
+    def _gives(self) -> int | None:
+        """The size of an output vector, where the layer says it; None: that of its inputs, or not known."""
+        return None
+
+    def _output_form(self, timed: bool, width: int | None = None) -> str:
+        """The shape of outputs, as far as it is known; whether inputs have an axis of time."""
+        width = self._gives() or width
+        axes = ["B", *(["T"] if timed and self.time != POOLING else []), *([] if width is None else [str(width)])]
+        return "" if width is None else f"({', '.join(axes)})"
 
 
 class Composite(Layer):
     """A layer made of layers: its parameters and gradients are theirs, named ``<child>.<name>``."""
 
     _children: dict[str, Layer]
+    _by_own_rule: ClassVar[tuple[str, ...]] = ()  # children that start as they do whatever `initialise` is asked for
 
     @property
     def _arrays(self) -> Mapping[str, Array]:  # type: ignore[override]
@@ -460,12 +508,23 @@ class Composite(Layer):
             {f"{child}.{name}": a for child, layer in self._children.items() for name, a in layer.grads.items()}
         )
 
+    def _summary_rows(self, prefix: str) -> list[tuple[str, str, str, int]]:
+        children = self._children.items()
+        return [(name, part._brief(), part._output_form(True), part._count()) for name, part in children]
+
+    def _making(self) -> str:
+        return self._brief()
+
     def _child_targets(self, grads: Any) -> dict[str, Mapping[str, Array] | None]:
         """What to give as `grads` to the backward of each child; what was given is looked at here."""
         if grads is None:
             return dict.fromkeys(self._children)
         targets = self._targets(grads)
         return {child: _under(child, targets) for child in self._children}
+
+
+def _shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 4]} ..."
 
 
 def _some(**options: Any) -> dict[str, Any]:

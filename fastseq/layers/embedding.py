@@ -10,6 +10,7 @@ import numpy as np
 from fastseq import _dense, checks, threads
 from fastseq.checks import Array
 from fastseq.layers.base import Layer, Tape
+from fastseq.layers.rows import cleared
 
 
 class Embedding(Layer):
@@ -71,24 +72,34 @@ class Embedding(Layer):
             weight[self.padding_idx] = 0
         return {"weight": weight}
 
+    def _gives(self) -> int:
+        return self.embedding_dim
+
     def __call__(self, ids: Any) -> Array:
         """Look up some symbols.
 
         Parameters
         ----------
-        ids : array
+        ids : array, or list of rows of unequal lengths
             Of any shape and integer dtype, each in 0..V-1.
 
         Returns
         -------
         y : ndarray of shape (..., D)
+            Of a list of rows (B, T, D), 0 past the end of each.
 
         Raises
         ------
         TypeError, ValueError
             Naming the argument, what it was and what it should be; of an id out of range, its position and value.
         """
-        return self._looked_up(checks.ids("ids", ids, self.num_embeddings))
+        numbers, lengths = self._numbers(ids)
+        return cleared(self._looked_up(numbers), lengths)
+
+    def _numbers(self, ids: Any) -> tuple[Array, Array | None]:
+        """The ids, and where they were given as rows of unequal lengths, those."""
+        ids, lengths = checks.ragged("ids", ids, None)
+        return checks.ids("ids", ids, self.num_embeddings), lengths
 
     def forward(self, ids: Any, seed: int | None = None) -> tuple[Array, Tape]:
         """Call, and keep what `backward` needs.
@@ -106,8 +117,8 @@ class Embedding(Layer):
         tape : Tape
         """
         checks.seed("seed", seed)
-        ids = checks.ids("ids", ids, self.num_embeddings)
-        return self._looked_up(ids), Tape(self, ids)
+        numbers, lengths = self._numbers(ids)
+        return cleared(self._looked_up(numbers), lengths), Tape(self, (numbers, lengths))
 
     def _looked_up(self, ids: Array) -> Array:
         y: Array = self._operations.embedding_forward(
@@ -126,8 +137,9 @@ class Embedding(Layer):
         grads : mapping from str to ndarray, optional
             Where the gradient of the parameter is added; `grads` of the layer by default.
         """
-        ids = self._kept(tape)
-        dy = checks.like("dy", dy, self.dtype, (*ids.shape, self.embedding_dim)).reshape(-1, self.embedding_dim)
+        ids, lengths = self._kept(tape)
+        dy = checks.like("dy", dy, self.dtype, (*ids.shape, self.embedding_dim))
+        dy = cleared(dy, lengths).reshape(-1, self.embedding_dim)
         none = -1  # no id
         padding = none if self.padding_idx is None else self.padding_idx
         self._operations.embedding_backward(

@@ -68,6 +68,9 @@ class Linear(Layer):
         weight = rng.uniform(-bound, bound, (self.out_features, self.in_features))
         return {"weight": weight, **({"bias": rng.uniform(-bound, bound, self.out_features)} if self.bias else {})}
 
+    def _gives(self) -> int:
+        return self.out_features
+
     def _weights(self) -> Any:
         """The weights as the operations want them."""
         arrays, packed = self._arrays, self._packed

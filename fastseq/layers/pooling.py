@@ -92,6 +92,7 @@ class Pooling(Layer):
 
     def _pooled(self, x: Any, lengths: Any) -> tuple[Array, Any]:
         """The outputs, and what is on a tape."""
+        x, lengths = checks.ragged("x", x, lengths)
         x = checks.real_array("x", x, self.dtype)
         if x.ndim < 2:
             raise ValueError(f"x should be of shape (B, T, ...) or (T, D), not {x.shape}")

@@ -100,6 +100,9 @@ class Recurrent(Layer):
         bound = 1 / np.sqrt(self.hidden_size)
         return {name: rng.uniform(-bound, bound, shape) for name, shape in self._parameter_shapes().items()}
 
+    def _gives(self) -> int:
+        return self._directions * self._output_size
+
     def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         rows, outputs = self._gates * self.hidden_size, self._output_size
         shapes: dict[str, tuple[int, ...]] = {}
@@ -199,8 +202,8 @@ class Recurrent(Layer):
 
         Parameters
         ----------
-        x : array of shape (B, T, I), or (T, I) for one sequence without a batch
-            Real floating numbers.
+        x : array of shape (B, T, I), or (T, I) for one sequence without a batch; or list of arrays (T_i, I)
+            Real floating numbers. A list of rows of unequal lengths is padded, and gives its `lengths`.
         state : state, array (RNN, GRU) or pair of arrays (LSTM), optional
             Where each row starts, (B, num_layers * D, H); zeros by default.
         lengths : array of shape (B,), optional
@@ -228,6 +231,8 @@ class Recurrent(Layer):
             Naming the argument, what it was and what it should be.
         """
         cells = self._cells()
+        if isinstance(x, list | tuple):
+            x, lengths = checks.ragged("x", x, lengths)
         if type(state) is self._state_class and self._operations.fits(cells, x, 3, state, None):
             h, c = state.h, getattr(state, "c", None)
             batched = True
@@ -318,6 +323,7 @@ class Recurrent(Layer):
         """
         cells = self._cells()
         given = state
+        x, lengths = checks.ragged("x", x, lengths)
         x, h, c, batched = self._check_call(x, state)
         if given is not None and not isinstance(given, State):
             h, c = h.copy(), None if c is None else c.copy()  # whoever holds these arrays may change them

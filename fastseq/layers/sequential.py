@@ -12,6 +12,8 @@ from fastseq.checks import Array
 from fastseq.layers.base import POINTWISE, POOLING, SEQUENCE, TIMES, Composite, Layer, Tape, child_seed, mask_seed
 from fastseq.layers.rows import cleared
 
+SHOWN_WIDTH = 80  # characters of the layers that a `repr` shows
+
 
 class Sequential(Composite):
     """Layers one after another: each takes what the one before it gives.
@@ -235,6 +237,7 @@ class Sequential(Composite):
 
     def _opened(self, x: Any, lengths: Any) -> tuple[Any, Array | None]:
         """x and lengths, looked at as far as all layers have them in common."""
+        x, lengths = checks.ragged("x", x, lengths)
         if lengths is None:
             return x, None
         x = checks.as_array("x", x)
@@ -248,6 +251,9 @@ class Sequential(Composite):
             return y, None
         return cleared(y, lengths), lengths
 
+    def _saved_parts(self) -> list[Layer]:
+        return [self, *(part for layer in self for part in layer._saved_parts())]
+
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers}
 
@@ -258,8 +264,30 @@ class Sequential(Composite):
     def __copy__(self) -> Sequential:
         return type(self)(*(copy.copy(layer) for layer in self))
 
-    def _making(self) -> str:
-        return f"{type(self).__name__}({', '.join(layer._making() for layer in self)})"
+    def _brief(self) -> str:
+        made = [layer._brief() for layer in self]
+        shown = len(made)
+        while shown > 1 and sum(len(text) + 2 for text in made[:shown]) > SHOWN_WIDTH:
+            shown -= 1
+        more = [f"... {len(made) - shown} more"] if shown < len(made) else []
+        return f"{type(self).__name__}({', '.join([*made[:shown], *more])})"
+
+    def _summary_rows(
+        self, prefix: str, timed: bool = True, width: int | None = None
+    ) -> list[tuple[str, str, str, int]]:
+        rows = []
+        for name, layer in self._children.items():
+            own = f"{prefix}.{name}" if prefix else name
+            if isinstance(layer, Sequential):
+                rows += layer._summary_rows(own, timed, width)
+            else:
+                rows.append((own, layer._brief(), layer._output_form(timed, width), layer._count()))
+            width = layer._gives() or width
+            timed = timed and layer.time != POOLING
+        return rows
+
+    def _gives(self) -> int | None:
+        return next((width for layer in reversed(self.layers) if (width := layer._gives()) is not None), None)
 
 
 def _parts(layer: Layer) -> Iterator[Layer]:

@@ -129,6 +129,9 @@ class Stack(Composite):
             "dtype": self.dtype.name,
         }
 
+    def _gives(self) -> int:
+        return self.d_model
+
     def _norm_layer(self) -> Layer:
         """A norm of the kind that was asked for."""
         eps, dtype = self.layer_norm_eps, self.dtype
@@ -141,6 +144,7 @@ class Stack(Composite):
 
     def _tokens(self, name: str, value: Any, lengths_name: str, lengths: Any, time: str = "T") -> Tokens:
         """The real tokens of an argument."""
+        value, lengths = checks.ragged(name, value, lengths)
         array, alone = batched(name, value, self.dtype, self.d_model, time)
         if lengths is not None:
             lengths = checks.lengths(lengths, len(array), array.shape[1], lengths_name)
@@ -205,7 +209,8 @@ class Runs(Stack):
         if state.batch_size != batch:
             raise ValueError(f"state should have a batch of {batch}, not {state.batch_size}")
         own = pages_for(self._operations, own)
-        return attention_state(own, None if memory is None else pages_for(self._operations, memory), state._tokens)
+        memory = None if memory is None else pages_for(self._operations, memory)
+        return attention_state(own, memory, state._tokens, state._since)
 
     def _go_on(
         self, x: Array, starts: Array, state: AttentionState, tokens: Array | None
@@ -222,7 +227,7 @@ class Runs(Stack):
             self._final_norm(),
             threads.get_num_threads(),
         )
-        return y, attention_state(pages, state._memory, tokens)
+        return y, attention_state(pages, state._memory, tokens, state._since)
 
     def _stepped(self, x_t: Any, state: Any) -> tuple[Array, AttentionState]:
         """What `step` returns, given a state."""

@@ -25,6 +25,7 @@ class Model(Composite):
     """Layers with trained parameters, none in some models, and what `fit` measured beside them."""
 
     time = SEQUENCE
+    _by_own_rule = ("output", "head")  # with another start the first losses are far from what chance gives
 
     # The names of what `fit` measures: all of them are there, or none.
     _measured: tuple[str, ...] = ()

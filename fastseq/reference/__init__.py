@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from fastseq import layers
 from fastseq.checks import Array
-from fastseq.io import load_into
+from fastseq.io import load_into, register
 from fastseq.layers import attention as _layers_attention
 from fastseq.layers.attention import AttentionTape, Engine
 from fastseq.layers.base import Layer
@@ -68,6 +68,7 @@ __all__ = [
     "attention_forward",
     "load",
     "losses",
+    "register",
 ]
 
 
@@ -296,6 +297,6 @@ for _name in ("attention", "attention_forward", "attention_backward"):
     globals()[_name].__doc__ = getattr(_layers_attention, _name).__doc__
 
 
-def load(path: str | os.PathLike[str]) -> Any:
+def load(path: str | os.PathLike[str], *, classes: Any = ()) -> Any:
     """`fastseq.load`, with the classes of this module."""
-    return load_into(path, sys.modules[__name__])
+    return load_into(path, sys.modules[__name__], classes)

@@ -47,14 +47,44 @@ def embedding_backward(ids: Array, dy: Array, dweight: Array, padding_idx: int, 
     np.add.at(dweight, ids[counted], dy[counted])
 
 
+def far_rows(x: Array, squares: Array) -> tuple[Array, Array]:
+    """Which rows have squares outside the range of their dtype, and the power of two that brings each of them near 1.
+
+    Not those that are 0, or have something that is no number: nothing helps them.
+    """
+    info = np.finfo(x.dtype)
+    outside = ~((squares >= info.tiny / info.eps) & (squares <= info.max))
+    most = np.abs(x).max(axis=1, initial=0)
+    rows = np.flatnonzero(outside & np.isfinite(most) & (most >= info.tiny))
+    exponents = np.clip(1 - np.frexp(most[rows])[1], info.minexp, info.maxexp - 1)
+    return rows, np.ldexp(np.ones(len(rows), np.promote_types(x.dtype, np.float64)), exponents)
+
+
+def normalised(x: Array, eps: float, centred: bool) -> tuple[Array, Array, Array]:
+    """(x - mean) scale; the mean, 0 if not `centred`; scale = 1 / sqrt(mean of (x - mean)^2 + eps)"""
+    with np.errstate(all="ignore"):
+        mean = x.mean(axis=1) if centred else np.zeros(len(x), x.dtype)
+        d = x - mean[:, None] if centred else x
+        squares = (d * d).mean(axis=1) + x.dtype.type(eps)
+        scale = 1 / np.sqrt(squares)
+        y = d * scale[:, None]
+        rows, units = far_rows(x, squares)
+        if len(rows):
+            wide = x[rows] * units[:, None]
+            middle = wide.mean(axis=1) if centred else np.zeros(len(rows))
+            d = wide - middle[:, None]
+            root = np.sqrt((d * d).mean(axis=1) + eps * units * units)
+            good = np.isfinite(root) & (root > 0)
+            y[rows[good]] = (d / root[:, None])[good]
+            mean[rows[good]], scale[rows[good]] = (middle / units)[good], (units / root)[good]
+    return y, mean, scale
+
+
 def layer_norm_forward(
     x: Array, weight: Array | None, bias: Array | None, eps: float, n_threads: int
 ) -> tuple[Array, Array, Array]:
     """y = (x - mean) / sqrt(variance + eps) weight + bias; mean and 1 / sqrt(variance + eps) are kept"""
-    mean = x.mean(axis=1)
-    d = x - mean[:, None]
-    scale = 1 / np.sqrt((d * d).mean(axis=1) + x.dtype.type(eps))
-    y = d * scale[:, None]
+    y, mean, scale = normalised(x, eps, True)
     if weight is not None:
         y = y * weight
     if bias is not None:
@@ -128,8 +158,7 @@ def dropout(x: Array, p: float, seed: int, stream: int, n_threads: int) -> Array
 
 def rms_norm_forward(x: Array, weight: Array | None, eps: float, n_threads: int) -> tuple[Array, Array]:
     """y = x scale weight with scale = 1 / sqrt(mean of x^2 + eps), which is kept"""
-    scale = 1 / np.sqrt((x * x).mean(axis=1) + x.dtype.type(eps))
-    y = x * scale[:, None]
+    y, _, scale = normalised(x, eps, False)
     return (y if weight is None else y * weight), scale
 
 

@@ -12,6 +12,7 @@ from fastseq.checks import Array
 from fastseq.reference.operations import sigmoid
 
 
+@np.errstate(all="ignore")
 def softmax_cross_entropy(
     logits: Array, targets: Array, count: int, label_smoothing: float, n_threads: int
 ) -> tuple[float, Array]:
@@ -42,9 +43,10 @@ def softmax_cross_entropy(
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     gradient[rows] = (np.exp(log_p) - q) / count
     wanted = np.where(q == 0, 0, -q * log_p)  # a class that is neither wanted nor possible costs nothing
-    return float(wanted.sum() / count), gradient
+    return _sum(wanted) / count, gradient
 
 
+@np.errstate(all="ignore")
 def binary_cross_entropy_with_logits(
     logits: Array, targets: Array, lengths: Array | None, count: int, n_threads: int
 ) -> tuple[float, Array]:
@@ -63,18 +65,24 @@ def binary_cross_entropy_with_logits(
     counted = _counted(logits, lengths)
     x, t = logits[counted], targets[counted]
     losses = np.maximum(x, 0) - x * t + np.log1p(np.exp(-np.abs(x)))
+    miss = np.where(x > 0, 1 - t, t)
+    far = np.where(miss == 0, miss, miss * np.abs(x))  # 0 times infinity is 0 here
+    losses = np.where(np.isinf(x), far, losses)
     return _mean(losses, sigmoid(x) - t, logits, counted, count)
 
 
+@np.errstate(all="ignore")
 def mean_squared_error(
     predictions: Array, targets: Array, lengths: Array | None, count: int, n_threads: int
 ) -> tuple[float, Array]:
     """(x - t)^2; arguments as above"""
     counted = _counted(predictions, lengths)
     d = predictions[counted] - targets[counted]
-    return _mean(d * d, 2 * d, predictions, counted, count)
+    loss, half = _mean(d * d, d, predictions, counted, count)
+    return loss, 2 * half
 
 
+@np.errstate(all="ignore")
 def huber(
     predictions: Array, targets: Array, delta: float, lengths: Array | None, count: int, n_threads: int
 ) -> tuple[float, Array]:
@@ -98,4 +106,9 @@ def _mean(losses: Array, slopes: Array, x: Array, counted: Array, count: int) ->
     if not count:
         return 0.0, gradient
     gradient[counted] = slopes / count
-    return float(losses.sum() / count), gradient
+    return _sum(losses) / count, gradient
+
+
+def _sum(losses: Array) -> float:
+    """The sum, in double: its range is not that of the losses."""
+    return float(losses.sum(dtype=np.promote_types(losses.dtype, np.float64)))

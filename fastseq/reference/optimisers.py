@@ -8,6 +8,7 @@ take for zero. `n_threads` is for them.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,12 @@ from fastseq.checks import Array
 
 def _decayed(p: Array, g: Array, weight_decay: float) -> Array:
     return g + p.dtype.type(weight_decay) * p if weight_decay else g
+
+
+def _squarable(g: Array) -> Array:
+    """g where it can be squared, else the largest number that is: or a mean of squares would stay infinite."""
+    limit: Any = g.dtype.type(2) ** (np.finfo(g.dtype).maxexp // 2 - 1)
+    return np.where((np.abs(g) > limit) & np.isfinite(g), np.copysign(limit, g), g)
 
 
 def sgd(
@@ -71,7 +78,7 @@ def rmsprop(
     """
     number = p.dtype.type
     with np.errstate(all="ignore"):
-        g = _decayed(p, g, weight_decay)
+        g = _squarable(_decayed(p, g, weight_decay))
         squares[...] = number(alpha) * squares + number(1 - alpha) * (g * g)
         direction = g / (np.sqrt(squares) + number(eps))
         if momenta is not None:
@@ -99,7 +106,7 @@ def adam(
 
     g' = g + weight_decay p, p unchanged; or, decoupled, g unchanged and p replaced by (1 - lr weight_decay) p
 
-    m' = m + (1 - beta1) (g' - m)
+    m' = m + (1 - beta1) (g' - m) = g' - beta1 (g' - m)
 
     v' = beta2 v + (1 - beta2) g'²
 
@@ -109,8 +116,10 @@ def adam(
     keep = 1 - lr * weight_decay if decoupled else 1
     unbias = 1 / math.sqrt(1 - beta2**step)
     with np.errstate(all="ignore"):
-        g = g if decoupled else _decayed(p, g, weight_decay)
-        means[...] = means + number(1 - beta1) * (g - means)
+        g = _squarable(g if decoupled else _decayed(p, g, weight_decay))
+        take = 1 - beta1
+        # From whichever is nearer: of a mean that hardly stays, nothing must.
+        means[...] = means + number(take) * (g - means) if take < 0.5 else g - number(1 - take) * (g - means)
         squares[...] = number(beta2) * squares + number(1 - beta2) * (g * g)
         direction = means / (np.sqrt(squares) * number(unbias) + number(eps))
         out[...] = number(keep) * p - number(lr / (1 - beta1**step)) * direction

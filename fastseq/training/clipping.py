@@ -40,7 +40,11 @@ def clip_grad_norm(layer_or_grads: Layer | Mapping[str, Array], max_norm: float)
     factor = most / (norm + 1e-6)  # PyTorch's
     if math.isfinite(norm) and factor < 1:
         for array in grads.values():
-            operations(array).scale(array, factor, n_threads)
+            if factor >= np.finfo(array.dtype).tiny:
+                operations(array).scale(array, factor, n_threads)
+            else:  # which is no number of the dtype, though what it makes of the gradients may be
+                for _ in range(2):
+                    operations(array).scale(array, math.sqrt(factor), n_threads)
     return norm
 
 
@@ -57,7 +61,8 @@ def clip_grad_value(layer_or_grads: Layer | Mapping[str, Array], limit: float) -
     grads = _gradients(layer_or_grads)
     most = checks.number("limit", limit, least=0)
     for array in grads.values():
-        np.clip(array, -most, most, out=array)
+        own = array.dtype.type(min(most, float(np.finfo(array.dtype).max)))
+        np.clip(array, -own, own, out=array)
 
 
 def _gradients(value: Any) -> Mapping[str, Array]:

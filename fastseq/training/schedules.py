@@ -7,10 +7,13 @@ which is told the validation losses.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from fastseq import checks
+
+_MOST_EXPONENT = math.log(sys.float_info.max)
 
 
 class Schedule:
@@ -59,7 +62,8 @@ class StepSchedule(Schedule):
     step_size : int
         How many steps have one rate.
     gamma : float
-        What the rate is multiplied by after them.
+        What the rate is multiplied by after them. With more than 1 it becomes infinite in the end, which an optimiser
+        refuses.
     """
 
     def __init__(self, lr: float, step_size: int, gamma: float = 0.1) -> None:
@@ -68,7 +72,16 @@ class StepSchedule(Schedule):
         self._gamma = checks.number("gamma", gamma, above=0)
 
     def lr_at(self, step: int) -> float:  # noqa: D102
-        return float(self._lr * self._gamma ** (checks.size("step", step) // self._step_size))
+        times = checks.size("step", step) // self._step_size
+        try:
+            factor = self._gamma**times
+        except OverflowError:
+            factor = math.inf
+        if self._lr == 0 or 0 < factor < math.inf:
+            return float(self._lr * factor) if self._lr else 0.0
+        # The rate may be a number though the factor is none.
+        exponent = math.log(self._lr) + times * math.log(self._gamma)
+        return math.exp(exponent) if exponent < _MOST_EXPONENT else math.inf
 
 
 class CosineSchedule(Schedule):

@@ -85,7 +85,9 @@ static void softmax_cross_entropy(ptrdiff_t rows, ptrdiff_t n, const void *logit
             }
             s[r].others = others[r];
             s[r].target = row[t[r]];
-            s[r].offset = (1 - smoothing) * ((double)x[r * n + t[r]] - most[r]);
+            s[r].offset = 0;
+            if (smoothing != 1) /* else the target may have -inf */
+                s[r].offset = (1 - smoothing) * ((double)x[r * n + t[r]] - most[r]);
             if (smoothing != 0)
                 s[r].offset += share * row_spread(n, x + r * n, most[r]);
             const double factor = scale / (s[r].target + s[r].others);
@@ -129,6 +131,7 @@ enum elementwise { BINARY_CROSS_ENTROPY, SQUARED_ERROR, HUBER };
  * Of each element: loss, added up in double, and d loss / dx times `scale`.
  *
  *     binary cross-entropy:  max(x, 0) - x t + log(1 + exp(-|x|));          sigmoid(x) - t
+ *                            of infinite x: |x| (1 - t), of -inf |x| t, where 0 |x| = 0
  *     squared error:         d^2, d = x - t;                                2 d
  *     Huber:                 d c - c^2 / 2, c = d cut to -delta .. delta;   c
  */
@@ -143,7 +146,9 @@ INLINE double elementwise(const int LOSS, ptrdiff_t n, const void *x, const void
         vec a = load_row((const real *)x + i, n - i, 0), t = load_row((const real *)targets + i, n - i, 0),
             d = a - t, loss, slope;
         if (LOSS == BINARY_CROSS_ENTROPY) {
+            const vec size = (vec)((ivec)a & ~sign), miss = choose(a > 0, broadcast(1) - t, t);
             loss = (relu_(a) - a * t) + log1p_(exp_((vec)((ivec)a | sign)));
+            loss = choose(size == broadcast(INFINITE), choose(miss == 0, miss, miss * size), loss);
             slope = sigmoid_(a) - t;
             if (n - i < LANES) /* log 2, past the end */
                 loss = load_part((const real *)&loss, n - i);

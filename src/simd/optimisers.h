@@ -62,6 +62,19 @@ INLINE vec decayed(const fs_update *u, vec p, ptrdiff_t i, ptrdiff_t n)
     return u->decay != 0 ? g + number(u->decay) * p : g;
 }
 
+/*
+ * The gradient as it is squared: where the square would be too large for the type, the largest number that has one, so
+ * that the mean of squares does not become, and stay, infinite. What is no number stays.
+ */
+INLINE vec squarable(vec g)
+{
+    const vec limit = broadcast(FS_REAL_BYTES == 4 ? (real)0x1p63 : (real)0x1p511);
+    const ivec sign = (ivec)broadcast((real)-0.0);
+    const vec size = (vec)((ivec)g & ~sign);
+    const ivec large = (ivec)(size > limit) & (ivec)(size < broadcast(INFINITE));
+    return choose(large, (vec)((ivec)limit | ((ivec)g & sign)), g);
+}
+
 INLINE void sgd_some(const fs_update *u, ptrdiff_t i, ptrdiff_t n)
 {
     vec p = take(u->p, i, n), g = decayed(u, p, i, n);
@@ -75,7 +88,7 @@ INLINE void sgd_some(const fs_update *u, ptrdiff_t i, ptrdiff_t n)
 
 INLINE void rmsprop_some(const fs_update *u, ptrdiff_t i, ptrdiff_t n)
 {
-    vec p = take(u->p, i, n), g = decayed(u, p, i, n);
+    vec p = take(u->p, i, n), g = squarable(decayed(u, p, i, n));
     vec squares = number(u->keep_second) * take(u->first, i, n) + number(u->take_second) * (g * g);
     give(u->first, i, squares, n);
     vec direction = g / (root(squares) + number(u->eps));
@@ -88,9 +101,11 @@ INLINE void rmsprop_some(const fs_update *u, ptrdiff_t i, ptrdiff_t n)
 
 INLINE void adam_some(const fs_update *u, ptrdiff_t i, ptrdiff_t n)
 {
-    vec p = take(u->p, i, n), g = decayed(u, p, i, n);
+    vec p = take(u->p, i, n), g = squarable(decayed(u, p, i, n));
     vec mean = take(u->first, i, n);
-    mean = mean + number(u->take_first) * (g - mean);
+    /* From whichever is nearer: of a mean that hardly stays, nothing must. */
+    mean = u->take_first < 0.5 ? mean + number(u->take_first) * (g - mean)
+                               : g - number(1 - u->take_first) * (g - mean);
     give(u->first, i, mean, n);
     vec squares = number(u->keep_second) * take(u->second, i, n) + number(u->take_second) * (g * g);
     give(u->second, i, squares, n);

@@ -115,6 +115,74 @@ INLINE real square_root(real x)
         }                                                                            \
     } while (0)
 
+/* Whether a mean of squares has all its digits: it has not overflowed, and what may have vanished is beneath them. */
+INLINE int in_range(real x)
+{
+#if FS_REAL_BYTES == 4
+    return x >= __FLT_MIN__ / __FLT_EPSILON__ && x <= __FLT_MAX__;
+#else
+    return x >= __DBL_MIN__ / __DBL_EPSILON__ && x <= __DBL_MAX__;
+#endif
+}
+
+/* The power of two that brings the largest |x| into 1..4; 0 where that is 0, denormal or no number. */
+INLINE real row_unit(ptrdiff_t n, const real *x)
+{
+#if FS_REAL_BYTES == 4
+    enum { DIGITS = 23, EXPONENTS = 254 };
+    uint32_t bits;
+#else
+    enum { DIGITS = 52, EXPONENTS = 2046 };
+    uint64_t bits;
+#endif
+    real most = 0, unit;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const real size = x[i] < 0 ? -x[i] : x[i];
+        if (!(size < INFINITE))
+            return 0;
+        most = size > most ? size : most;
+    }
+    memcpy(&bits, &most, sizeof bits);
+    const int exponent = (int)(bits >> DIGITS);
+    if (exponent == 0)
+        return 0;
+    bits = exponent < EXPONENTS ? (unsigned)(EXPONENTS - exponent) : 1;
+    bits <<= DIGITS;
+    memcpy(&unit, &bits, sizeof unit);
+    return unit;
+}
+
+/*
+ * A row whose squares leave the range of the type, normalised in units of its own: slow, and rarely called. False, and
+ * nothing written, where that is no help. `mean` is NULL where nothing is subtracted.
+ */
+static __attribute__((noinline)) int norm_far(ptrdiff_t n, double eps, const real *x, const real *weight,
+                                              const real *bias, real *y, real *mean, real *scale)
+{
+    const double unit = row_unit(n, x), more = eps * unit * unit;
+    double middle = 0, squares = 0;
+    if (unit == 0 || !(more < __builtin_inf()))
+        return 0;
+    for (ptrdiff_t i = 0; mean && i < n; i++)
+        middle += x[i] * unit;
+    middle /= (double)n;
+    for (ptrdiff_t i = 0; i < n; i++)
+        squares += (x[i] * unit - middle) * (x[i] * unit - middle);
+    const double root = __builtin_sqrt(squares / (double)n + more);
+    if (root == 0)
+        return 0;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        real v = (real)((x[i] * unit - middle) / root);
+        if (weight)
+            v *= weight[i];
+        y[i] = bias ? v + bias[i] : v;
+    }
+    if (mean)
+        *mean = (real)(middle / unit);
+    *scale = (real)(unit / root);
+    return 1;
+}
+
 /* mean = sum x / n;  scale = 1 / sqrt(sum (x - mean)^2 / n + eps);  y = (x - mean) scale weight + bias */
 static void layer_norm(ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, const void *weight,
                        const void *bias, void *y, void *means, void *scales)
@@ -130,7 +198,10 @@ static void layer_norm(ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, c
             const vec d = load_row(row + i, left, mean) - broadcast(mean);
             squares[chain] = fma_(d, d, squares[chain]);
         });
-        const real scale = 1 / square_root(sum_of_chains(squares) / (real)n + (real)eps);
+        const real variance = sum_of_chains(squares) / (real)n + (real)eps;
+        if (!in_range(variance) && norm_far(n, eps, row, w, b, out, (real *)means + r, (real *)scales + r))
+            continue;
+        const real scale = 1 / square_root(variance);
         FOR_ROW(n, {
             vec v = (load_row(row + i, left, 0) - broadcast(mean)) * broadcast(scale);
             if (w)
@@ -220,7 +291,10 @@ static void rms_norm(ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, con
             const vec v = load_row(row + i, left, 0);
             squares[chain] = fma_(v, v, squares[chain]);
         });
-        const real scale = 1 / square_root(sum_of_chains(squares) / (real)n + (real)eps);
+        const real square = sum_of_chains(squares) / (real)n + (real)eps;
+        if (!in_range(square) && norm_far(n, eps, row, w, NULL, out, NULL, (real *)scales + r))
+            continue;
+        const real scale = 1 / square_root(square);
         FOR_ROW(n, {
             vec v = load_row(row + i, left, 0) * broadcast(scale);
             if (w)
