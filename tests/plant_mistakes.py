@@ -959,10 +959,14 @@ def plant(arguments: argparse.Namespace) -> None:
     texts = {mistake.file: (ROOT / mistake.file).read_text() for mistake in mistakes}
     done = set()
     if arguments.go_on and out.exists():
-        done = {json.loads(line)["name"] for line in out.read_text().splitlines()}
+        seen = [line for line in out.read_text().splitlines() if json.loads(line)["outcome"] in ("killed", "timeout")]
+        done = {json.loads(line)["name"] for line in seen}
+        out.write_text("".join(f"{line}\n" for line in seen))
     else:
         out.write_text("")
     queue = [one for one in mistakes if one.name(texts[one.file]) not in done]
+    if arguments.mapped:
+        queue = [one for one in queue if known.covering(one)]
     files = sorted({test.partition("::")[0] for mistake in queue for test in known.covering(mistake)})
     screen = os.dup(1)
 
@@ -1049,7 +1053,8 @@ def main() -> None:
     of_plant.add_argument("--named", action="store_true", help="the fixed set in place of drawn ones")
     of_plant.add_argument("--only", nargs="*", default=[], help="files to plant in, fastseq/models/*.py")
     of_plant.add_argument("--list", action="store_true", help="only say what would be planted")
-    of_plant.add_argument("--go-on", action="store_true", help="leave out what is in the results already")
+    of_plant.add_argument("--go-on", action="store_true", help="leave out what was seen in the results already")
+    of_plant.add_argument("--mapped", action="store_true", help="leave out those whose lines no test of the map runs")
     of_plant.add_argument("--out", default="mistakes.jsonl")
     command("survivors", survivors).add_argument("--out", default="mistakes.jsonl")
     arguments = parser.parse_args()
