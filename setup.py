@@ -7,6 +7,7 @@ and undefined-behaviour sanitizers), FASTSEQ_COVERAGE (gcov, by lines of C and o
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,13 +47,23 @@ def switch(name: str) -> bool:
     return os.environ.get(name, "") not in ("", "0")
 
 
+def digest(command: str) -> str:
+    """A short name for the way in which something is compiled."""
+    return hashlib.sha256(command.encode()).hexdigest()[:16]
+
+
 class Build(build_ext):
-    """Builds the leaves of every instruction set, each with its own flags, and links them into `_simd`."""
+    """Builds the leaves of every instruction set, each with its own flags, and links them into `_simd`.
+
+    Leaves and modules stay in build/leaves and build/modules, in a folder for each set of flags. One that is newer than
+    everything it is made of is taken from there.
+    """
 
     def finalize_options(self) -> None:
         super().finalize_options()
         self.parallel = self.parallel or os.cpu_count()
-        self.force = True  # the flags may be others than those of the last build; only leaves are kept
+        self.force = True  # setuptools compares dates alone; the flags may be others than those of the last build
+        self.headers = [str(path) for path in Path("src").rglob("*.[hi]*")]
 
     def build_extensions(self) -> None:
         flags, link = list(FLAGS), []
@@ -74,18 +85,36 @@ class Build(build_ext):
                 extension.extra_objects = objects
         super().build_extensions()
 
+    def build_extension(self, extension: Extension) -> None:
+        """Build a module, or take the one that an earlier build left as it would be now."""
+        target = Path(self.get_ext_fullpath(extension.name))
+        versions = platform.platform(), sys.version, numpy.__version__
+        commands = self.compiler.compiler_so, self.compiler.linker_so
+        flags = extension.extra_compile_args, extension.extra_link_args
+        kept = Path("build/modules", digest(f"{versions} {commands} {flags} {extension.sources}"), target.name)
+        if newer_group([*extension.sources, *self.headers, *extension.extra_objects], kept):
+            super().build_extension(extension)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = kept.with_suffix(f".{os.getpid()}")
+            shutil.copyfile(target, partial)
+            partial.replace(kept)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(kept, target)
+
     def leaves(self, flags: list[str]) -> list[str]:
-        """Compile the leaves, side by side, but for those that an earlier build left as they would be now."""
+        """Compile the leaves, side by side, except those that an earlier build left as they would be now."""
+        if switch("FASTSEQ_SANITIZE"):
+            # Python's own -fwrapv hides overflow from the sanitizer, and GCC then takes minutes for the widest leaves.
+            flags = [*flags, "-fno-wrapv"]
         files = {"src/simd/find.c": flags}
         for name, set_flags in SETS.items():
             files |= {f"src/simd/{name}_{real}.c": [*flags, *set_flags] for real in ("f32", "f64")}
-        headers = [str(path) for path in Path("src").rglob("*.[hi]*")]
 
         def leaf(source: str) -> str:
-            command = f"{platform.platform()} {self.compiler.compiler_so} {files[source]}"
-            folder = f"build/leaves/{hashlib.sha256(command.encode()).hexdigest()[:16]}"
+            folder = f"build/leaves/{digest(f'{platform.platform()} {self.compiler.compiler_so} {files[source]}')}"
             (target,) = self.compiler.object_filenames([source], output_dir=folder)
-            if newer_group([source, *headers], target):
+            if newer_group([source, *self.headers], target):
                 self.compiler.compile([source], folder, include_dirs=["src"], extra_postargs=files[source])
             return target
 

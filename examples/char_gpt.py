@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from char_lm import Text, fit_chains, fit_lstm, read_text
+from char_lm import Text, fit_chains, fit_lstm, read_text, threads
 
 import fastseq as fs
 
@@ -90,17 +90,28 @@ def forward_times(size: int, hidden: int, lengths: Sequence[int], seed: int, rou
 
 def draw(path: str, lengths: Sequence[int], times: dict[str, list[float]]) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
-    figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for (name, seconds), colour in zip(times.items(), ("black", "C0"), strict=True):
         axes.plot(lengths, 1e3 * np.array(seconds), "o-", color=colour, markersize=4, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="characters", ylabel="milliseconds for one forward")
-    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="characters of the text",
+        ylabel="milliseconds",
+        title="Time of one forward over a whole text",
+    )
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
+    axes.grid(color="#e8ebee", linewidth=0.8)
+    axes.set_axisbelow(True)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size, seed = len(text.characters), options.seed
     print(
         f"{len(text.ids) + len(text.held_out):,} characters, {size} different; the last {len(text.held_out):,} are"
-        f" held out. {fs.get_num_threads()} thread(s).\n"
+        f" held out. {threads()}.\n"
     )
     start = time.perf_counter()
     chains = [(name, chain) for name, row in fit_chains(text).items() for chain in row]

@@ -86,22 +86,35 @@ def fit_lstm(text: Text, hidden: int, steps: int, seed: int) -> tuple[fs.models.
 def draw(path: str, bits: dict[str, list[float]], lstm: float, history: fs.training.History) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for name, values in bits.items():
         left.plot(ORDERS, values, "o-", markersize=4, label=f"Markov chain, {name}")
-    left.axhline(lstm, color="black", label="LSTM")
-    left.set(xlabel="order", ylabel="bits per character, held out", xticks=list(ORDERS))
+    left.axhline(lstm, color="black", label="LSTM, trained to its end")
+    left.set(
+        xlabel="characters that a Markov chain looks back (order)",
+        ylabel="bits per character of held-out text",
+        xticks=list(ORDERS),
+        title="Markov chains by order and smoothing",
+    )
     left.legend(frameon=False, fontsize=8)
     best = min(min(values) for values in bits.values())
     seconds = np.cumsum(history.seconds)[history.validation_step - 1]
     right.plot(seconds, history.validation_loss / np.log(2), "o-", color="black", markersize=3, label="LSTM")
     right.axhline(best, color="C3", linestyle="--", label="best Markov chain")
-    right.set(xlabel="seconds of training")
+    right.set(xlabel="seconds of training", title="The LSTM as it learns")
+    right.tick_params(labelleft=True)
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+        axes.title.set_fontsize(10)
+    figure.suptitle("Predicting the next character of Python's documentation (fewer bits are better)")
+    figure.savefig(path, dpi=150)
+
+
+def threads() -> str:
+    count = fs.get_num_threads()
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, history = fit_lstm(text, hidden, steps, options.seed)
     seconds = time.perf_counter() - start
     lstm = model.bits_per_symbol(text.held_out)
-    print(f"\n{f'LSTM 2×{hidden}':>20} {lstm:7.3f}   after {seconds:.0f} s on {fs.get_num_threads()} thread(s)")
+    print(f"\n{f'LSTM 2×{hidden}':>20} {lstm:7.3f}   after {seconds:.0f} s on {threads()}")
     print(f"That is {abs(best - lstm):.3f} bits {'less' if lstm < best else 'more'} than the best chain needs.")
 
     prompt = text.encode("The ")

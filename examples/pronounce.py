@@ -162,7 +162,7 @@ def compare(n_words: int, rounds: int) -> list[str]:
     equal = sum(p == q for a, b in pairs for p, q in zip(a, b, strict=False))
     right = sum(spoken in dictionary[word] for word, spoken in zip(words, said["fastseq"], strict=True))
     return [
-        f"{len(words):,} words of cmudict, batches of {BATCH}, {fs.get_num_threads()} thread(s), {rounds} round(s)",
+        f"{len(words):,} words of cmudict, batches of {BATCH}, threads: {fs.get_num_threads()}, rounds: {rounds}",
         f"fastseq    {rates['fastseq']:10,.0f} words/s",
         f"reference  {rates['reference']:10,.0f} words/s   (NumPy, with the threads of its BLAS)",
         f"ratio      {ratio:10.2f}",

@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ BATCH = 256
 LONGEST = 64  # symbols of a word, and of what is said; the dictionary's longest have 28
 BEAMS = 5
 AVERAGED = 5  # of the last epochs
+EVERY = 30.0  # seconds between two lines within an epoch, where they are no terminal's
+CLEAR = "\r\x1b[K"  # a terminal's line is written anew
 
 Phonemes = tuple[str, ...]
 Dictionary = Mapping[str, Sequence[Phonemes]]
@@ -112,11 +115,15 @@ RECIPES = {"transformer": Recipe(transformer, 128, 0.1, 1.5e-3), "gru": Recipe(g
 
 
 class Watch:
-    """Tells of every epoch, and ends the run when its time is over."""
+    """Tells of every epoch and of the way through it, and ends the run when its time is over.
+
+    On a terminal the way is one line that is written over; elsewhere a line now and then.
+    """
 
     def __init__(self, batches: int, minutes: float | None) -> None:
         self.batches, self.minutes = batches, minutes
-        self.begin = self.since = time.perf_counter()
+        self.begin = self.since = self.told = time.perf_counter()
+        self.line = sys.stdout.isatty()
         print(f"{'epoch':>5} {'loss':>8} {'validation':>10} {'rate':>9} {'seconds':>8}", flush=True)
 
     def __call__(self, info: fs.training.StepInfo) -> bool:
@@ -124,12 +131,53 @@ class Watch:
         if info.step % self.batches == 0:
             loss = info.history.loss[-self.batches :].mean()
             validation = info.history.validation_loss[-1]
-            seconds, self.since = now - self.since, now
+            seconds, self.since, self.told = now - self.since, now, now
             print(
-                f"{info.epoch + 1:5} {loss:8.4f} {validation:10.4f} {info.learning_rate:9.2e} {seconds:8.1f}",
+                f"{CLEAR if self.line else ''}{info.epoch + 1:5} {loss:8.4f} {validation:10.4f}"
+                f" {info.learning_rate:9.2e} {seconds:8.1f}",
                 flush=True,
             )
+        elif now - self.told > (0.2 if self.line else EVERY):
+            self.told = now
+            way = (
+                f"in epoch {info.epoch + 1}: step {info.step % self.batches} of {self.batches}, loss {info.loss:.3f},"
+                f" {now - self.since:.0f} s"
+            )
+            print(f"{CLEAR}{way}" if self.line else way, end="" if self.line else "\n", flush=True)
         return self.minutes is not None and now - self.begin > 60 * self.minutes
+
+
+def checkpoints_of(folder: str | None) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return [] if folder is None else sorted(Path(folder).glob("step-*.safetensors"))
+
+
+def say_where_it_begins(options: argparse.Namespace, batches: int) -> None:
+    """Tell what --resume found."""
+    found = checkpoints_of(options.checkpoints)
+    if not found:
+        print(f"--resume: there is no checkpoint in {options.checkpoints}, so training begins\n")
+        return
+    step = int(found[-1].stem.removeprefix("step-"))
+    print(
+        f"--resume: goes on from {found[-1]}, after {step:,} of {batches * options.epochs:,} steps, in epoch"
+        f" {step // batches + 1}\n"
+    )
+
+
+def say_how_it_ended(history: fs.training.History, options: argparse.Namespace, steps: int) -> None:
+    """Tell what became of a run that did not come to its end."""
+    if history.stopped == "epochs":
+        return
+    cause = "Ctrl-C" if history.interrupted else f"--minutes {options.minutes:g}"
+    print(f"\nStopped by {cause} after {len(history):,} of {steps:,} steps.", end=" ")
+    found = checkpoints_of(options.checkpoints)
+    if found:
+        print(f"The checkpoint {found[-1]} was written; the same command with --resume goes on from it.")
+    else:
+        print("Without --checkpoints FOLDER there is nothing that --resume could go on from.")
+    if options.out is not None:
+        print(f"The model as it is now is written to {options.out}.")
 
 
 def train(model: Any, recipe: Recipe, words: Words, options: argparse.Namespace) -> fs.training.History:
@@ -140,6 +188,8 @@ def train(model: Any, recipe: Recipe, words: Words, options: argparse.Namespace)
     rate = recipe.rate if options.rate is None else options.rate
     optimiser = fs.training.AdamW(model, rate, betas=(0.9, 0.98), weight_decay=0.02)
     print(f"{len(sources):,} pronunciations, {batches} steps an epoch, {options.epochs} epochs\n{model!r}\n")
+    if options.resume:
+        say_where_it_begins(options, batches)
     history: fs.training.History = model.fit(
         sources,
         targets,
@@ -157,6 +207,7 @@ def train(model: Any, recipe: Recipe, words: Words, options: argparse.Namespace)
         progress=False,
         seed=options.seed,
     )
+    say_how_it_ended(history, options, steps)
     return history
 
 
@@ -174,7 +225,7 @@ def load_mean(model: Any, states: Sequence[Mapping[str, np.ndarray]]) -> None:
 def average(model: Any, folder: str, words: Dictionary, phonemes: Sequence[str]) -> None:
     """Take the mean of the parameters of the last checkpoints, where that is better than the last ones."""
     last, loss = model.state_dict(), validation_loss(model, words, phonemes)
-    files = sorted(Path(folder).glob("step-*.safetensors"))[-AVERAGED:]
+    files = checkpoints_of(folder)[-AVERAGED:]
     states = [fs.training.load_checkpoint(file)["model"] for file in files]
     load_mean(model, states)
     averaged = validation_loss(model, words, phonemes)

@@ -132,7 +132,7 @@ def draw(path: str, norms: dict[str, np.ndarray], delays: Sequence[int], accurac
     right.legend(frameon=False, fontsize=8, loc=(0.68, 0.16))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -47,6 +47,12 @@ def test_info():
     assert facts["OpenMP"].startswith("yes") == _simd.openmp
 
 
+def test_alone_it_is_help():
+    done = fastseq()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f"\n    {command} " in done.stdout for command in ("info", "demo", "bench"))
+
+
 def test_info_names_the_instruction_set_in_use():
     done = fastseq("info", FASTSEQ_ISA="baseline")
     assert re.search(r"instruction set\s+baseline \(", done.stdout)
@@ -144,6 +150,12 @@ def test_bench_refuses_before_it_measures(arguments, message, capsys, monkeypatc
     said = capsys.readouterr()
     assert (status, said.out) == (2, "")
     assert said.err.count("\n") == 1 and said.err.startswith("fastseq") and message in said.err
+
+
+def test_bench_names_what_no_engine_can_before_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(engines.NEEDS, "torch", ("no_such_module",))
+    assert main(["bench", "--train", "--vs", "torch,openvino"]) == 2
+    assert "not 'openvino'" in capsys.readouterr().err
 
 
 def test_bench_refuses_an_engine_that_is_not_installed(capsys, monkeypatch):

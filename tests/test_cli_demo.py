@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from common import ROOT, run_python
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 import fastseq as fs
 from fastseq import cli
@@ -39,7 +38,8 @@ def tiny(path, kind):
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
         arrays = {name: file.get_tensor(name).astype(np.float16) for name in file.keys()}  # noqa: SIM118
-    save_file(arrays, path, {**metadata, "letters": json.dumps([*LETTERS]), "phonemes": json.dumps(phonemes)})
+    more = {"letters": json.dumps([*LETTERS]), "phonemes": json.dumps(phonemes)}
+    path.write_bytes(fs.io.to_bytes(arrays, metadata | more))
 
 
 @pytest.mark.parametrize("kind", ["transformer", "gru"])
@@ -49,8 +49,30 @@ def test_words_are_pronounced(kind, tmp_path, monkeypatch, capsys):
     assert cli.main(["demo", "Ba", "cat"]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0].startswith("ba:") and any(line.startswith("cat:") for line in lines)
-    assert out.count("both say the same") == 2 and "b a" in out and "c a t" in out
+    assert lines[0] == demo.MAP and any(line.startswith("cat:") for line in lines)
+    assert out.count("fastseq 1.00 s · the same model in NumPy 1.00 s (1.0× slower) · same answer") == 2
+    assert "b a" in out and "c a t" in out
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        (1.6e-3, 55e-3, "fastseq 1.60 ms · the same model in NumPy 55.0 ms (34× slower)"),
+        (0.002, 0.003, "fastseq 2.00 ms · the same model in NumPy 3.00 ms (1.5× slower)"),
+        (0.124, 0.055, "fastseq 124 ms · the same model in NumPy 55.0 ms (2.3× faster)"),
+    ],
+)
+def test_times_are_compared_in_words(ours, theirs, said):
+    assert demo.comparison(ours, theirs) == said
+
+
+def test_a_word_is_timed_more_than_once(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(demo, "SECONDS", 0.0)
+    durations, clock = iter([9.0, 2.0, 5.0]), [0.0]
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: clock[0])
+    assert demo.seconds_of(lambda: clock.__setitem__(0, clock[0] + next(durations))) == 2
+    assert next(durations, None) is None
 
 
 def test_the_map_shows_where_weights_are():
@@ -90,7 +112,7 @@ def test_engines_that_differ_are_a_failure(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(demo.Pronouncer, "say", wrong)
     assert cli.main(["demo", "cab"]) == 1
-    assert "something else" in capsys.readouterr().out
+    assert "ANOTHER ANSWER" in capsys.readouterr().out
 
 
 def test_plot(tmp_path, monkeypatch, capsys):
@@ -124,4 +146,4 @@ class TestWhatShips:
 
     def test_the_command(self):
         out = run_python("from fastseq.cli import main; raise SystemExit(main(['demo', 'cat']))").stdout
-        assert out.startswith("cat: K AE T\n") and "both say the same" in out
+        assert "\ncat: K AE T\n" in out and "slower) · same answer\n" in out and "1,3" in out.splitlines()[-2]

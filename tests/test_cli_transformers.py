@@ -222,6 +222,23 @@ def test_rows_are_drawn():
     assert set(engines.NEEDS) < set(plot.STYLES)
 
 
+@pytest.mark.parametrize("cases", [CASES[:1], CASES[:3]], ids=["one panel", "several"])
+def test_the_whole_title_and_every_name_are_in_the_picture(cases, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed: take the extra 'plot'")
+    drawn = []
+    draw = figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), draw(self, *a, **k)))
+    shown = _report([_row(case, **dict.fromkeys(plot.STYLES, 1e-3)) for case in cases])
+    shown.about |= {"vs": [name for name in plot.STYLES if name != "fastseq"]}
+    shown.about |= {"processor": "AMD EPYC 7571 32-Core Processor of a long name", "instruction_set": "avx512"}
+    plot.roofline(shown, "png")
+    (figure,) = drawn
+    for artist in [figure._suptitle, *figure.legends]:
+        box = artist.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert shown.about["processor"] in figure.get_suptitle().replace("\n", " ")
+
+
 def test_what_an_engine_writes_goes_with_its_process():
     process = worker.Worker("reference", 1)
     try:

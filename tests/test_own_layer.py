@@ -29,7 +29,7 @@ class Scale(fs.Layer):
 
     def backward(self, dy: Any, tape: Any, *, grads: Any = None) -> Any:
         (x,) = self.kept(tape)
-        self.targets(grads)["scale"][...] += (dy * x).sum((0, 1))
+        self.targets(grads)["scale"] += (dy * x).sum((0, 1))
         return dy * self.parameters["scale"]
 
 

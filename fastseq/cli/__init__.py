@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastseq", description="Sequence models on a CPU.")
     parser.add_argument("--version", action="version", version=f"fastseq {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", metavar="command")
 
     commands.add_parser("info", help="what is installed, and what it found on this machine")
 
@@ -95,9 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         The exit status: 0, 1 where something went wrong on the way, 2 where it was asked for wrongly.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     try:
-        if options.command == "info":
+        if options.command is None:
+            parser.print_help()
+            status = 0
+        elif options.command == "info":
             from fastseq.cli import info
 
             info.run()

@@ -86,6 +86,7 @@ def chosen_engines(text: str | None, cases: Sequence[Case]) -> list[str]:
             raise UsageError(
                 f"--vs should name some of {', '.join(able)}, which can do what is asked for, not {name!r}"
             )
+    for name in names:
         missing = lacking(name, cases)
         if missing:
             raise UsageError(f"--vs {name} needs {' and '.join(missing)}, which is not installed")

@@ -15,13 +15,15 @@ import numpy as np
 from fastseq import threads
 from fastseq.checks import Array
 from fastseq.cli import UsageError
+from fastseq.cli.report import counted, duration
 
 MODEL = Path(__file__).parent.parent / "data" / "pronounce.safetensors"
 WORDS = ("fastseq", "recurrent", "attention", "knowledge")
 BLOCKS = " ░▒▓█"
 MOST = 40  # phonemes of a word; the longest of the dictionary has 28
 BEAMS = 5
-SECONDS = 0.2  # that a word is timed for, at most
+CALLS, SECONDS = 3, 0.2  # a word is timed for so many calls, and so long, at least
+MAP = "The map under each word: a column for each letter, a row for each phoneme; the darker, the more it looks there."
 
 
 class Said(NamedTuple):
@@ -98,12 +100,20 @@ def block_map(said: Said) -> list[str]:
 
 def seconds_of(call: Callable[[], Any]) -> float:
     """The shortest of several calls, in seconds."""
-    shortest, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < SECONDS:
+    shortest, calls, began = float("inf"), 0, time.perf_counter()
+    while calls < CALLS or time.perf_counter() - began < SECONDS:
         start = time.perf_counter()
         call()
         shortest = min(shortest, time.perf_counter() - start)
+        calls += 1
     return shortest
+
+
+def comparison(ours: float, theirs: float) -> str:
+    """Both times of a word, and their ratio."""
+    ratio = max(ours, theirs) / min(ours, theirs)
+    said = f"{ratio:.{0 if ratio >= 10 else 1}f}× {'slower' if theirs >= ours else 'faster'}"
+    return f"fastseq {duration(ours)} · the same model in NumPy {duration(theirs)} ({said})"
 
 
 def checked(words: Sequence[str], letters: Sequence[str], longest: int) -> list[str]:
@@ -127,7 +137,15 @@ def draw(said: Sequence[Said], path: str) -> None:
     if first is None:
         raise UsageError("--plot: nothing was said, and there is nothing to draw")
     try:
-        plotting.attention_map(first.weights, first.phonemes, list(first.word), path=path, title=first.word)
+        plotting.attention_map(
+            first.weights,
+            first.phonemes,
+            list(first.word),
+            row_label="phoneme that is said",
+            column_label="letter that is looked at",
+            title=f'Where each phoneme of "{first.word}" looks',
+            path=path,
+        )
     except (ImportError, OSError, ValueError) as error:
         raise UsageError(f"--plot: {error}") from None
 
@@ -141,6 +159,7 @@ def run(options: Namespace) -> int:
     words = checked(options.words or WORDS, fast.letters, longest)
     reference = Pronouncer(MODEL, fastseq.reference)
     said, differ = [], 0
+    print(f"{MAP}\n")
     for word in words:
         phonemes = fast.say(word)
         one = Said(word, phonemes, fast.attention(word, phonemes))
@@ -149,13 +168,14 @@ def run(options: Namespace) -> int:
         ours, theirs = (seconds_of(lambda who=who, word=word: who.say(word)) for who in (fast, reference))  # type: ignore[misc]
         print(f"{word}: {' '.join(phonemes)}\n")
         print("\n".join(f"    {line}" for line in block_map(one)))
-        print(
-            f"\n    {ours * 1e3:.2f} ms, NumPy reference {theirs * 1e3:.1f} ms ({theirs / ours:.0f} times as long);"
-            f" both say {'the same' if equal else 'something else'}\n"
-        )
+        print(f"\n{comparison(ours, theirs)} · {'same answer' if equal else 'ANOTHER ANSWER'}\n", flush=True)
         said.append(one)
-    n_threads = threads.get_num_threads()
-    print(f"{fast.model!r},\ntrained by examples/train_pronounce.py; {BEAMS} beams, {n_threads} thread(s).")
+    size = sum(array.size for array in fast.model.parameters.values())
+    print(
+        f"The model: fs.models.{type(fast.model).__name__} with {size:,} parameters, trained by"
+        f" examples/train_pronounce.py.\n{BEAMS} beams, {counted(threads.get_num_threads(), 'thread')}, the best of"
+        f" several calls."
+    )
     if options.plot is not None:
         draw(said, options.plot)
     return 1 if differ else 0

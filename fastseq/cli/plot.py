@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from fastseq.cli import UsageError
@@ -77,10 +78,13 @@ def roofline(report: Report, file_format: str) -> bytes:
     where = ", ".join(filter(None, [about["processor"], about["instruction_set"], threads, about["dtype"]]))
     trains = {row.case.train for row in report.rows}
     done = "Inference and training" if len(trains) > 1 else "Training" if True in trains else "Inference"
-    figure.suptitle(f"{done} on {where}", color=INK, fontsize=13)
+    # About so many characters of this size stand beside each other.
+    title = fill(f"{done} on {where}", int(9.5 * figure.get_figwidth()))
+    figure.suptitle(title, color=INK, fontsize=13)
     handles, labels = panels[0].get_legend_handles_labels()
+    columns = min(len(labels), 4 * len(groups))
     # They were drawn last first.
-    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=columns, frameon=False)
     figure.draw_without_rendering()  # lays the panels out; only then is it known how steep a slope is
     for label in slopes:
         (x0, y0), (x1, y1) = label.axes.transData.transform([(1, 1), (10, 10)])

@@ -116,11 +116,11 @@ def table(report: Report) -> str:
     about = report.about
     threads = about["threads"]
     lines = [
-        f"fastseq {about['fastseq']}, {about['instruction_set']}, {_count(threads, 'thread')}, float32, "
-        f"{_count(about['rounds'], 'round')}" + (f", {about['processor']}" if about["processor"] else ""),
+        f"fastseq {about['fastseq']}, {about['instruction_set']}, {counted(threads, 'thread')}, float32, "
+        f"{counted(about['rounds'], 'round')}" + (f", {about['processor']}" if about["processor"] else ""),
         "beside " + ", ".join(f"{name} {version}" for name, version in about["versions"].items() if name != "fastseq"),
         "multiply-adds: "
-        + ", ".join(f"{rate / 1e9:.3g} GFLOP/s on {_count(n, 'thread')}" for n, rate in report.peaks.items()),
+        + ", ".join(f"{rate / 1e9:.3g} GFLOP/s on {counted(n, 'thread')}" for n, rate in report.peaks.items()),
         "reading: " + ", ".join(f"{rate / 1e9:.3g} GB/s from {size(n)}" for n, rate in report.reads.items()),
         *about["notes"],
         "",
@@ -155,7 +155,7 @@ def _summary(report: Report) -> list[str]:
     quiet = [row for row in report.rows if not row.disturbed]
     left_out = len(report.rows) - len(quiet)
     if left_out and quiet:
-        lines.append(f"without the {_count(left_out, 'row')} that others disturbed:")
+        lines.append(f"without the {counted(left_out, 'row')} that others disturbed:")
     rows = quiet or report.rows
     others = [engine for engine in report.about["vs"] if engine != GREEDY]
     for engine in others:
@@ -270,5 +270,6 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.3g} {units[0]}"
 
 
-def _count(n: int, noun: str) -> str:
+def counted(n: int, noun: str) -> str:
+    """A number and its noun, in the plural unless it is one."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -133,12 +133,12 @@ def register(cls: Any) -> Any:
 
 def _own_classes(name: str, classes: Any) -> dict[str, Any]:
     """Classes by their names, looked at."""
-    from fastseq.layers.base import Layer
+    import fastseq
 
     if not isinstance(classes, list | tuple):
         raise TypeError(f"{name} should be a list of classes of layers, not {checks.describe(classes)}")
     for cls in classes:
-        if not isinstance(cls, type) or not issubclass(cls, Layer):
+        if not isinstance(cls, type) or not issubclass(cls, fastseq.Layer):
             raise TypeError(f"{name} should hold subclasses of fastseq.Layer, not {checks.describe(cls)}")
         if cls.__name__ in _CLASSES:
             raise ValueError(

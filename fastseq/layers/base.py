@@ -190,9 +190,12 @@ class Layer(metaclass=LayerType):
         """The values that `forward` put on a tape of this layer; another tape is an error."""
         return self._kept(tape)
 
-    def targets(self, grads: Any) -> Mapping[str, Array]:
-        """Where `backward` adds the gradient of each parameter: `grads` of the layer, or the mapping it was given."""
-        return self._targets(grads)
+    def targets(self, grads: Any) -> dict[str, Array]:
+        """Return the arrays by name that `backward` adds gradients to, with ``+=``.
+
+        They are those of `grads` of the layer, or of the mapping that `backward` was given.
+        """
+        return dict(self._targets(grads))
 
     def run(self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None) -> tuple[Array, Any]:
         """Inference of any layer in one form: what a call gives, and the state each row ends in.
