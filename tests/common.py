@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -256,14 +257,26 @@ def threads(n: int) -> Iterator[None]:
 def run_python(
     code: str, *, timeout: float = 120, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own, with `common` importable; the environment is added to ours."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+    """Run a program in a process of its own, with `common` importable; the environment is added to ours.
+
+    What it forked ends with it, also where it fails or takes too long: a child that hangs would hold our pipes open,
+    and a processor busy.
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(
+        command,
         env=child_environment(**environment),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
-    )
+        start_new_session=True,  # a group of its own, by which all of it can be ended
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    result = subprocess.CompletedProcess(command, process.returncode, output, errors)
     if check:
         assert result.returncode == 0, f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result

@@ -5,11 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import ctypes.util
+import fcntl
 import functools
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,34 @@ def test_a_fork_before_use_works() -> None:
     assert os.waitpid(child, 0)[1] == 0
     """
     run_python(code, timeout=60)
+
+
+@pytest.mark.parametrize("parent", ["waits", "fails"])
+def test_a_fork_that_hangs_leaves_nothing_behind(parent: str, tmp_path: Path) -> None:
+    """The tests above end what they started, whatever went wrong in it."""
+    lock = tmp_path / "held by the child"
+    code = f"""
+    import fcntl, os, time
+    held = open({str(lock)!r}, "w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    child = os.fork()
+    if not child:
+        time.sleep(1000)
+    held.close()
+    assert {parent!r} == "waits"
+    os.waitpid(child, 0)
+    """
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_python(code, timeout=5)
+    with open(lock) as free:
+        for _ in range(100):  # it was killed, and may need a moment to be gone
+            try:
+                fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        else:
+            pytest.fail("the child is still there")
 
 
 def test_spawned_workers() -> None:
