@@ -33,6 +33,7 @@ cdef extern from "team.h" nogil:
     void fs_pace_note(fs_pace *pace, long long opened, long long closed, long long late)
     void fs_woke_late(long long now)
     long long fs_barrier_late(fs_barrier *barrier)
+    void fs_barrier_delay(fs_barrier *barrier, long long late)
 
 cdef enum:
     CHUNK_ITEMS = 1 << 20  # items between two looks for Ctrl-C at most: the least of them waits for memory
@@ -75,17 +76,27 @@ cdef inline void run_flushed(team_body body, void *job, int thread, int team, fs
     fs_restore_denormals(before)
 
 
-cdef inline void run_share(
-    team_body body, void *job, int thread, int team, long long opened, fs_barrier *barrier,
-) noexcept nogil:
-    """What one thread of a team does in a region that was opened at some time."""
+# A parallel region: when it was opened, and when the calling thread had done its share and met the others, in ns.
+cdef struct Region:
+    fs_barrier barrier
+    long long opened
+    long long met
+
+
+cdef inline void run_share(team_body body, void *job, int thread, int team, Region *region) noexcept nogil:
+    """What one thread of a team does in a region."""
     cdef long long now = fs_now()
-    if now - opened > FS_LATE:
-        fs_woke_late(now)
-    run_flushed(body, job, thread, team, barrier)
+    if now - region.opened > FS_LATE:
+        if thread:
+            fs_woke_late(now)
+        else:  # the runtime waited for the others to come out of the region before
+            fs_barrier_delay(&region.barrier, now - region.opened)
+    run_flushed(body, job, thread, team, &region.barrier)
     # The runtime's own barrier spins for milliseconds, also where the thread it waits for wants this processor.
     if team > 1:
-        fs_barrier_meet(barrier, team, FS_END_SPIN)
+        fs_barrier_meet(&region.barrier, team, FS_END_SPIN)
+    if thread == 0:
+        region.met = fs_now()
 
 
 cdef void run_team(team_body body, void *job, int threads, int n_threads) noexcept nogil:
@@ -94,22 +105,25 @@ cdef void run_team(team_body body, void *job, int threads, int n_threads) noexce
     `n_threads` is what the call may use. Every region is opened with that many or not at all: the runtime ends and
     starts threads when their number changes.
     """
-    cdef int region = 1
-    cdef long long opened
-    cdef fs_barrier barrier
+    cdef int most = 1
+    cdef long long closed
+    cdef Region region
     if threads > 1 and fs_pace_allows(&pace):
-        region = fs_team_limit(n_threads)
-    threads = min(threads, region)
+        most = fs_team_limit(n_threads)
+    threads = min(threads, most)
     if threads <= 1:
         run_flushed(body, job, 0, 1, NULL)
         return
-    fs_barrier_init(&barrier, fs_pace_patience(&pace))
-    opened = fs_now()
-    with parallel(num_threads=region):
+    fs_barrier_init(&region.barrier, fs_pace_patience(&pace))
+    region.opened = fs_now()
+    with parallel(num_threads=most):
         if threadid() < threads:
-            run_share(body, job, threadid(), min(fs_team_size(), threads), opened, &barrier)
+            run_share(body, job, threadid(), min(fs_team_size(), threads), &region)
+    closed = fs_now()
+    if closed - region.met > FS_LATE:
+        fs_barrier_delay(&region.barrier, closed - region.met)
     if fs_pace_mode_of(&pace) == FS_MEASURED:
-        fs_pace_note(&pace, opened, fs_now(), fs_barrier_late(&barrier))
+        fs_pace_note(&pace, region.opened, closed, fs_barrier_late(&region.barrier))
 
 
 cdef void team_wait(fs_barrier *barrier, int team) noexcept nogil:

@@ -103,10 +103,9 @@ static inline int64_t fs_now(void)
 enum {
     FS_SPIN = 200000,      /* ns; most waits between two steps are far shorter */
     FS_END_SPIN = 500000,  /* ns; at the end of a region, where shares are less even */
-    FS_LATE =
-        1000000, /* ns; a thread that has a processor is not so late, one that has none waits for longer */
+    FS_LATE = 200000,      /* ns; a thread that has a processor is rarely so late */
     FS_RECENT = 100000000, /* ns; what was known of a thread before that is out of date */
-    FS_SPINS = 64, /* pauses between two looks at the clock */
+    FS_SPINS = 64,         /* pauses between two looks at the clock */
 };
 
 /* How often the system took the processor away from this thread; -1 where the system does not say. */
@@ -158,7 +157,7 @@ typedef struct fs_barrier {
     atomic_int dissolved;
     int64_t patience; /* ns */
     _Atomic int64_t late; /* ns */
-    _Atomic int64_t asleep_since; /* ns; the first sleeper of this phase */
+    _Atomic int64_t waiting_since; /* ns; about when the first sleeper of this phase arrived */
     _Atomic int64_t woken_at; /* ns; the last time sleepers were woken */
 } fs_barrier;
 
@@ -170,7 +169,7 @@ static inline void fs_barrier_init(fs_barrier *barrier, int64_t patience)
     atomic_init(&barrier->dissolved, 0);
     barrier->patience = patience;
     atomic_init(&barrier->late, 0);
-    atomic_init(&barrier->asleep_since, 0);
+    atomic_init(&barrier->waiting_since, 0);
     atomic_init(&barrier->woken_at, 0);
 }
 
@@ -192,12 +191,12 @@ static inline int fs_barrier_dissolved(fs_barrier *barrier)
  * Gives this processor up until the phase is over. Where the thread waited for has no processor, this one has to
  * fall idle before the system moves that thread here: yielding would keep both waiting for whole time slices.
  */
-static inline void fs_barrier_sleep(fs_barrier *barrier, int phase)
+static inline void fs_barrier_sleep(fs_barrier *barrier, int phase, int64_t arrived)
 {
 #if defined(__linux__)
     int64_t since = fs_now(), woken;
     if (atomic_load(&barrier->sleepers) == 0)
-        atomic_store_explicit(&barrier->asleep_since, since, memory_order_relaxed);
+        atomic_store_explicit(&barrier->waiting_since, arrived, memory_order_relaxed);
     atomic_fetch_add(&barrier->sleepers, 1);
     syscall(SYS_futex, &barrier->phase, FUTEX_WAIT_PRIVATE, phase, NULL, NULL, 0);
     atomic_fetch_sub(&barrier->sleepers, 1);
@@ -205,17 +204,22 @@ static inline void fs_barrier_sleep(fs_barrier *barrier, int phase)
     if (woken > since && fs_now() - woken > FS_LATE)
         fs_woke_late(fs_now());
 #else
-    (void)barrier, (void)phase;
+    (void)barrier, (void)phase, (void)arrived;
     sched_yield();
 #endif
 }
 
-/* The last thread to arrive says why others sleep: they do for long only where it had no processor. */
+static inline void fs_barrier_delay(fs_barrier *barrier, int64_t late)
+{
+    atomic_fetch_add_explicit(&barrier->late, late, memory_order_relaxed);
+}
+
+/* The last thread to arrive says why others sleep: because it had no processor, or because its share was larger. */
 static inline void fs_barrier_judge(fs_barrier *barrier)
 {
-    int64_t now = fs_now(), asleep = now - atomic_load_explicit(&barrier->asleep_since, memory_order_relaxed);
-    if (asleep > FS_LATE && fs_was_held_up(now))
-        atomic_fetch_add_explicit(&barrier->late, asleep, memory_order_relaxed);
+    int64_t now = fs_now(), waited = now - atomic_load_explicit(&barrier->waiting_since, memory_order_relaxed);
+    if (waited > FS_LATE && fs_was_held_up(now))
+        fs_barrier_delay(barrier, waited);
 }
 
 static inline void fs_barrier_wake(fs_barrier *barrier, int team)
@@ -265,9 +269,11 @@ static inline void fs_barrier_meet(fs_barrier *barrier, int team, int64_t spin)
             fs_barrier_wake(barrier, team);
         return;
     }
-    if (!fs_barrier_spin(barrier, phase, spin))
+    if (!fs_barrier_spin(barrier, phase, spin)) {
+        int64_t arrived = fs_now() - spin;
         while (atomic_load_explicit(&barrier->phase, memory_order_acquire) == phase)
-            fs_barrier_sleep(barrier, phase);
+            fs_barrier_sleep(barrier, phase, arrived);
+    }
 }
 
 /*
