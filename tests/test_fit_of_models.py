@@ -568,3 +568,12 @@ def test_autoregressive_choose_of_padded_and_of_many_short_series(hidden):
     twin = M.AutoRegressive.choose(array, [1, 2, 3], lengths=lengths, **more)
     assert twin.order == chosen.order >= 2
     assert_same_bits(tuple(twin.state_dict().values()), tuple(chosen.state_dict().values()))
+
+
+def test_a_column_is_one_series() -> None:
+    series = np.sin(np.arange(40) / 3)
+    model = fs.models.RecurrentForecaster(1, 6, seed=0)
+    model.fit(series[:, None], epochs=1, progress=False)
+    assert_same_bits(model.forecast(series[:, None], 5), model.forecast(series, 5)[:, None])
+    assert model.log_prob(series[:, None]).shape == model.log_prob(series).shape == (1,)
+    assert_same_bits(model.log_prob(series[:, None]), model.log_prob(series))

@@ -154,3 +154,8 @@ def test_metrics_are_kept_in_checkpoints_and_may_come_and_go(tmp_path: Any) -> N
     assert again.metrics["accuracy"][2] == whole.metrics["accuracy"][2]
     with pytest.raises(TypeError, match="metrics: wrong should return a number"):
         run(1, metrics={"wrong": lambda y, t, lengths=None: y})
+
+
+def test_accuracy_of_one_logit_names_the_metric_for_it() -> None:
+    with pytest.raises(ValueError, match="for one logit a position there is binary_accuracy"):
+        metrics.accuracy(np.zeros((3, 1)), [0, 1, 1])

@@ -201,7 +201,7 @@ def test_a_fork_after_use_works(way: str) -> None:
     check()  # and the parent goes on
     print("whole")
     """
-    result = run_python(code, timeout=60)
+    result = run_python(code, timeout=300)
     assert result.stdout == "whole\n" and "Error" not in result.stderr
 
 
@@ -758,8 +758,8 @@ def test_a_team_that_dissolves_gives_the_same_bits(broken_teams: None) -> None:
                     assert_same_bits(array, expected[1][name], f"{kind}, {batch} rows, {name}")
     encoder = fs.TransformerEncoder(3, 96, 4, 200, seed=1)
     model = fs.models.TransformerLM(20, 96, 4, 2, context=64, seed=2)
-    for batch, time in ((1, 30), (5, 61)):
-        x, lengths = inputs((batch, time, 96)), random_lengths(batch, time)
+    for batch, steps in ((1, 30), (5, 61)):
+        x, lengths = inputs((batch, steps, 96)), random_lengths(batch, steps)
         prompts = [[1, 2, 3]] * batch
         with threads(1):
             expected = encoder(x, lengths=lengths), model.generate(prompts, 40, seed=3)

@@ -537,7 +537,8 @@ def series_of(name: str, value: Any, lengths: Any, dtype: np.dtype[Any], width: 
         alone = False
     else:
         array = _real_values(name, value)
-        if width == 1 and array.ndim == 3:
+        column = array.ndim == 2 and array.shape[1] == 1 < len(array)  # (T, 1): one series, not T of a step
+        if width == 1 and (array.ndim == 3 or (column and lengths is None)):
             axes, form = 2, "(T, 1)"
         if array.ndim not in (axes, axes + 1) or (axes == 2 and array.shape[-1] != width):
             raise ValueError(f"{name} should be of shape (S, {form[1:]} or {form}, or a list, not {array.shape}")

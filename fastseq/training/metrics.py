@@ -43,8 +43,11 @@ def accuracy(outputs: Any, targets: Any, lengths: Any = None, *, ignore_index: i
         NaN where nothing counts.
     """
     scores = _numbers("outputs", outputs)
-    if not scores.ndim or not scores.shape[-1]:
-        raise ValueError(f"outputs should be of shape (..., V) with V at least 1, not {scores.shape}")
+    if not scores.ndim or scores.shape[-1] < 2:
+        raise ValueError(
+            f"outputs should be of shape (..., V) with V at least 2, not {scores.shape};"
+            " for one logit a position there is binary_accuracy"
+        )
     classes = checks.integers("targets", targets)
     if classes.shape != scores.shape[:-1]:
         raise ValueError(f"targets should be of shape {scores.shape[:-1]}, one for each position, not {classes.shape}")
