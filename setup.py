@@ -80,6 +80,8 @@ class Build(build_ext):
         for extension in self.extensions:
             # Generated code has parameters it does not use.
             extension.extra_compile_args = [*flags, *openmp, "-Wno-unused-parameter"]
+            if switch("FASTSEQ_SANITIZE"):
+                extension.extra_compile_args.append("-O1")  # what calls the leaves need not be fast there
             extension.extra_link_args = [*link, *openmp]
             if extension.name == "fastseq._simd":
                 extension.extra_objects = objects

@@ -101,7 +101,7 @@ static inline int64_t fs_now(void)
 }
 
 enum {
-    FS_SPIN = 100000,      /* ns; most waits between two steps are far shorter */
+    FS_SPIN = 200000,      /* ns; most waits between two steps are far shorter */
     FS_END_SPIN = 500000,  /* ns; at the end of a region, where shares are less even */
     FS_LATE =
         1000000, /* ns; a thread that has a processor is not so late, one that has none waits for longer */

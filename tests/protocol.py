@@ -70,11 +70,11 @@ def check_gradients(model, forward, tape_backward, seed=0):
     for name, before in dict(model.parameters).items():
         direction = rng.normal(size=before.shape)
         ends = []
-        for step in (1e-5, -1e-5):
+        for step in (3e-6, -3e-6):
             model.parameters[name] = before + step * direction
             ends.append(forward()[0])
         model.parameters[name] = before
-        slope, wanted = (grads[name] * direction).sum(), (ends[0] - ends[1]) / 2e-5
+        slope, wanted = (grads[name] * direction).sum(), (ends[0] - ends[1]) / 6e-6
         assert abs(slope - wanted) <= 1e-6 * max(abs(wanted), 1e-2), f"{name}: {slope}, by differences {wanted}"
 
 

@@ -80,6 +80,8 @@ LATE = {
     ("fastseq.state", "fastseq.io"),
     # A state of a dtype that the compiled operations do not know is kept as the reference does.
     ("fastseq.state", "fastseq.reference.transformer_operations"),
+    # The loss of that name, where a model has such a dtype.
+    ("fastseq.training", "fastseq.reference"),
 }
 
 
@@ -159,7 +161,7 @@ def test_the_leaves_know_neither_python_nor_threads_nor_memory():
 def test_compiled_modules_import_only_the_leaves():
     for path in (ROOT / "src").glob("*.pyx"):
         for line in re.findall(r"^(?:from|import|cimport) .*fastseq.*$", path.read_text(), re.MULTILINE):
-            assert line == "from fastseq import _simd", path
+            assert line.startswith(("from fastseq import _simd", "from fastseq._parallel cimport ")), path
 
 
 def test_no_flag_lets_the_compiler_change_the_arithmetic():

@@ -123,8 +123,9 @@ def test_figures_stand_before_the_bar_and_none_is_cut(columns: int, monkeypatch:
     workers = threading.active_count()
     history = run()
     assert threading.active_count() == workers
-    frames = [frame for frame in re.split(r"[\r\n]", terminal.getvalue()) if frame.strip()]
-    assert len(frames) > 2 and max(map(len, frames)) <= columns
+    # What is left of a longer frame is overwritten with spaces.
+    frames = [frame.rstrip() for frame in re.split(r"[\r\n]", terminal.getvalue()) if frame.strip()]
+    assert len(frames) > 1 and max(map(len, frames)) <= columns
     last = frames[-1]
     assert "57/57" in last
     figures = last[: re.search(r"[█▏▎▍▌▋▊▉#]", last).start()].strip().split(" · ")  # type: ignore[union-attr]

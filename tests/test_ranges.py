@@ -219,7 +219,9 @@ def both(make: Any, gradients: Any, **settings: Any) -> tuple[Any, Any]:
 def test_a_mean_that_hardly_stays_leaves_nothing(make: Any, betas: tuple[float, float]) -> None:
     gradients = [[1.0, 1e3], [1e-6, -1e-5], [-1e-7, 1e-6], [1e4, 1e4], [1e-6, 1e-6]]
     got, wanted = both(make, gradients, lr=0.01, betas=betas)
-    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-8)
+    # The way is a difference of places, each rounded.
+    rounding = np.finfo("float32").eps * np.abs(np.cumsum(wanted, axis=0)).max(axis=0)
+    assert (np.abs(got - wanted) <= 1e-4 * np.abs(wanted) + rounding + 1e-8).all(), (got, wanted)
 
 
 @pytest.mark.parametrize(
@@ -234,12 +236,15 @@ def test_a_mean_that_hardly_stays_leaves_nothing(make: Any, betas: tuple[float, 
     ],
 )
 def test_a_gradient_too_large_to_be_squared_is_a_step_all_the_same(make: Any, settings: dict[str, Any]) -> None:
+    settings = dict(settings)
     for size in (1e15, 1e19, 1e25, 3e38):
         got, wanted = both(make, [[size, -size, 1.0]], lr=0.01, **settings)
         np.testing.assert_allclose(got, wanted, rtol=1e-4)
         # And it does not stand still for ever.
         got, wanted = both(make, [[size, -size, 1.0]] * 5, lr=0.01, **settings)
         np.testing.assert_allclose(got, wanted, rtol=1e-3)
+    if make is AdamW:
+        settings["weight_decay"] = 0.0  # with this rate it would take the parameters out of range
     for size in (1e-12, 1e-19, 1e-25, 1e-35):
         got, wanted = both(make, [[size, -size, 1.0]] * 3, lr=1e30, **settings)
         np.testing.assert_allclose(got, wanted, rtol=1e-3)

@@ -675,7 +675,7 @@ def test_bad_states(engine):
             ValueError,
             r"state.keys should be of shape \(4, 6, 9\), not \(4, 6, 18\)",
         ),
-        (lambda: fs.Seq2SeqState(h, c, keys), ValueError, "together: projected, lengths is None"),
+        (lambda: fs.Seq2SeqState(h, c, keys), ValueError, "together: projected, lengths are None"),
         (lambda: fs.Seq2SeqState(h[0]), ValueError, "h should be of shape"),
         (lambda: fs.Seq2SeqState(h.astype(int)), TypeError, "h should hold real floating numbers"),
         (lambda: fs.Seq2SeqState(h, c[:2]), ValueError, "should agree in batch and layers"),

@@ -781,7 +781,7 @@ def of_batch(m, **changed):
         (lambda m: m.fit([[0], []], [[0], [1]], steps=1), ValueError, r"sources\[1\] should have at least one symbol"),
         (lambda m: m.fit([[0], [1]], [[0]], steps=1), ValueError, "targets should be a batch of 2, as sources is"),
         (lambda m: m.fit([0, 1], [0, 1], steps=1), ValueError, "sources should be a batch of sequences, not one"),
-        (lambda m: m.fit([[0]], steps=1), (TypeError, ValueError), "data"),
+        (lambda m: m.fit([[0]], steps=1), (TypeError, ValueError), "targets should be given"),
         (lambda m: m.fit([[0]], [[0]], steps=1, batch_size=0), ValueError, "batch_size should be at least 1"),
         (lambda m: m.fit([[0]], [[0]], steps=1, sampling=1.5), ValueError, "sampling should be at most 1"),
         (lambda m: m.fit([[0]], [[0]], steps=1, sampling=-1), ValueError, "sampling should be at least 0"),
