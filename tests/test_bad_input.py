@@ -92,7 +92,7 @@ def test_flags(argument: str, name: str, module: Any) -> None:
             for value in ("", "f4,(", "(", {"names": ["a"]}, {}, "\0", "f" * 9999)
         ),
     ],
-    ids=lambda value: repr(value)[:40] if not isinstance(value, tuple | type) else "",
+    ids=lambda value: repr(value).split(" at 0x")[0][:40] if not isinstance(value, tuple | type) else "",
 )
 def test_settings(argument: str, value: Any, error: Any, name: str, module: Any) -> None:
     with pytest.raises(error, match=named(argument)):
