@@ -498,3 +498,17 @@ def test_one_series_of_several_values() -> None:
 def test_bad_windows(arguments: dict[str, Any], error: type[Exception], name: str) -> None:
     with pytest.raises(error, match=name):
         Windows(**{"series": [1.0, 2.0, 3.0, 4.0], "steps": 2, "batch_size": 2, **arguments})
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("kind", ["sequences", "pairs"])
+def test_all_of_an_epoch_is_sorted(kind: str, shuffle: bool) -> None:
+    """There is as little padding in the last of many buckets as in the first."""
+    lengths = np.random.default_rng(0).integers(1, 100, 2000)
+    sequences = [np.zeros(n, np.int64) for n in lengths]
+    if kind == "pairs":
+        data: Any = PairedBatches(sequences, sequences, batch_size=8, seed=1, shuffle=shuffle)
+    else:
+        data = PaddedBatches(sequences, batch_size=8, seed=1, shuffle=shuffle)
+    padding = [1 - batch.lengths.sum() / batch.inputs.size for batch in data.batches(0)]
+    assert len(padding) == 250 and np.mean(padding) < 0.1

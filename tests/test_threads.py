@@ -11,9 +11,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -242,7 +242,7 @@ def test_a_fork_that_hangs_leaves_nothing_behind(parent: str, tmp_path: Path) ->
                 fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                time.sleep(0.1)
+                sleep(0.1)
         else:
             pytest.fail("the child is still there")
 
