@@ -17,7 +17,9 @@ from fastseq import _simd
 def test_every_isa(isa: str) -> None:
     if isa not in _simd.available:
         pytest.skip(f"this machine lacks {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "every_isa"]
+    # The NumPy engine knows no instruction set.
+    compiled = "not (-reference] or [reference- or [reference])"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "every_isa", "-k", compiled]
     result = subprocess.run(
         [*command, str(Path(__file__).parent)],
         env=child_environment(FASTSEQ_ISA=isa),
