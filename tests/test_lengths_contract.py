@@ -910,7 +910,9 @@ def _metric(root: Any, dtype: str, name: str) -> Case:
 
 
 def markov(root: Any, dtype: str) -> Any:
-    return root.models.MarkovChain(SYMBOLS, 2).fit(ids((40, 30, 9), SYMBOLS, 8))
+    model = root.models.MarkovChain(SYMBOLS, 2)
+    model.fit(ids((40, 30, 9), SYMBOLS, 8))
+    return model
 
 
 LANGUAGE: dict[str, Callable[[Any, str], Any]] = {
@@ -1148,7 +1150,9 @@ def _forecaster_fitted(root: Any, dtype: str, name: str) -> Case:
 
 
 def linear(root: Any, dtype: str, **settings: Any) -> Any:
-    return root.models.AutoRegressive(2, dtype=dtype, **settings).fit(series((30,), "float64", 7))
+    model = root.models.AutoRegressive(2, dtype=dtype, **settings)
+    model.fit(series((30,), "float64", 7))
+    return model
 
 
 def perceptron(root: Any, dtype: str) -> Any:
