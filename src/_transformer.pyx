@@ -16,8 +16,8 @@ from libc.string cimport memcpy, memset
 from decoder cimport FS_AGAIN, FS_DONE, FS_FULL, FS_NO_MEMORY, fs_decoder
 from leaves cimport FS_GELU, FS_GELU_TANH, FS_PAGE, FS_RELU, fs_leaves, fs_page, fs_weights
 from pages cimport (
-    fs_page_kind, fs_page_layer, fs_table, fs_table_clear, fs_table_extend, fs_table_first, fs_table_reserve,
-    fs_table_roll, fs_table_share,
+    fs_lines_new, fs_page_kind, fs_page_layer, fs_table, fs_table_clear, fs_table_extend, fs_table_first,
+    fs_table_reserve, fs_table_roll, fs_table_share,
 )
 from stack cimport Cursor, Layer, Mask, Norm, Plan, Task, plan_free, plan_make, walk_some
 
@@ -26,9 +26,6 @@ import numpy as np
 from fastseq import _simd
 
 cnp.import_array()
-
-cdef extern from "stdlib.h" nogil:
-    void *aligned_alloc(size_t alignment, size_t size)
 
 cdef dict ACTIVATIONS = {"relu": FS_RELU, "gelu": FS_GELU, "gelu_tanh": FS_GELU_TANH}
 
@@ -678,7 +675,7 @@ cdef class Decoder:
         Pages pages not None, Pages memory, int64_t most, prefill, int n_threads,
     ):
         cdef Stack stack = Stack(blocks, final_norm)
-        cdef Decoding *d = <Decoding *> aligned_alloc(64, sizeof(Decoding))
+        cdef Decoding *d = <Decoding *> fs_lines_new(sizeof(Decoding))
         if d == NULL:
             raise MemoryError("a decoder")
         memset(d, 0, sizeof(Decoding))

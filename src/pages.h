@@ -33,11 +33,16 @@ static inline ptrdiff_t fs_page_layer(const fs_page_kind *kind)
     return 2 * FS_PAGE * kind->width * kind->kv_heads;
 }
 
+/* Whole cache lines of memory, for free; NULL without memory. aligned_alloc wants a size of whole lines. */
+static inline void *fs_lines_new(size_t n_bytes)
+{
+    return aligned_alloc(64, (n_bytes + 63) / 64 * 64);
+}
+
 static inline fs_page *fs_page_new(const fs_page_kind *kind)
 {
     const size_t reals = (size_t)(kind->layers * fs_page_layer(kind));
-    fs_page *page =
-        aligned_alloc(64, FS_PAGE_HEADER + (reals * (size_t)kind->leaves->item_size + 63) / 64 * 64);
+    fs_page *page = fs_lines_new(FS_PAGE_HEADER + reals * (size_t)kind->leaves->item_size);
     if (page)
         *page = (fs_page){.owners = 1};
     return page;

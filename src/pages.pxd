@@ -18,6 +18,7 @@ cdef extern from "pages.h" nogil:
         ptrdiff_t room
         int64_t length
 
+    void *fs_lines_new(size_t n_bytes)
     ptrdiff_t fs_page_layer(const fs_page_kind *kind)
     void fs_table_clear(fs_table *table)
     int fs_table_share(fs_table *table, const fs_table *other, int64_t length)
