@@ -70,7 +70,7 @@ class Build(build_ext):
         if switch("FASTSEQ_DEBUG"):
             flags += ["-Og", "-g"]  # without any optimisation the leaves do not compile: they must be inlined
         if switch("FASTSEQ_SANITIZE"):
-            flags += SANITIZE
+            flags += [*SANITIZE, "-O1"]  # more takes GCC many minutes, for the widest leaves
             link += SANITIZE
         if switch("FASTSEQ_COVERAGE"):
             flags += ["--coverage"]
@@ -80,8 +80,6 @@ class Build(build_ext):
         for extension in self.extensions:
             # Generated code has parameters it does not use.
             extension.extra_compile_args = [*flags, *openmp, "-Wno-unused-parameter"]
-            if switch("FASTSEQ_SANITIZE"):
-                extension.extra_compile_args.append("-O1")  # what calls the leaves need not be fast there
             extension.extra_link_args = [*link, *openmp]
             if extension.name == "fastseq._simd":
                 extension.extra_objects = objects
@@ -107,7 +105,7 @@ class Build(build_ext):
     def leaves(self, flags: list[str]) -> list[str]:
         """Compile the leaves, side by side, except those that an earlier build left as they would be now."""
         if switch("FASTSEQ_SANITIZE"):
-            # Python's own -fwrapv hides overflow from the sanitizer, and GCC then takes minutes for the widest leaves.
+            # Python's own -fwrapv would hide overflow from the sanitizer.
             flags = [*flags, "-fno-wrapv"]
         files = {"src/simd/find.c": flags}
         for name, set_flags in SETS.items():

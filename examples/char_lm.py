@@ -99,10 +99,11 @@ def draw(path: str, bits: dict[str, list[float]], lstm: float, history: fs.train
     )
     left.legend(frameon=False, fontsize=8)
     best = min(min(values) for values in bits.values())
-    seconds = np.cumsum(history.seconds)[history.validation_step - 1]
-    right.plot(seconds, history.validation_loss / np.log(2), "o-", color="black", markersize=3, label="LSTM")
+    right.plot(
+        history.validation_step, history.validation_loss / np.log(2), "o-", color="black", markersize=3, label="LSTM"
+    )
     right.axhline(best, color="C3", linestyle="--", label="best Markov chain")
-    right.set(xlabel="seconds of training", title="The LSTM as it learns")
+    right.set(xlabel="steps of training, of 1,024 characters each", title="The LSTM as it learns")
     right.tick_params(labelleft=True)
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
