@@ -13,8 +13,9 @@ import math
 import operator
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -42,7 +43,7 @@ def short_traceback(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except (TypeError, ValueError, OverflowError, OSError) as error:
-            if not sys._getframe(1).f_code.co_filename.startswith(_PACKAGE):
+            if not is_of_package(sys._getframe(1)):
                 error.__traceback__ = _shortened(error.__traceback__)
             raise  # of an error with this traceback; a `raise` without an argument adds no frame to it
 
@@ -61,9 +62,22 @@ def _shortened(whole: TracebackType | None) -> TracebackType | None:
         return steps[0]
     result = None
     for step in reversed(steps):
-        if not step.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        if not is_of_package(step.tb_frame):
             result = TracebackType(result, step.tb_frame, step.tb_lasti, step.tb_lineno)
     return result
+
+
+def is_of_package(frame: FrameType) -> bool:
+    """Whether it is code of this package that runs there."""
+    return frame.f_code.co_filename.startswith(_PACKAGE)
+
+
+def warn(message: str) -> None:
+    """Warn of what is allowed and can hardly be meant, at the line of the caller of this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and is_of_package(frame):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def are(names: Iterable[str], what: str) -> list[str]:

@@ -168,7 +168,10 @@ def over_softmax_cross_entropy(
     smoothing = checks.number("label_smoothing", label_smoothing, least=0)
     if smoothing > 1:
         raise ValueError(f"label_smoothing should be in [0, 1], not {checks.describe(label_smoothing)}")
-    given = checks.integers("targets", targets)
+    given = checks.as_array("targets", targets)
+    if given.shape != x.shape[:-1] or given.dtype.kind not in "iu":
+        _check_classes(given, x.shape)
+    given = checks.integers("targets", given)
     if given.shape != x.shape[:-1]:
         raise ValueError(f"targets should be of shape {x.shape[:-1]}, one for each row of logits, not {given.shape}")
     counted = None
@@ -188,6 +191,18 @@ def over_softmax_cross_entropy(
         x.reshape(-1, x.shape[-1]), classes.reshape(-1), count, smoothing, threads.get_num_threads()
     )
     return loss, gradient.reshape(x.shape)
+
+
+def _check_classes(array: Array, shape: tuple[int, ...]) -> None:
+    """Refuse labels in forms that other libraries have, saying how they become classes."""
+    if array.shape == shape and array.dtype.kind in "iufb" and shape[-1] > 1:
+        raise ValueError(
+            f"targets should be of shape {shape[:-1]}, one class for each row of logits, not {array.shape};"
+            " labels.argmax(-1) makes classes of one-hot labels"
+        )
+    if array.size and array.dtype.kind in "fb":
+        what = "booleans" if array.dtype.kind == "b" else "real numbers"
+        raise TypeError(f"targets should hold integers, not {array.dtype}; targets.astype(int) makes them of {what}")
 
 
 def over_elements(

@@ -21,6 +21,7 @@ FLOORS = [
     ["fastseq.version", "fastseq._simd", "fastseq._parallel"],
     [
         "fastseq.checks",
+        "fastseq.elsewhere",
         "fastseq._recurrent",
         "fastseq._dense",
         "fastseq._losses",

@@ -124,6 +124,7 @@ def test_losses_by_name_of_other_dtypes() -> None:
         ({"validation_data": 1}, "validation_data: here it is validation$"),
         ({"early_stopping": 1}, "early_stopping: here it is patience"),
         ({"epoch": 1}, r"epoch: did you mean epochs\?"),
+        ({"shuffle": True}, r"shuffle: every epoch has an order of its own; .*shuffle=False\) has one"),
         ({"Callback": 1}, r"Callback: did you mean callbacks\?"),
         ({"xyzzy": 1, "random_state": 2}, "xyzzy; and no random_state: here it is seed; its arguments are loss, optim"),
     ],
@@ -141,13 +142,6 @@ def test_unknown_arguments_are_refused_with_ours(unknown: Any, said: str) -> Non
 def test_arguments_of_the_models_own_fit_are_known() -> None:
     with pytest.raises(TypeError, match=r"chunks: did you mean chunk\?"):
         fs.models.RecurrentLM(5, 4, 6).fit(np.arange(100) % 5, chunks=3)
-
-
-def test_usual_names_are_not_ours_and_lead_to_ours() -> None:
-    import inspect
-
-    ours = inspect.signature(fit).parameters
-    assert set(arguments.ELSEWHERE.values()) <= set(ours) and not set(arguments.ELSEWHERE) & set(ours)
 
 
 # Data
@@ -771,3 +765,138 @@ def test_names_agree_with_their_number() -> None:
     with pytest.raises(ValueError, match=": weight and bias are missing; a, b and c are unknown$"):
         layer.load_state_dict({"a": 1.0, "b": 1.0, "c": 1.0})
     assert checks.are([], "missing") == []
+
+
+# Data, targets and names as other libraries have them
+
+
+def classifier(*more: Any) -> Any:
+    return fs.Sequential(fs.GRU(4, 3, seed=0), fs.LastStep(), *more)
+
+
+ROWS = np.random.default_rng(0).normal(size=(12, 5, 4)).astype("float32")
+CLASSES = np.arange(12) % 3
+TUPLE = r"a tuple \(x, y\)"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ((ROWS, CLASSES), TypeError, r"data should be one argument, a tuple \(x, y\): fit\(model, \(x, y\)\)"),
+        (([ROWS, CLASSES],), TypeError, TUPLE),
+        ((zip(ROWS, CLASSES, strict=True),), TypeError, f"not zip .*{TUPLE}"),
+        ((ROWS,), TypeError, TUPLE),
+        (((ROWS, np.eye(3)[CLASSES]),), ValueError, r"targets\[0\] .* labels.argmax\(-1\) makes classes of one-hot"),
+        (((ROWS[:, :3], np.eye(3, dtype=int)[CLASSES]),), ValueError, r"targets should .* labels.argmax\(-1\) makes"),
+        (((ROWS, CLASSES == 1),), TypeError, r"data: y should .*y.astype\(int\) makes them of booleans"),
+        (((ROWS, CLASSES.astype(float)),), TypeError, r"targets.astype\(int\) makes them of real numbers"),
+        (
+            (((9 * ROWS).astype(int), CLASSES),),
+            TypeError,
+            r'x should .* 4 values, not int64; x.astype\("float32"\)',
+        ),
+        (((ROWS[..., 0], CLASSES),), ValueError, r"data: x should have values \(T, I\).* give x\[..., None\]"),
+        (((list(ROWS[..., 0]), CLASSES),), ValueError, r"of a list \[row\[:, None\] for row in x\]"),
+    ],
+)
+def test_what_is_given_elsewhere_is_told_how(given: Any, error: Any, said: str) -> None:
+    model = classifier()
+    before = parameters(model)
+    with pytest.raises(error, match=said):
+        quiet(model, *given, loss="cross_entropy", epochs=1)
+    assert all(a is b for a, b in zip(before, parameters(model), strict=True))
+
+
+def test_validation_is_looked_at_like_data() -> None:
+    with pytest.raises(ValueError, match=r"validation: x should have values \(T, I\)"):
+        quiet(classifier(), (ROWS, CLASSES), validation=(ROWS[..., 0], CLASSES), loss="cross_entropy")
+
+
+def test_data_of_torch() -> None:
+    Dataset = type("TensorDataset", (), {"__module__": "torch.utils.data.dataset", "__len__": lambda self: 3})
+    with pytest.raises(TypeError, match=r"tuple \(x, y\).*tuple\(part.numpy\(\) for part in dataset.tensors\)"):
+        quiet(classifier(), Dataset(), loss="cross_entropy")
+
+
+def test_labels_of_every_step_may_not_be_one_hot() -> None:
+    model = fs.Sequential(fs.GRU(4, 3))
+    with pytest.raises(ValueError, match=r"one class for each row of logits, not \(12, 5, 3\); labels.argmax"):
+        quiet(model, (ROWS, np.zeros((12, 5, 3), "float32")), loss="cross_entropy")
+
+
+@pytest.mark.parametrize("split", [None, 0.4])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_what_is_not_finite_is_found(value: float, split: Any) -> None:
+    """In what was given, whatever the order of the batches and what was held out."""
+    x, y = ROWS.copy(), CLASSES.astype("float32")
+    places = {"x[4][3, 2]": (x, (4, 3, 2)), "y[7]": (y, 7)}
+    for place, (array, at) in places.items():
+        kept, array[at] = array[at], value
+        model = fs.Sequential(fs.GRU(4, 1, seed=0), fs.LastStep())
+        with pytest.raises(fs.training.DivergenceError) as caught:
+            for seed in range(20):  # some runs hold the row out
+                quiet(model, (x, y), loss="mse", epochs=1, batch_size=4, validation_split=split, seed=seed)
+        assert str(caught.value).endswith(f"the parameters are unchanged; data: {place} is {value}")
+        array[at] = kept
+    x[4, 3, 2] = value
+    with pytest.raises(fs.training.DivergenceError, match=r"; inputs\[0, 3, 2\] of the batch is"):
+        quiet(fs.GRU(4, 1), [Batch(x[4:], y[4:, None, None] * np.ones((8, 5, 1)))], loss="mse")
+    with pytest.raises(fs.training.DivergenceError, match=r"; sequences\[4\]\[3, 2\] is"):
+        quiet(fs.GRU(4, 4), PaddedBatches(x, x, batch_size=12), loss="mse")
+
+
+def test_a_run_that_diverges_by_itself_names_no_data() -> None:
+    model = fs.Sequential(fs.GRU(4, 1), fs.LastStep())
+    with pytest.raises(fs.training.DivergenceError, match="the parameters are unchanged$"):
+        quiet(model, (ROWS, CLASSES), loss=lambda y, t: (math.nan, np.zeros_like(y)))
+
+
+@pytest.mark.parametrize(
+    ("short", "ours"), [("mse", "mean_squared_error"), ("MSE", "mean_squared_error"), ("ce", "cross_entropy")]
+)
+def test_short_names_of_losses(short: str, ours: str) -> None:
+    assert arguments.loss_of(short, np.dtype("float32"))[1:] == arguments.loss_of(ours, np.dtype("float32"))[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("bce", "'binary_cross_entropy' is nearest, whose outputs are logits"),
+        ("nll", "'cross_entropy' is nearest, whose outputs are logits: leave out the last softmax"),
+        ("sparse_categorical_crossentropy", "'cross_entropy' is nearest, whose outputs are logits"),
+        ("CategoricalCrossentropy", r"labels.argmax\(-1\)"),
+        ("mae", "'huber' is nearest"),
+        ("l1", "'huber' is nearest"),
+    ],
+)
+def test_losses_of_another_meaning_lead_to_ours(name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"loss should be one of 'cross_entropy', .*{said}"):
+        quiet(classifier(), (ROWS, CLASSES), loss=name)
+
+
+def test_short_names_of_metrics() -> None:
+    given = {"epochs": 1, "validation_split": 0.5}
+    for metrics in ("accuracy", "acc", ["acc"]):
+        history = quiet(classifier(), (ROWS, CLASSES), loss="cross_entropy", metrics=metrics, **given)
+        assert list(history.metrics) == ["accuracy"]
+    model = fs.Sequential(fs.GRU(4, 1), fs.LastStep())
+    history = quiet(model, (ROWS, CLASSES), loss="mse", metrics=["mse", "mae"], **given)
+    assert list(history.metrics) == ["mean_squared_error", "mean_absolute_error"]
+    with pytest.raises(ValueError, match="validation should be given with metrics, or validation_split, a share"):
+        quiet(classifier(), (ROWS, CLASSES), loss="cross_entropy", metrics="accuracy")
+
+
+@pytest.mark.parametrize(
+    ("last", "loss"),
+    [
+        (fs.Softmax, "cross_entropy"),
+        (lambda: fs.Sequential(fs.Softmax()), fs.losses.softmax_cross_entropy),
+        (fs.Sigmoid, "binary_cross_entropy"),
+    ],
+)
+def test_losses_of_logits_warn_of_what_are_none(last: Any, loss: Any) -> None:
+    model = fs.Sequential(fs.GRU(4, 3 if last is not fs.Sigmoid else 1), fs.LastStep(), last())
+    y = CLASSES if last is not fs.Sigmoid else CLASSES % 2
+    with pytest.warns(UserWarning, match="model should end in logits with the loss .*leave that layer out") as warned:
+        quiet(model, (ROWS, y), loss=loss, epochs=1)
+    assert len(warned) == 1

@@ -577,3 +577,45 @@ def test_a_column_is_one_series() -> None:
     assert_same_bits(model.forecast(series[:, None], 5), model.forecast(series, 5)[:, None])
     assert model.log_prob(series[:, None]).shape == model.log_prob(series).shape == (1,)
     assert_same_bits(model.log_prob(series[:, None]), model.log_prob(series))
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "name"),
+    [
+        (lambda: M.RecurrentLM(5, 4, 6), random_ids(5, 40, 0), "data"),
+        (lambda: M.TransformerLM(5, 4, 2, 1, context=8), random_ids(5, 40, 0), "data"),
+        (lambda: M.MarkovChain(5), random_ids(5, 40, 0), "sequences"),
+        (lambda: M.RecurrentForecaster(1, 4), waves(1, 40)[0], "series"),
+        (lambda: M.RecurrentForecaster(1, 4), waves(3, 40).T[:, :1], "series"),
+        (lambda: M.AutoRegressive(2), waves(1, 40)[0], "series"),
+    ],
+)
+def test_targets_are_no_lengths(make, data, name):
+    """A model that makes the targets itself says so, of arrays and of lists."""
+    said = rf"lengths should be .*, not targets: the model makes these itself.*, as in fit\({name}\)"
+    for given in ((data[:-1], data[1:]), (list(data[:-1]), list(data[1:])), ([data[:-1]], [data[1:]])):
+        with pytest.raises(ValueError, match=said):
+            make().fit(*given)
+
+
+def test_lengths_are_no_targets():
+    M.MarkovChain(5).fit([[1, 2], [3, 0]], [2, 1])
+    M.MarkovChain(5).fit([3], [1])
+    M.RecurrentForecaster(1, 4).fit(waves(2, 9), np.array([9, 7]), epochs=1, **QUIET)
+
+
+def test_rows_with_an_axis_of_one_value_are_series():
+    """A list of (T, 1) is what a list of (T,) is, and what comes out has the axis, too."""
+    rows = [waves(1, 30)[0], waves(1, 21, seed=1)[0]]
+    models = [M.RecurrentForecaster(1, 4, seed=0) for _ in range(2)]
+    columns = [row[:, None] for row in rows]
+    losses = [model.fit(given, epochs=2, **QUIET).loss for model, given in zip(models, (rows, columns), strict=True)]
+    assert_same_bits(*losses)
+    one, other = models[0].forecast(rows, 3), models[0].forecast(columns, 3)
+    assert other.shape == (2, 3, 1)
+    assert_same_bits(one, other[..., 0])
+    assert_same_bits(models[0](rows), models[0](columns)[..., 0])
+    assert_same_bits(models[0].log_prob(rows), models[0].log_prob(columns))
+    for mixed in ([rows[0], columns[1]], [columns[0], waves(2, 9).T]):
+        with pytest.raises(ValueError, match=r"series\[\d\] should be of shape"):
+            models[0].forecast(mixed, 3)

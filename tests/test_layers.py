@@ -653,3 +653,58 @@ def test_a_reference_layer_of_a_dtype_that_files_cannot_hold(tmp_path: Path) -> 
     assert fs.reference.load(tmp_path / "half").dtype == "float16"
     with pytest.raises(ValueError, match="half"):
         fs.load(tmp_path / "half")
+
+
+@BOTH
+@pytest.mark.parametrize("prefix", ["module.", "lstm.", "model.encoder."])
+def test_a_prefix_of_all_names_is_told(prefix: str, module: Any) -> None:
+    """The message holds an expression that works."""
+    for layer in (module.LSTM(3, 4, seed=0), module.Sequential(module.LSTM(3, 4, seed=0), module.Linear(4, 2, seed=1))):
+        others = {"head.weight": np.zeros(3)}
+        for more in ({}, others):
+            mapping = {**{f"{prefix}{name}": array for name, array in layer.state_dict().items()}, **more}
+            with pytest.raises(ValueError, match=f"without the prefix {prefix!r} the names fit") as caught:
+                layer.load_state_dict(mapping)
+            expression = str(caught.value).rpartition("give ")[2]
+            assert ("startswith" in expression) == bool(more)
+            layer.load_state_dict(eval(expression, {"mapping": mapping}))
+    with pytest.raises(ValueError, match="missing") as caught:
+        module.Linear(3, 4).load_state_dict({"a.weight": np.zeros((4, 3)), "b.bias": np.zeros(4)})
+    assert "prefix" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        (".pt", r"layer.load_state_dict\(torch.load\(path, weights_only=True\)\)"),
+        (".PTH", r"layer.load_state_dict\(torch.load\(path, weights_only=True\)\)"),
+        (".onnx", "initializers by the names of its parameters"),
+        (".h5", "arrays by the names of its parameters"),
+        (".keras", "arrays by the names of its parameters"),
+    ],
+)
+def test_files_of_other_libraries(ending: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{ending}"
+    path.write_bytes(b"PK\x03\x04" + bytes(1000))
+    with pytest.raises(ValueError, match=f"is not a whole safetensors file: .*{said}"):
+        fs.load(path)
+    with pytest.raises(FileNotFoundError):
+        fs.load(tmp_path / f"another{ending}")
+
+
+@BOTH
+def test_dropout_between_layers_of_which_there_is_one(module: Any, tmp_path: Path) -> None:
+    """A warning at the line that asks for it; none where a model, a copy or a file makes such a layer."""
+    models = fs.models if module is fs else module.models
+    said = "dropout should be 0 where num_layers is 1: .* 0.3 drops nothing"
+    for cls in (module.LSTM, module.GRU, module.RNN, models.RecurrentForecaster):
+        with pytest.warns(UserWarning, match=said) as warned:
+            layer = cls(3, 4, dropout=0.3)
+        assert [one.filename for one in warned] == [__file__]
+        layer.save(tmp_path / "layer")
+        for other in (pickle.loads(pickle.dumps(layer)), copy.copy(layer), module.load(tmp_path / "layer")):
+            assert other.dropout == 0.3
+        cls(3, 4, 2, dropout=0.3)
+        cls(3, 4)
+    models.RecurrentLM(5, 4, 3, dropout=0.3)
+    models.Seq2Seq(5, 4, 3, 3, dropout=0.3)

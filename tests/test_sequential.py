@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -309,3 +310,151 @@ def test_what_each_layer_declares(module: Any) -> None:
         assert "would see nothing of the chunks before" in layer.unstreamable()
     assert "bidirectional" in module.Sequential(module.Linear(2, 2), both).unstreamable()
     assert "one output" in _models(module).TransformerEncoderModel(9, 2, 1, 1).unstreamable()
+
+
+@BOTH
+def test_neighbours_have_to_fit(module: Any) -> None:
+    """Where both say how wide their vectors are, whatever stands between them that keeps the width."""
+    lstm, linear = module.LSTM(8, 32), module.Linear(16, 3)
+    said = r"layers\[1\] should take vectors of 32, which layers\[0\], LSTM\(input_size=8, hidden_size=32\), gives, but"
+    with pytest.raises(ValueError, match=said + r" Linear\(in_features=16, out_features=3\) takes vectors of 16"):
+        module.Sequential(lstm, linear)
+    between = (module.Dropout(0.1), module.ReLU(), module.Softmax(), module.LayerNorm(32), module.LastStep())
+    with pytest.raises(ValueError, match=r"layers\[6\] .* layers\[0\], LSTM"):
+        module.Sequential(lstm, *between, linear)
+    for one in (module.GRU(16, 8), module.LayerNorm(16), module.RMSNorm(16), module.LearnedPositions(9, 16)):
+        with pytest.raises(ValueError, match="takes vectors of 16"):
+            module.Sequential(lstm, one)
+    for one in (module.MultiheadAttention(16, 2), module.TransformerEncoder(1, 16, 2), module.Sequential(linear)):
+        with pytest.raises(ValueError, match="takes vectors of 16"):
+            module.Sequential(module.Sequential(lstm, module.ReLU()), one)
+    both = module.LSTM(8, 8, bidirectional=True)
+    assert len(module.Sequential(module.Embedding(5, 8), both, module.SinusoidalPositions(16), linear)) == 4
+
+    class Halves(Own):
+        def __call__(self, x: Any, *, lengths: Any = None) -> Any:
+            return x[..., ::2]
+
+    class Wide(module.Linear):
+        def __call__(self, x: Any) -> Any:
+            return super().__call__(x)[..., :1].repeat(16, axis=-1)
+
+    fs.Sequential(fs.LSTM(8, 32, **F64), Halves(), fs.Linear(16, 3, **F64))  # what says nothing is not judged
+    module.Sequential(lstm, Wide(32, 5), module.Linear(16, 3))
+
+
+@BOTH
+def test_errors_say_of_which_layer_they_are(module: Any) -> None:
+    model = module.Sequential(module.ReLU(), module.Sequential(module.GRU(4, 4), module.Linear(4, 3)))
+    for verb in (model, model.run, model.forward, model.forward_carrying, lambda x: model.step(x[:, 0])):
+        with pytest.raises(
+            ValueError, match=r"^layers\[1\], a Sequential: layers\[0\], a GRU: x\w* should be of shape"
+        ):
+            verb(np.zeros((2, 3, 5), "f4"))
+        with pytest.raises(TypeError, match=r"^layers\[0\], a ReLU: x should hold real"):
+            verb(np.zeros((2, 3, 4), int))
+
+
+@BOTH
+def test_steps_are_the_call(module: Any) -> None:
+    """In bits: one step after another, from any state, and with states that a run returned."""
+    layers = [
+        module.Embedding(11, 4, seed=1),
+        module.Dropout(0.5),
+        module.LSTM(4, 5, 2, seed=2),
+        module.Sequential(module.LayerNorm(5), module.Linear(5, 4, seed=3), module.GRU(4, 6, seed=4), module.ReLU()),
+        module.Linear(6, 3, seed=5),
+        module.Softmax(),
+    ]
+    model = module.Sequential(*layers)
+    ids = np.random.default_rng(0).integers(0, 11, (3, 9))
+    whole, end = model.run(ids)
+    for start in (None, model.initial_state(3)):
+        state, steps = start, []
+        for t in range(9):
+            y, state = model.step(ids[:, t], state)
+            steps.append(y)
+        assert_same_bits(np.stack(steps, axis=1), whole)
+        assert state == end
+    _, middle = model.run(ids[:, :5])
+    before = pickle.dumps(middle)
+    y, after = model.step(ids[:, 5], middle)
+    assert_same_bits(y, whole[:, 5])
+    assert after == model.run(ids[:, :6])[1] and pickle.dumps(middle) == before
+    assert_same_bits(model.run(ids[:, 6:], after)[0], whole[:, 6:])
+    y, state = model.step(ids[:0, 0])
+    assert y.shape == (0, 3) and state[2].h.shape[0] == 0
+
+
+@BOTH
+def test_steps_of_layers_without_a_state(module: Any) -> None:
+    model = module.Sequential(module.Linear(3, 4, seed=1), module.Tanh(), module.Linear(4, 2, seed=2))
+    x = np.random.default_rng(0).normal(size=(5, 7, 3)).astype("f4")
+    y, state = model.step(x[:, 2])
+    assert state is None and model.initial_state(5) is None
+    assert_same_bits(y, model(x)[:, 2])
+
+
+def test_steps_of_a_layer_of_ones_own() -> None:
+    """A pointwise one sees x (B, 1, ...), a state one (B, 1, ...) and its state."""
+    seen = Own("pointwise", 1.0)
+    model = fs.Sequential(seen, fs.GRU(2, 2, **F64))
+    model.step(np.zeros((3, 2)))
+    assert seen.seen[0][0].shape == (3, 1, 2)
+
+    class Sum(fs.Layer):
+        time, carries_state = "sequence", True
+
+        def __init__(self) -> None:
+            super().__init__(dtype="float64")
+
+        def __call__(self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None) -> Any:
+            y = np.cumsum(x, axis=1) + (0 if state is None else state[:, None])
+            return y, y[:, -1]
+
+        def initial_state(self, batch_size: int) -> Any:
+            return np.zeros((batch_size, 2))
+
+    total = fs.Sequential(Sum(), fs.Linear(2, 2, seed=1, **F64))
+    x = np.arange(12.0).reshape(1, 6, 2)
+    state = total.initial_state(1)
+    for t in range(6):
+        y, state = total.step(x[:, t], state)
+        assert_same_bits(y, total(x)[:, t])
+
+
+@BOTH
+def test_what_cannot_step(module: Any) -> None:
+    x = np.zeros((2, 4), "f4")
+    for layer, why in (
+        (module.GRU(4, 4, bidirectional=True), "is bidirectional"),
+        (module.LastStep(), "gives one output for all steps"),
+        (module.MultiheadAttention(4, 2), "carries no state"),
+        (module.TransformerEncoder(1, 4, 2), "carries no state"),
+        (module.SinusoidalPositions(4), "has to know where a step stands"),
+        (module.RotaryPositions(4), "has to know where a step stands"),
+    ):
+        kind = type(layer).__name__
+        with pytest.raises(ValueError, match=rf"step needs layers .* but layers\[1\]: {kind}\(.* {why}"):
+            module.Sequential(module.Linear(4, 4), layer).step(x)
+        with pytest.raises(ValueError, match=rf"layers\[0\]: layers\[0\]: {kind}\("):
+            module.Sequential(module.Sequential(layer)).step(x)
+    model = module.Sequential(module.Linear(4, 4), module.GRU(4, 4))
+    for value, error, said in (
+        (x[0, 0], ValueError, "x_t should be of shape"),
+        (x[:, :3], ValueError, r"layers\[0\], a Linear: x should be of shape \(..., 4\)"),
+        (x.astype(int), TypeError, "should hold real floating numbers"),
+        ("x", ValueError, "x_t should be of shape"),
+    ):
+        with pytest.raises(error, match=said):
+            model.step(value)
+    for state in (model.initial_state(2)[1], (None,), 3):
+        with pytest.raises(ValueError, match="state should be a tuple of 2"):
+            model.step(x, state)
+    with pytest.raises(ValueError, match=r"state.h should be of shape \(2, 1, 4\)"):
+        model.step(x, model.initial_state(3))
+
+
+def test_a_list_of_layers() -> None:
+    with pytest.raises(TypeError, match=r"layers\[0\] should be a layer, not list .*; layers are given one by one"):
+        fs.Sequential([fs.Linear(3, 3)])  # type: ignore[arg-type]

@@ -251,7 +251,7 @@ def load_into(path: str | os.PathLike[str], namespace: ModuleType, classes: Any 
                     raise ValueError(f"path: {name!r} is damaged: {key} is {file.get_slice(key).get_dtype()}")
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"path: {name!r} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"path: {name!r} is not a whole safetensors file: {error}{_foreign(name)}") from None
     try:
         if class_name in _STATES:
             return getattr(namespace, class_name)(**arrays)
@@ -260,6 +260,29 @@ def load_into(path: str | os.PathLike[str], namespace: ModuleType, classes: Any 
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"path: {name!r} is damaged: {error}") from None
     return layer
+
+
+_OF_TORCH = (
+    "PyTorch's files hold state dicts: make the layer, then layer.load_state_dict(torch.load(path, weights_only=True))"
+)
+_OF_KERAS = "of Keras' files this package reads none: give layer.load_state_dict arrays by the names of its parameters"
+_FOREIGN = {
+    ".pt": _OF_TORCH,
+    ".pth": _OF_TORCH,
+    ".bin": _OF_TORCH,
+    ".ckpt": _OF_TORCH,
+    ".onnx": "of ONNX files this package reads none: give layer.load_state_dict their initializers by the names of its"
+    " parameters",
+    ".h5": _OF_KERAS,
+    ".keras": _OF_KERAS,
+    ".npz": "make the layer, then layer.load_state_dict(numpy.load(path))",
+}
+
+
+def _foreign(path: str) -> str:
+    """What to do with a file of another library, told by how its name ends."""
+    hint = _FOREIGN.get(os.path.splitext(path)[1].lower())
+    return "" if hint is None else f"; {hint}"
 
 
 def _made(class_name: str, config: Mapping[str, Any], namespace: ModuleType, own: Mapping[str, Any]) -> Any:

@@ -20,6 +20,9 @@ class Elementwise(Layer):
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _kind: str
 
+    def _width_after(self, width: int | None) -> int | None:
+        return width
+
     def _start(self, kind: str, dtype: Any, **more: Any) -> None:
         self._kind = kind
         self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
@@ -192,6 +195,9 @@ class Softmax(Layer):
         self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
         self._config = {"dtype": self.dtype.name}
         self._arrays = {}
+
+    def _width_after(self, width: int | None) -> int | None:
+        return width
 
     def __call__(self, x: Any) -> Array:
         """The softmax of the last axis.

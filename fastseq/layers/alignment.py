@@ -46,6 +46,8 @@ class Alignment(Layer):
     _dense: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
 
+    _naming: ClassVar[tuple[str, ...]] = ("__call__", "forward")
+
     query_size: int
     key_size: int
 

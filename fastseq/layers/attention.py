@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _attention, _dense, checks, threads
+from fastseq import _attention, _dense, checks, elsewhere, threads
 from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Layer, Tape, mask_seed
 from fastseq.layers.positions import turns
@@ -35,6 +35,7 @@ class AttentionTape:
         return f"<tape of attention with outputs of shape {self._shape}>"
 
 
+@elsewhere.naming
 def attention(
     q: Any,
     k: Any,
@@ -325,6 +326,8 @@ class MultiheadAttention(Layer):
     _dense: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
 
+    _naming: ClassVar[tuple[str, ...]] = ("__call__", "forward")
+
     embed_dim: int
     num_heads: int
     kdim: int
@@ -417,6 +420,9 @@ class MultiheadAttention(Layer):
         return arrays
 
     def _gives(self) -> int:
+        return self.embed_dim
+
+    def _takes(self) -> int:
         return self.embed_dim
 
     def _row_counts(self) -> list[int]:

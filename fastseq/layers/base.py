@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from fastseq import checks, io
+from fastseq import checks, elsewhere, io
 from fastseq.checks import Array
 from fastseq.layers.rows import cleared
 
@@ -85,17 +86,29 @@ class Tape:
         return f"<tape of {self._layer!r}>"
 
 
+def _is_ours(cls: type[Any]) -> bool:
+    """Whether a class is of this package."""
+    return cls.__module__.partition(".")[0] == "fastseq"
+
+
 class LayerType(type):
     """The type of layer classes: it says when a layer is made, and its attributes are fixed."""
 
     def __call__(cls: type[L], *args: Any, **settings: Any) -> L:  # type: ignore[misc]
         """Make a layer."""
-        layer: L = super().__call__(*args, **settings)  # type: ignore[misc]
+        try:
+            layer: L = super().__call__(*args, **settings)  # type: ignore[misc]
+        except TypeError:
+            elsewhere.refuse_unknown(cls.__name__, cls, settings)
+            raise
         if "_config" not in layer.__dict__:
             raise TypeError(
                 f"{cls.__name__}.__init__ should call super().__init__ with the settings that make such a layer"
             )
         layer._freeze()
+        advice = layer._advice()
+        if advice is not None and not checks.is_of_package(sys._getframe(1)):  # a model knows what it makes
+            checks.warn(advice)
         return layer
 
     @property
@@ -137,6 +150,10 @@ class Layer(metaclass=LayerType):
     time: str = POINTWISE
     carries_state: bool = False
 
+    # Verbs that say of an argument they do not have what it is called here. Calls of few microseconds are not among
+    # them: it takes a call more.
+    _naming: ClassVar[tuple[str, ...]] = ()
+
     dtype: np.dtype[Any]
     _config: dict[str, Any]
     _frozen: bool = False
@@ -147,6 +164,13 @@ class Layer(metaclass=LayerType):
     # weights are, keeps the dict it was made from and is stale when that is no longer this one.
     _arrays: Mapping[str, Array]
     _gradients: dict[str, Array] | None = None  # made when first asked for: inference never does
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if _is_ours(cls):
+            for verb in cls._naming:
+                if verb in cls.__dict__:
+                    setattr(cls, verb, elsewhere.naming(cls.__dict__[verb]))
 
     def __init__(self, *, dtype: Any = "float32", **config: Any) -> None:
         self.dtype = checks.real_dtype("dtype", dtype, None)
@@ -280,6 +304,15 @@ class Layer(metaclass=LayerType):
             return f"{self._making()} carries no state, and would see nothing of the chunks before"
         return None
 
+    def _stepless(self) -> str | None:
+        """Why a call on one step after another, with the state carried, is not the call on all; None where it is."""
+        return self.unstreamable()
+
+    def _step_on(self, x_t: Array, state: Any) -> tuple[Array, Any]:
+        """One step (B, ...) more, of a layer that `_stepless` says nothing against; what a call gives for it."""
+        y, state = self.run(x_t[:, None], state)
+        return y[:, 0], state
+
     def _check_no_state(self, state: Any, resets: Any) -> None:
         for name, value in (("state", state), ("resets", resets)):
             if value is not None:
@@ -309,6 +342,10 @@ class Layer(metaclass=LayerType):
             )
         return cleared(y, lengths)
 
+    def _advice(self) -> str | None:
+        """What can hardly be meant of the settings, and is allowed, to warn of it; None where there is nothing."""
+        return None
+
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
         """Parameters to start from: PyTorch's default."""
         return {}
@@ -324,7 +361,7 @@ class Layer(metaclass=LayerType):
                 raise AttributeError(f'{name} is a parameter: set it by layer.parameters["{name}"] = ...')
             if hasattr(self, name):
                 raise AttributeError(f"{name} is fixed once a {kind} is made")
-            if type(self).__module__.partition(".")[0] == "fastseq":  # a class of your own may have what it likes
+            if _is_ours(type(self)):  # a class of your own may have what it likes
                 raise AttributeError(f"{name} is no attribute of a {kind}, and cannot become one")
         super().__setattr__(name, value)
 
@@ -415,7 +452,8 @@ class Layer(metaclass=LayerType):
             if array.shape != wanted[name].shape
         ]
         if faults:
-            hint = self._recognise({name: getattr(value, "shape", ()) for name, value in given.items()})
+            hint = _without_prefix(given, wanted)
+            hint = hint or self._recognise({name: getattr(value, "shape", ()) for name, value in given.items()})
             raise ValueError(f"mapping does not fit {self!r}: {'; '.join(faults)}{hint}")
         self._replace(arrays)
 
@@ -482,6 +520,14 @@ class Layer(metaclass=LayerType):
         """The size of an output vector, where the layer says it; None: that of its inputs, or not known."""
         return None
 
+    def _takes(self) -> int | None:
+        """The size of the vectors it takes, where the layer says it; None: any, or not known."""
+        return None
+
+    def _width_after(self, width: int | None) -> int | None:
+        """The size of an output vector, given that of the inputs; None where it is not known."""
+        return self._gives()
+
     def _output_form(self, timed: bool, width: int | None = None) -> str:
         """The shape of outputs, as far as it is known; whether inputs have an axis of time."""
         width = self._gives() or width
@@ -491,6 +537,8 @@ class Layer(metaclass=LayerType):
 
 class Composite(Layer):
     """A layer made of layers: its parameters and gradients are theirs, named ``<child>.<name>``."""
+
+    _naming: ClassVar[tuple[str, ...]] = ("__call__", "forward", "generate", "stream", "forecast", "log_prob")
 
     _children: dict[str, Layer]
     _by_own_rule: ClassVar[tuple[str, ...]] = ()  # children that start as they do whatever `initialise` is asked for
@@ -524,6 +572,21 @@ class Composite(Layer):
             return dict.fromkeys(self._children)
         targets = self._targets(grads)
         return {child: _under(child, targets) for child in self._children}
+
+
+def _without_prefix(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """How to take what is before the names that are wanted off those of a state dict, if that is what is wrong."""
+    some = next(iter(wanted), None)
+    found = [name[: -len(some)] for name in given if name.endswith(some)] if some else []
+    for prefix in (one for one in found if one):
+        own = [name for name in given if name.startswith(prefix)]
+        if {name[len(prefix) :] for name in own} == wanted.keys():
+            only = "" if len(own) == len(given) else f" if name.startswith({prefix!r})"
+            return (
+                f"; without the prefix {prefix!r} the names fit: give"
+                f" {{name.removeprefix({prefix!r}): array for name, array in mapping.items(){only}}}"
+            )
+    return ""
 
 
 def _shortened(text: str, width: int) -> str:

@@ -41,6 +41,9 @@ class Dropout(Layer):
         self._config = {"p": self.p, "dtype": self.dtype.name}
         self._arrays = {}
 
+    def _width_after(self, width: int | None) -> int | None:
+        return width
+
     def __call__(self, x: Any) -> Array:
         """x, as it is: inference drops nothing.
 

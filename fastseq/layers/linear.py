@@ -71,6 +71,9 @@ class Linear(Layer):
     def _gives(self) -> int:
         return self.out_features
 
+    def _takes(self) -> int:
+        return self.in_features
+
     def _weights(self) -> Any:
         """The weights as the operations want them."""
         arrays, packed = self._arrays, self._packed

@@ -69,6 +69,12 @@ class LayerNorm(Layer):
         self._arrays = {}
         self._replace(self._initial(np.random.default_rng()))
 
+    def _takes(self) -> int | None:
+        return self.normalized_shape[-1]
+
+    def _width_after(self, width: int | None) -> int | None:
+        return width
+
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
         if not self.elementwise_affine:
             return {}
@@ -195,6 +201,12 @@ class RMSNorm(Layer):
         self._features = len(self.normalized_shape)
         self._arrays = {}
         self._replace(self._initial(np.random.default_rng()))
+
+    def _takes(self) -> int | None:
+        return self.normalized_shape[-1]
+
+    def _width_after(self, width: int | None) -> int | None:
+        return width
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
         return {"weight": np.ones(self.normalized_shape)} if self.elementwise_affine else {}

@@ -27,6 +27,9 @@ class Pooling(Layer):
         self._config = {"dtype": self.dtype.name}
         self._arrays = {}
 
+    def _width_after(self, width: int | None) -> int | None:
+        return width
+
     def __call__(self, x: Any, *, lengths: Any = None) -> Array:
         """One output for each row.
 

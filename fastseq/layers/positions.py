@@ -77,6 +77,15 @@ class Positions(Layer):
     _width: tuple[int, ...]  # of the last axis: what it may be, or nothing where that is looked at elsewhere
     _most: int | None = None  # positions, if there is a limit
 
+    def _takes(self) -> int | None:
+        return self._width[0] if self._width else None
+
+    def _width_after(self, width: int | None) -> int | None:
+        return width
+
+    def _stepless(self) -> str:
+        return f"{self._making()} has to know where a step stands, and one step alone is at position 0"
+
     def _given(self, x: Any, positions: Any) -> tuple[Array, Array]:
         """x, and the position of each of its vectors: (T,), or (B, T)."""
         x = checks.real_array("x", x, self.dtype)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import numpy as np
 
-from fastseq import _dense, _recurrent, checks, threads
+from fastseq import _dense, _recurrent, checks, elsewhere, threads
 from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Layer, Tape, mask_seed
 from fastseq.state import LSTMState, State, adopt
@@ -96,12 +96,18 @@ class Recurrent(Layer):
         self._arrays = {}
         self._replace(self._initial(np.random.default_rng(self.seed)))
 
+    def _advice(self) -> str | None:
+        return advice_on_dropout(self.dropout, self.num_layers)
+
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
         bound = 1 / np.sqrt(self.hidden_size)
         return {name: rng.uniform(-bound, bound, shape) for name, shape in self._parameter_shapes().items()}
 
     def _gives(self) -> int:
         return self._directions * self._output_size
+
+    def _takes(self) -> int:
+        return self.input_size
 
     def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         rows, outputs = self._gates * self.hidden_size, self._output_size
@@ -195,8 +201,16 @@ class Recurrent(Layer):
         self, x: Any, state: Any = ..., *, lengths: Any = ..., resets: Any = ..., return_gates: Literal[True]
     ) -> tuple[Array, State, dict[str, Array]]: ...
 
+    @elsewhere.hiding_unknown
     def __call__(
-        self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, return_gates: Any = False
+        self,
+        x: Any,
+        state: Any = None,
+        *,
+        lengths: Any = None,
+        resets: Any = None,
+        return_gates: Any = False,
+        **unknown: Any,
     ) -> Any:
         """Run whole sequences; inference.
 
@@ -230,6 +244,8 @@ class Recurrent(Layer):
         TypeError, ValueError
             Naming the argument, what it was and what it should be.
         """
+        if unknown:
+            elsewhere.refuse_unknown(f"a call of {type(self).__name__}", type(self).__call__, unknown)
         cells = self._cells()
         if isinstance(x, list | tuple):
             x, lengths = checks.ragged("x", x, lengths)
@@ -454,6 +470,9 @@ class Recurrent(Layer):
         y, h, c = self._operations.step(cells, x_t, h, c, out, threads.get_num_threads())
         return y, adopt(h, c)
 
+    def _step_on(self, x_t: Array, state: Any) -> tuple[Array, State]:
+        return self.step(x_t, state)
+
     def _check_step(self, x_t: Any, state: Any, out: Any) -> tuple[Array, Array, Array | None]:
         """The arguments of a step as the operations want them; what is wrong with them, if anything."""
         if self.bidirectional:
@@ -490,6 +509,16 @@ class Recurrent(Layer):
         settings += ["bias=False"] if "bias_ih_l0" not in shapes else []
         settings += ["bidirectional=True"] if "weight_hh_l0_reverse" in shapes else []
         return f"; it looks like the state dict of {kind}({', '.join(settings)})"
+
+
+def advice_on_dropout(dropout: float, num_layers: int) -> str | None:
+    """What to say of dropout between layers where there is one layer."""
+    if not dropout or num_layers > 1:
+        return None
+    return (
+        f"dropout should be 0 where num_layers is 1: it drops what goes from one layer to the next, so that"
+        f" {dropout:g} drops nothing"
+    )
 
 
 def _state_of(h: Array, c: Array | None) -> State:

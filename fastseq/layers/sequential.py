@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastseq import checks
@@ -26,7 +26,8 @@ class Sequential(Composite):
     Parameters
     ----------
     *layers : layers
-        At least one, no one twice, all of one dtype. After one that pools, only such as take each row by itself.
+        At least one, no one twice, all of one dtype; each takes vectors of the size that the one before it gives, as
+        far as both say it. After one that pools, only such as take each row by itself.
     """
 
     def __init__(self, *layers: Layer) -> None:
@@ -35,7 +36,7 @@ class Sequential(Composite):
         pooled = None
         for place, layer in enumerate(layers):
             if not isinstance(layer, Layer):
-                raise TypeError(f"layers[{place}] should be a layer, not {checks.describe(layer)}")
+                raise TypeError(f"layers[{place}] should be a layer, not {_not_a_layer(layer)}")
             if layer.dtype != layers[0].dtype:
                 raise ValueError(
                     f"layers should be of one dtype, not {layers[0].dtype} and, layers[{place}], {layer.dtype}"
@@ -52,6 +53,7 @@ class Sequential(Composite):
         twice = next((part for place, part in enumerate(parts) if any(part is other for other in parts[:place])), None)
         if twice is not None:
             raise ValueError(f"layers should hold every layer once, but {twice!r} is there twice")
+        _check_widths(layers)
         self.dtype = layers[0].dtype
         self._children = {str(place): layer for place, layer in enumerate(layers)}
         self._config = {"layers": [{"class": type(layer).__name__, "config": layer._config} for layer in layers]}
@@ -125,11 +127,60 @@ class Sequential(Composite):
         states = self._states(state, resets)
         ends = []
         x, lengths = self._opened(x, lengths)
-        for layer, start in zip(self, states, strict=True):
-            x, end = layer.run(x, start, lengths=lengths, resets=resets if layer.carries_state else None)
+        for place, (layer, start) in enumerate(zip(self, states, strict=True)):
+            try:
+                x, end = layer.run(x, start, lengths=lengths, resets=resets if layer.carries_state else None)
+            except (TypeError, ValueError) as error:
+                _locate(error, place, layer)
+                raise
             x, lengths = self._passed_on(layer, x, lengths)
             ends.append(end)
         return x, (tuple(ends) if self.carries_state else None)
+
+    def step(self, x_t: Any, state: Any = None) -> tuple[Array, Any]:
+        """Run one time step, for streams; the bits are those of a call over all steps.
+
+        Parameters
+        ----------
+        x_t : array of shape (B, I), or (B,) of ids
+            What the first layer takes at this step.
+        state : tuple, optional
+            What the step before, `run` or `initial_state` returned; zeros by default.
+
+        Returns
+        -------
+        y_t : ndarray of shape (B, ...)
+            What the last layer gives at this step.
+        state : tuple, or None
+            To be given to the next step, as `run` returns it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be. Also where a layer has to see all steps: one that
+            pools or is bidirectional, attention, or positions.
+        """
+        lost = self._stepless()
+        if lost is not None:
+            raise ValueError(f"step needs layers that can go on by one step, but {lost}")
+        x_t = checks.as_array("x_t", x_t)
+        if not x_t.ndim:
+            raise ValueError("x_t should be of shape (B, ...), one step of each row, not ()")
+        ends = []
+        for place, (layer, start) in enumerate(zip(self, self._states(state, None), strict=True)):
+            try:
+                x_t, end = layer._step_on(x_t, start)
+            except (TypeError, ValueError) as error:
+                _locate(error, place, layer)
+                raise
+            ends.append(end)
+        return x_t, (tuple(ends) if self.carries_state else None)
+
+    def _step_on(self, x_t: Array, state: Any) -> tuple[Array, Any]:
+        return self.step(x_t, state)
+
+    def _stepless(self) -> str | None:
+        return next((f"layers[{n}]: {why}" for n, part in enumerate(self) if (why := part._stepless())), None)
 
     def forward(
         self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, seed: int | None = None
@@ -163,7 +214,13 @@ class Sequential(Composite):
         x, lengths = self._opened(x, lengths)
         for place, (layer, start) in enumerate(zip(self, states, strict=True)):
             own = resets if layer.carries_state else None
-            x, end, tape = layer.forward_carrying(x, start, lengths=lengths, resets=own, seed=child_seed(seed, place))
+            try:
+                x, end, tape = layer.forward_carrying(
+                    x, start, lengths=lengths, resets=own, seed=child_seed(seed, place)
+                )
+            except (TypeError, ValueError) as error:
+                _locate(error, place, layer)
+                raise
             kept.append((tape, lengths))
             x, lengths = self._passed_on(layer, x, lengths)
             ends.append(end)
@@ -286,8 +343,51 @@ class Sequential(Composite):
             timed = timed and layer.time != POOLING
         return rows
 
+    def _takes(self) -> int | None:
+        first = self[0]
+        return first._takes() if _declares_widths(first) else None
+
+    def _width_after(self, width: int | None) -> int | None:
+        for layer in self:
+            width = layer._width_after(width) if _declares_widths(layer) else None
+        return width
+
     def _gives(self) -> int | None:
         return next((width for layer in reversed(self.layers) if (width := layer._gives()) is not None), None)
+
+
+def _not_a_layer(value: object) -> str:
+    """What something is that should be a layer; of a list of them how they are given."""
+    hint = "; layers are given one by one: Sequential(*layers)" if isinstance(value, list | tuple) else ""
+    return f"{checks.describe(value)}{hint}"
+
+
+def _check_widths(layers: Sequence[Layer]) -> None:
+    """Refuse a layer that takes vectors of another size than those it would be given, where both are known."""
+    width, source = None, 0  # of what comes from the layer before, and which layer made it so
+    for place, layer in enumerate(layers):
+        if not _declares_widths(layer):
+            width = None
+            continue
+        takes = layer._takes()
+        if None not in (width, takes) and takes != width:
+            raise ValueError(
+                f"layers[{place}] should take vectors of {width}, which layers[{source}], {layers[source]._brief()},"
+                f" gives, but {layer._brief()} takes vectors of {takes}"
+            )
+        width, source = layer._width_after(width), place if layer._gives() is not None else source
+
+
+def _declares_widths(layer: Layer) -> bool:
+    """Whether what a layer says of its sizes is true: one of ours does, unless somebody gave it a call of their own."""
+    call: Any = type(layer).__call__
+    return str(call.__module__).partition(".")[0] == "fastseq"
+
+
+def _locate(error: Exception, place: int, layer: Layer) -> None:
+    """Say in an error of which layer it is."""
+    if len(error.args) == 1 and isinstance(error.args[0], str):
+        error.args = (f"layers[{place}], a {type(layer).__name__}: {error.args[0]}",)
 
 
 def _parts(layer: Layer) -> Iterator[Layer]:

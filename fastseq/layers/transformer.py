@@ -132,6 +132,9 @@ class Stack(Composite):
     def _gives(self) -> int:
         return self.d_model
 
+    def _takes(self) -> int:
+        return self.d_model
+
     def _norm_layer(self) -> Layer:
         """A norm of the kind that was asked for."""
         eps, dtype = self.layer_norm_eps, self.dtype

@@ -21,6 +21,7 @@ from fastseq.models.base import (
     held_out,
     is_data,
     last_part,
+    no_targets,
     row_sums,
     series_of,
 )
@@ -198,6 +199,7 @@ class AutoRegressive(ScaledModel):
         History
             Of a linear model one step: its loss is the mean negative log-density of a value, in nats.
         """
+        no_targets("series", series, lengths)
         first = self.order if hold_back is None else checks.size("hold_back", hold_back, self.order)
         if self.hidden is None:
             others = {"batch_size": batch_size, "validation_split": validation_split}

@@ -194,6 +194,27 @@ def padded_pair(value: Any) -> tuple[Any, Any]:
     return value, None
 
 
+def _shape(value: Any) -> tuple[int, ...]:
+    """The shape of an array, or of a list of numbers; () of anything else."""
+    return (len(value),) if isinstance(value, list | tuple) else tuple(getattr(value, "shape", ()))
+
+
+def no_targets(name: str, value: Any, lengths: Any) -> None:
+    """Refuse targets in the place of lengths: a model that goes on from what it is given makes them itself."""
+    if lengths is None or is_data(value):
+        return
+    if is_list_of_rows(value) or is_list_of_rows(lengths):
+        targets = is_list_of_rows(lengths)
+    else:
+        shape = _shape(value)
+        targets = shape not in ((), (1,)) and _shape(lengths) == shape
+    if targets:
+        raise ValueError(
+            "lengths should be the number of real steps of each row, not targets: the model makes these itself, each"
+            f" step being the target of the one before; give all steps alone, as in fit({name})"
+        )
+
+
 def held_out(count: int, share: Any, seed: int | None) -> tuple[Array, Array]:
     """Which of `count` sequences a model learns from, and which it is validated on: a share of them, at least one."""
     known = checks.seed("seed", seed)
@@ -526,6 +547,8 @@ def series_of(name: str, value: Any, lengths: Any, dtype: np.dtype[Any], width: 
     wide = np.result_type(dtype, np.float64)
     if lengths is None and is_list_of_rows(value):
         given = [_real_values(f"{name}[{i}]", row) for i, row in enumerate(value)]
+        if width == 1 and all(row.ndim == 2 for row in given):
+            axes, form = 2, "(T, 1)"
         for i, row in enumerate(given):
             if row.ndim != axes or (axes == 2 and row.shape[1] != width):
                 raise ValueError(f"{name}[{i}] should be of shape {form}, not {row.shape}")

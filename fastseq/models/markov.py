@@ -10,7 +10,7 @@ import numpy as np
 
 from fastseq import _markov, checks
 from fastseq.checks import Array
-from fastseq.models.base import SymbolModel, Symbols, ids_array, sums, symbols
+from fastseq.models.base import SymbolModel, Symbols, ids_array, no_targets, sums, symbols
 from fastseq.models.decoding import Decoder
 from fastseq.training import History
 
@@ -102,6 +102,7 @@ class MarkovChain(SymbolModel):
         History
             Of one step: its loss is the mean of -log P of a symbol that was counted, in nats.
         """
+        no_targets("sequences", sequences, lengths)
         begin = time.perf_counter()
         given = symbols("sequences", sequences, lengths, self.vocab_size)
         columns = _columns(given, self.order, self.vocab_size)

@@ -11,6 +11,7 @@ import numpy as np
 from fastseq import _recurrent_decoder, checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
+from fastseq.layers.recurrent import advice_on_dropout
 from fastseq.models.base import (
     BATCH_SIZE,
     ScaledModel,
@@ -24,6 +25,7 @@ from fastseq.models.base import (
     is_data,
     last_part,
     log_softmax_at,
+    no_targets,
     padded_pair,
     real_steps,
     series_of,
@@ -453,6 +455,7 @@ class RecurrentLM(SymbolModel):
         -------
         History
         """
+        no_targets("data", data, lengths)
         if is_data(data):
             batched_already(lengths=lengths, batch_size=batch_size, chunk=chunk, validation_split=validation_split)
         else:
@@ -609,6 +612,9 @@ class RecurrentForecaster(ScaledModel):
         )
         self._recurrent: Any = self._children["recurrent"]
         self._output: Any = self._children["output"]
+
+    def _advice(self) -> str | None:
+        return advice_on_dropout(self.dropout, self.num_layers)
 
     @property
     def sigma2(self) -> Array:  # noqa: D102  see the class
@@ -777,6 +783,7 @@ class RecurrentForecaster(ScaledModel):
         -------
         History
         """
+        no_targets("series", series, lengths)
         given = self._given("series", series, lengths)
         given.check_finite("series")
         settings["seed"] = seed

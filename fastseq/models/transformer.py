@@ -28,6 +28,7 @@ from fastseq.models.base import (
     is_data,
     is_list_of_rows,
     log_softmax_at,
+    no_targets,
     padded_pair,
     real_steps,
     sums,
@@ -581,6 +582,7 @@ class TransformerLM(SymbolModel):
         -------
         History
         """
+        no_targets("data", data, lengths)
         steps = self.context if chunk is None else checks.size("chunk", chunk, 1)
         if steps > self.context:
             raise ValueError(f"chunk should be at most context={self.context}, not {steps}")

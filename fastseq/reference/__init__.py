@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any, ClassVar
 
-from fastseq import layers
+from fastseq import elsewhere, layers
 from fastseq.checks import Array
 from fastseq.io import load_into, register
 from fastseq.layers import attention as _layers_attention
@@ -258,6 +258,7 @@ class Sequential(layers.Sequential):  # noqa: D101
 _ENGINE: Engine = (attention_operations, None)
 
 
+@elsewhere.naming
 def attention(  # noqa: D103
     q: Any,
     k: Any,

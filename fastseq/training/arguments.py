@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import checks, losses
+from fastseq import checks, elsewhere, losses
 from fastseq.checks import Array
 from fastseq.layers.base import Layer
-from fastseq.training import data as datasets
 from fastseq.training import metrics as known_metrics
 from fastseq.training.data import Batch, PaddedBatches
 from fastseq.training.optimisers import SGD, Adam, AdamW, Optimiser, RMSProp
@@ -21,97 +20,36 @@ BATCH_SIZE = 32
 
 OPTIMISERS = {"sgd": SGD, "rmsprop": RMSProp, "adam": Adam, "adamw": AdamW}
 
-# The usual names of other libraries, and ours.
-ELSEWHERE = {
-    "learning_rate": "lr",
-    "eta": "lr",
-    "n_epochs": "epochs",
-    "num_epochs": "epochs",
-    "max_epochs": "epochs",
-    "nb_epoch": "epochs",
-    "num_train_epochs": "epochs",
-    "max_iter": "steps",
-    "max_steps": "steps",
-    "n_iter": "steps",
-    "iterations": "steps",
-    "validation_data": "validation",
-    "val_data": "validation",
-    "eval_set": "validation",
-    "valid": "validation",
-    "val_split": "validation_split",
-    "validation_fraction": "validation_split",
-    "validation_freq": "validate_every",
-    "verbose": "progress",
-    "verbosity": "progress",
-    "early_stopping": "patience",
-    "early_stopping_rounds": "patience",
-    "n_iter_no_change": "patience",
-    "minibatch": "batch_size",
-    "bs": "batch_size",
-    "criterion": "loss",
-    "loss_fn": "loss",
-    "objective": "loss",
-    "scheduler": "schedule",
-    "lr_scheduler": "schedule",
-    "max_norm": "clip_norm",
-    "max_grad_norm": "clip_norm",
-    "grad_clip": "clip_norm",
-    "gradient_clip_val": "clip_norm",
-    "bptt": "truncate",
-    "random_state": "seed",
-    "random_seed": "seed",
-    "checkpoint_dir": "checkpoint",
-    "output_dir": "checkpoint",
-    "save_every": "checkpoint_every",
-    "resume_from": "resume",
-    "initial_epoch": "resume",
-}
 
-
-def refuse_unknown(function: str, unknown: Iterable[str], known: Iterable[str]) -> None:
-    """Raise for arguments that a function does not have, each with the nearest that it has.
+def named(
+    name: str, value: str, known: Mapping[str, Any], *, short: Mapping[str, str] = {}, others: Mapping[str, str] = {}
+) -> Any:
+    """What stands under a name, if need be written otherwise: "Adam", "mean-squared-error".
 
     Parameters
     ----------
-    function : str
-        What the function is called, ``"fit"`` for example.
-    unknown : iterable of str
-        Names of the arguments that were left over; nothing happens where there are none.
-    known : iterable of str
-        Names of the arguments that there are.
-
-    Raises
-    ------
-    TypeError
-        Naming every unknown argument.
+    name, value : str
+        The argument, and what it was.
+    known : mapping from str
+        What there is.
+    short : mapping from str to str
+        Other names of what there is.
+    others : mapping from str to str
+        What to say of names of what there is not.
     """
-    names, faults, listed = list(known), [], False
-    for name in unknown:
-        plain = name.lower().replace("_", "")
-        same = [other for other in names if other.replace("_", "") == plain]
-        usual = [ELSEWHERE[name.lower()]] if ELSEWHERE.get(name.lower()) in names else same
-        near = difflib.get_close_matches(name.lower(), names, 1)
-        if usual:
-            faults.append(f"{name}: here it is {usual[0]}")
-        elif near:
-            faults.append(f"{name}: did you mean {near[0]}?")
-        else:
-            faults.append(name)
-            listed = True
-    if faults:
-        more = f"; its arguments are {', '.join(names)}" if listed else ""
-        raise TypeError(f"{function} has no argument {'; and no '.join(faults)}{more}")
-
-
-def named(name: str, value: str, known: Mapping[str, Any]) -> Any:
-    """What stands under a name, if need be written otherwise: "Adam", "mean-squared-error"."""
-    plain = {key.replace("_", ""): key for key in known}
-    key = plain.get(value.lower().replace("_", "").replace("-", "").replace(" ", ""))
+    plain = {_plain(key): key for key in known} | {_plain(key): meant for key, meant in short.items()}
+    key = plain.get(_plain(value))
     if key is None:
         near = difflib.get_close_matches(value.lower(), list(known), 1)
         hint = f"; {near[0]!r} may be meant" if near else ""
+        hint = next((f"; {hint}" for other, hint in others.items() if _plain(other) == _plain(value)), hint)
         raise ValueError(f"{name} should be one of {', '.join(map(repr, known))}, not {value!r}{hint}")
     return known[key]
+
+
+def _plain(name: str) -> str:
+    """A name however it is written."""
+    return name.lower().replace("_", "").replace("-", "").replace(" ", "")
 
 
 def optimiser_of(model: Layer, optimiser: Any, optimizer: Any, lr: Any, scheduled: bool) -> Optimiser:
@@ -177,7 +115,8 @@ def loss_of(value: Any, dtype: np.dtype[Any]) -> Loss:
     """A loss that was given as a function or by its name."""
     if isinstance(value, str):
         known = {**_LOSSES, **{name: name for name in _LABELS}}
-        name = named("loss", value, {key: known[key] for key in _LOSSES} if value not in known else known)
+        offered = {key: known[key] for key in _LOSSES} if value not in known else known
+        name = named("loss", value, offered, short=elsewhere.LOSSES, others=elsewhere.OTHER_LOSSES)
         return Loss(_by_name(name, dtype), *_LABELS[name])
     if not callable(value):
         raise TypeError(
@@ -232,7 +171,7 @@ def metrics_of(value: Any) -> dict[str, Callable[..., Any]]:
     result: dict[str, Callable[..., Any]] = {}
     for i, one in enumerate(value):
         if isinstance(one, str):
-            one = named(f"metrics[{i}]", one, known)
+            one = named(f"metrics[{i}]", one, known, short=elsewhere.METRICS)
         name = getattr(one, "__name__", "")
         if not callable(one):
             raise TypeError(f"metrics[{i}] should be a function or a name, not {checks.describe(one)}")
@@ -249,15 +188,19 @@ class Rows(NamedTuple):
 
     sequences: list[Any]
     targets: list[Any]
+    name: str = "data"
+    places: Any = None  # of each among those that were given; None: they are those
 
     def batches(self, batch_size: int, *, shuffle: bool = True) -> PaddedBatches:
         """The rows as data of the trainer."""
-        return PaddedBatches(self.sequences, self.targets, batch_size=batch_size, shuffle=shuffle)
+        made = PaddedBatches(self.sequences, self.targets, batch_size=batch_size, shuffle=shuffle)
+        made._called, made._places = (f"{self.name}: x", f"{self.name}: y"), self.places
+        return made
 
     def split(self, share: float, seed: int) -> tuple[Rows, Rows]:
         """Those to learn from and those held out."""
         parts = held_out(len(self.sequences), share, seed)
-        one, other = (Rows([self.sequences[i] for i in p], [self.targets[i] for i in p]) for p in parts)
+        one, other = (Rows([self.sequences[i] for i in p], [self.targets[i] for i in p], self.name, p) for p in parts)
         return one, other
 
 
@@ -303,7 +246,7 @@ def rows_of(name: str, value: Any) -> Rows | None:
         )
     if more:
         sequences, targets = _cut(name, sequences, targets, more[0])
-    return Rows(sequences, targets)
+    return Rows(sequences, targets, name)
 
 
 def _split_up(name: str, value: Any) -> list[Any]:
@@ -326,11 +269,3 @@ def _cut(name: str, sequences: list[Any], targets: list[Any], lengths: Any) -> t
     wanted = [checks.as_array(f"{name}: y[{i}]", target) for i, target in enumerate(targets)]
     cut = [one[:n] if one.ndim and len(one) == time else one for one, n in zip(wanted, known, strict=True)]
     return [row[:n] for row, n in zip(rows, known, strict=True)], cut
-
-
-def data_of(name: str, value: Any, batch_size: int | None, *, shuffle: bool = True) -> Any:
-    """Data of the trainer: what was given, or made of a tuple of arrays."""
-    rows = rows_of(name, value)
-    if rows is not None:
-        return rows.batches(BATCH_SIZE if batch_size is None else batch_size, shuffle=shuffle)
-    return datasets.checked(name, value)

@@ -113,7 +113,12 @@ def _values(name: str, value: Any) -> Array:
     if array.dtype.kind == "f" and array.ndim == 1:
         array = array[:, None]
     if array.ndim != (2 if array.dtype.kind == "f" else 1):
-        raise ValueError(f"{name} should be ids of shape (N,) or values of shape (N, I), not {array.shape}")
+        whole = array.dtype.kind in "iu" and array.ndim == 2
+        hint = f'; {name}.astype("float32") makes values of integers' if whole else ""
+        raise ValueError(
+            f"{name} should be ids of shape (N,) or real floating values of shape (N, I), not {array.dtype} of shape"
+            f" {array.shape}{hint}"
+        )
     return array
 
 
@@ -169,6 +174,20 @@ class PaddedBatches(Data):
         self._lengths = np.array([len(sequence) for sequence in self._sequences])
         self._sizes = self._lengths  # what sequences are sorted by
 
+    # What messages call them, and where each stands in what has that name; None: where it stands here.
+    _called: tuple[str, str] = ("sequences", "targets")
+    _places: Any = None
+
+    def _not_finite(self) -> str | None:
+        """Where the first number stands that is not finite; None: nowhere."""
+        for name, rows in zip(self._called, (self._sequences, self._targets or []), strict=True):
+            for i, row in enumerate(rows):
+                found = _first_not_finite(row)
+                if found is not None:
+                    place = i if self._places is None else self._places[i]
+                    return f"{name}[{place}]{_index(found)} is {row[found]}"
+        return None
+
     def _checked_targets(self, targets: Any) -> list[Array]:
         if isinstance(targets, str | bytes) or not isinstance(targets, Sequence | np.ndarray):
             raise TypeError(f"targets should be a list, one for each sequence, not {checks.describe(targets)}")
@@ -180,11 +199,13 @@ class PaddedBatches(Data):
         arrays = _with_empty(targets, arrays)
         for i, (target, sequence) in enumerate(zip(arrays, self._sequences, strict=True)):
             if target.dtype.kind not in "iuf":
-                raise TypeError(f"targets[{i}] should hold integers or real floating numbers, not {target.dtype}")
+                hint = f"; targets[{i}].astype(int) makes them of booleans" if target.dtype.kind == "b" else ""
+                raise TypeError(f"targets[{i}] should hold integers or real floating numbers, not {target.dtype}{hint}")
             if target.ndim and len(target) != len(sequence):
+                hint = "; labels.argmax(-1) makes classes of one-hot labels" if _is_one_hot(target) else ""
                 raise ValueError(
                     f"targets[{i}] should be a number or have the {len(sequence)} steps of its sequence,"
-                    f" not the shape {target.shape}"
+                    f" not the shape {target.shape}{hint}"
                 )
         _alike("targets", arrays)
         return arrays
@@ -298,6 +319,36 @@ def _alike(name: str, arrays: Sequence[Array]) -> None:
                 f"{name} should be alike but for their lengths, but {name}[0] is {checks.describe(first)}"
                 f" and {name}[{i}] {checks.describe(array)}"
             )
+
+
+def _is_one_hot(array: Array) -> bool:
+    """Whether it looks like one label, or several, of as many numbers as there are classes."""
+    return array.shape[-1] > 1 and bool(((array == 0) | (array == 1)).all() and (array.sum(axis=-1) == 1).all())
+
+
+def _first_not_finite(array: Array) -> tuple[int, ...] | None:
+    if array.dtype.kind != "f" or np.isfinite(array).all():
+        return None
+    return tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+
+
+def _index(place: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, place))}]" if place else ""
+
+
+def not_finite(data: Any, batch: Batch) -> str | None:
+    """Where data holds a number that is not finite, for the message of a step whose loss is not; None: nowhere.
+
+    It is looked for in what `data` was made of, where that is known, and else in the batch of the step.
+    """
+    if isinstance(data, PaddedBatches):
+        return data._not_finite()
+    for name in ("inputs", "targets"):
+        array = getattr(batch, name)
+        found = None if array is None else _first_not_finite(np.asarray(array))
+        if found is not None:
+            return f"{name}{_index(found)} of the batch is {np.asarray(array)[found]}"
+    return None
 
 
 def _is_float(array: Array) -> bool:
@@ -590,7 +641,7 @@ class Listed(Data):
         self._seed = None
         for i, batch in enumerate(batches):
             if not isinstance(batch, tuple) or not 1 <= len(batch) <= len(Batch._fields):
-                raise TypeError(f"{name}[{i}] should be a Batch, not {checks.describe(batch)}")
+                raise TypeError(f"{name}[{i}] should be a Batch, not {checks.describe(batch)}{_AS_TUPLE}")
             made = Batch(*batch)
             arrays = {
                 field: None if value is None else checks.as_array(f"{name}[{i}].{field}", value)
@@ -605,14 +656,22 @@ class Listed(Data):
         yield from self._made[start:]
 
 
+_AS_TUPLE = "; x and y are given as a tuple (x, y) of arrays or lists of rows"
+
+
+def _is_of_torch(value: Any) -> bool:
+    return any(cls.__module__.partition(".")[0] == "torch" for cls in type(value).__mro__)
+
+
 def checked(name: str, value: Any) -> Any:
     """Data as `fit` takes it: anything with `batches` and a length, or a list of batches."""
     if isinstance(value, list | tuple) and not isinstance(value, Batch):
         value = Listed(name, value)
     if not callable(getattr(value, "batches", None)) or not hasattr(value, "__len__"):
+        parts = " of NumPy, as in tuple(part.numpy() for part in dataset.tensors)" if _is_of_torch(value) else ""
         raise TypeError(
             f"{name} should be PaddedBatches, PairedBatches, Streams, TextWindows, Windows, a list of Batch or anything"
-            f" with batches(epoch, start) and a length, not {checks.describe(value)}"
+            f" with batches(epoch, start) and a length, not {checks.describe(value)}{_AS_TUPLE}{parts}"
         )
     if len(value) == 0:
         raise ValueError(f"{name} should have at least one batch")

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
+from fastseq.layers import Sequential, Sigmoid, Softmax
 from fastseq.layers.base import POOLING, Layer
 from fastseq.losses import counting
 from fastseq.state import State
@@ -60,6 +61,9 @@ class Learner:
 
     def check_data(self, name: str, data: Any) -> None:
         """Refuse data that the model cannot learn from, as far as that can be seen without a batch of it."""
+
+    def check_rows(self, name: str, rows: arguments.Rows) -> None:
+        """Refuse sequences and targets that the model would take for something else."""
 
     def check_metrics(self, data: Any) -> None:
         """Refuse metrics where the validation data has no targets to hold the outputs against."""
@@ -136,7 +140,20 @@ class LayerLearner(Learner):
         super().__init__(layer, truncate, {}, metrics)
         self._loss, self.label = loss.function, loss.label
         self.unit = self.unit or loss.unit
+        self._check_logits(layer)
         self._loss_takes_lengths = takes(loss.function, "lengths")
+
+    def _check_logits(self, layer: Any) -> None:
+        """Warn of a last layer whose outputs are no logits, which the loss takes them for."""
+        last = layer
+        while isinstance(last, Sequential):
+            last = last[-1]
+        for kind, label in ((Softmax, "cross-entropy"), (Sigmoid, "binary cross-entropy")):
+            if isinstance(last, kind) and self.label == label:
+                checks.warn(
+                    f"model should end in logits with the loss {label}, which takes the {kind.__name__.lower()} itself,"
+                    f" not in {last._making()}: leave that layer out"
+                )
 
     def check_data(self, name: str, data: Any) -> None:
         """Refuse streams where the layer would lose what came before a chunk."""
@@ -145,6 +162,27 @@ class LayerLearner(Learner):
             self._check_carries(name)
         if isinstance(data, PaddedBatches) and data._targets is None:
             raise ValueError(f"{name} should have targets where a layer is trained with a loss")
+
+    def check_rows(self, name: str, rows: arguments.Rows) -> None:
+        """Refuse what a call of the layer would not take as it is meant."""
+        given = (checks.as_array(f"{name}: x", row) for row in rows.sequences)
+        x = next((row for row in given if row.size), np.zeros((0, 0)))
+        if x.dtype.kind in "iu" and x.ndim == 2:
+            raise TypeError(
+                f"{name}: x should hold real floating numbers where a step has {x.shape[1]} values, not {x.dtype};"
+                ' x.astype("float32") makes them of integers'
+            )
+        if x.dtype.kind == "f" and x.ndim == 1:
+            raise ValueError(
+                f"{name}: x should have values (T, I) in each sequence, not the shape {x.shape}: for one value a step"
+                " give x[..., None], or of a list [row[:, None] for row in x]"
+            )
+        y = checks.as_array(f"{name}: y", rows.targets[0]) if rows.targets else x
+        if y.dtype.kind == "b":
+            raise TypeError(
+                f"{name}: y should hold integers or real floating numbers, not {y.dtype}; y.astype(int) makes them of"
+                " booleans"
+            )
 
     def check_metrics(self, data: Any) -> None:
         """All is checked with the loss."""

@@ -13,11 +13,11 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
-from fastseq import checks
+from fastseq import checks, elsewhere
 from fastseq.checks import Array
 from fastseq.layers.base import Layer
 from fastseq.training import arguments, checkpoints
@@ -29,6 +29,9 @@ from fastseq.training.history import History
 from fastseq.training.interrupts import Interrupts
 from fastseq.training.learners import VALIDATION_SEED, Evaluation, Learner, Mean, carried, learner_of
 from fastseq.training.optimisers import Optimiser
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class DivergenceError(ValueError):
@@ -44,7 +47,7 @@ class DivergenceError(ValueError):
         The first parameter whose gradient is not finite, in the order of ``model.parameters``; None if all are.
     """
 
-    def __init__(self, step: int, loss: float, norm: float, parameter: str | None) -> None:
+    def __init__(self, step: int, loss: float, norm: float, parameter: str | None, cause: str | None = None) -> None:
         self.step, self.loss, self.parameter = step, loss, parameter
         if parameter is not None:
             what = f"the gradient of {parameter} is not finite"
@@ -52,7 +55,10 @@ class DivergenceError(ValueError):
             what = "all gradients are finite"
         else:
             what = "all gradients are finite, but the sum of their squares is not"
-        super().__init__(f"training diverged in step {step}: the loss is {loss}, {what}; the parameters are unchanged")
+        why = "" if cause is None else f"; {cause}"
+        super().__init__(
+            f"training diverged in step {step}: the loss is {loss}, {what}; the parameters are unchanged{why}"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _divergence, (self.step, self.loss, self.parameter, str(self))
@@ -93,7 +99,23 @@ class StepInfo(NamedTuple):
     history: History
 
 
+def _of_one_data(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate `fit` so that x and y given apart are told to be one argument."""
+
+    @functools.wraps(function)
+    def of_one_data(*args: P.args, **kwargs: P.kwargs) -> R:
+        if len(args) > 2:
+            raise TypeError(
+                f"data should be one argument, a tuple (x, y): fit(model, (x, y)); and all others go by name, not by"
+                f" place as {checks.describe(args[2])} does"
+            )
+        return function(*args, **kwargs)
+
+    return of_one_data
+
+
 @checks.short_traceback
+@_of_one_data
 def fit(
     model: Layer,
     data: Any,
@@ -226,7 +248,7 @@ def fit(
       it validations use ``training_forward``, with one seed;
     * and optionally ``loss_unit``, the unit of its loss, "nats a symbol" for example.
     """
-    arguments.refuse_unknown("fit", unknown, _names(model))
+    elsewhere.refuse("fit", unknown, _names(model))
     learner = learner_of(model, loss, truncate, options, arguments.metrics_of(metrics))
     run = _Run(learner, arguments.optimiser_of(model, optimiser, optimizer, lr, schedule is not None), schedule)
     run.limits(epochs, steps, clip_norm)
@@ -299,23 +321,31 @@ class _Run:
         """What to learn from, and what to be validated on."""
         size = None if batch_size is None else checks.size("batch_size", batch_size, 1)
         rows = arguments.rows_of("data", data)
+        given = datasets.checked("data", data) if rows is None else None
         if rows is None:
             for name, value in (("batch_size", size), ("validation_split", share)):
                 if value is not None:
                     raise ValueError(
                         f"{name} should be None where data is not a tuple of arrays, but {checks.describe(data)}"
                     )
+        else:
+            self.learner.check_rows("data", rows)
         held = None
         if share is not None:
             if validation is not None:
                 raise ValueError("validation should be None with validation_split, which makes it of the data")
             rows, held = rows.split(arguments.split_share(share), self.seed)  # type: ignore[union-attr]
         size = arguments.BATCH_SIZE if size is None else size
-        given = datasets.checked("data", data) if rows is None else rows.batches(size)
+        given = given if rows is None else rows.batches(size)
         self.learner.check_data("data", given)
         self.data = datasets.seeded(given, self.seed)
         if validation is not None:
-            validation = arguments.data_of("validation", validation, size)
+            held = arguments.rows_of("validation", validation)
+            if held is None:
+                validation = datasets.checked("validation", validation)
+            else:
+                self.learner.check_rows("validation", held)
+                validation = held.batches(size)
         elif held is not None:
             validation = held.batches(size, shuffle=False)
         if validation is not None:
@@ -335,7 +365,9 @@ class _Run:
         if self.validation is None:
             for name, value in (("validate_every", every), ("patience", patience), ("metrics", metrics or None)):
                 if value is not None:
-                    raise ValueError(f"validation should be given with {name}, not None")
+                    raise ValueError(
+                        f"validation should be given with {name}, or validation_split, a share of data; not None"
+                    )
             if hasattr(self.schedule, "observe"):
                 raise ValueError(
                     f"validation should be given with a {type(self.schedule).__name__}, whose rate follows it, not None"
@@ -558,7 +590,7 @@ class _Run:
         norm = clip_grad_norm(grads, self.clip_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             bad = next((name for name, array in grads.items() if not np.isfinite(array).all()), None)
-            raise DivergenceError(self.step + 1, loss, norm, bad)
+            raise DivergenceError(self.step + 1, loss, norm, bad, datasets.not_finite(self.data, batch))
         info = StepInfo(self.step + 1, self.epoch, loss, norm, rate, batch.tokens, self.model, self.history)
         with interrupts.held():
             self.change(rate)
