@@ -306,6 +306,14 @@ def test_initial_parameters():
         assert a.ndim == 1 or (other[name] != a).any(), name
 
 
+@pytest.mark.parametrize(
+    "positions, base", [("rotary", 10000.0), ("learned", None), ("sinusoidal", None), (None, None)]
+)
+def test_only_rotary_positions_turn_and_by_the_base_of_their_authors(positions, base):
+    model = transformer(positions=positions)
+    assert model._encoder.rotary == model._decoder_layers.rotary == base
+
+
 # --- Against the reference, differences, and themselves
 
 

@@ -141,6 +141,11 @@ def test_lm_starts_as_gpt2_does():
     assert (other["embedding.weight"] != w["embedding.weight"]).any()
 
 
+@pytest.mark.parametrize("positions, base", [("rotary", 10000.0), ("learned", None), ("sinusoidal", None)])
+def test_only_rotary_positions_turn_and_by_the_base_of_their_authors(positions, base):
+    assert language_model(positions=positions)._encoder.rotary == base
+
+
 @ENGINES
 @EACH_LM
 def test_lm_probabilities_of_all_sequences_sum_to_one(kind, engine):
