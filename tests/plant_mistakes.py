@@ -73,6 +73,13 @@ EXPLAINED = Path(__file__).resolve().parent / "plant_mistakes_survivors.md"
 # Of a test, whose lines are noted: a few, and more where their names differ, as those of kinds of layers do. All of
 # them are run before a mistake counts as one that survived.
 VARIANTS, MOST_VARIANTS = 4, 24
+EACH_VARIANT = (
+    "contract",
+    "test_defaults",
+    "bad_input",
+    "bad_arguments",
+    "test_wrong",
+)  # tests of which each variant is another
 HANGS = 30  # seconds after its time that a test which has not come back is taken for one that hangs
 BUSY = 6  # seconds on the clock, at most, for one of the processor
 CALLS = 20  # of a function in a test, whose lines are noted; later ones seldom take another way
@@ -657,7 +664,7 @@ class Recorder:
             variants[_function_of(item.nodeid)].append(item)
         kept = set()
         for own in variants.values():
-            few = VARIANTS if "contract" not in own[0].nodeid else len(own)
+            few = len(own) if any(word in own[0].nodeid for word in EACH_VARIANT) else VARIANTS
             spread = {own[round(i * (len(own) - 1) / max(1, few - 1))] for i in range(few)}
             words = {word for item in spread for word in _words_of(item.nodeid)}
             for item in own:
@@ -969,18 +976,23 @@ class Map:
     def covering(self, mistake: Mistake) -> list[str]:
         """The tests that run a line of a mistake: one variant of each, the quickest first, then another of each.
 
-        Those of files that are named after the module come a turn earlier.
+        Those of files that are named after the module come a turn earlier, and so do those whose variant is named
+        after the function, its class, or an argument that the line names.
         """
         own = self.tests.get(mistake.file, {})
         found = set().union(*(own.get(line, set()) for line in mistake.lines))
-        turns: dict[str, int] = {}
         if mistake.kind == "default":  # which a test may ask for without a call
-            turns = {test: -2 for test in self.durations if "test_defaults.py" in test}
-        names = Path(mistake.file).parts[1:-1] + (Path(mistake.file).stem,)
+            found |= {test for test in self.durations if "test_defaults.py" in test}
+        modules = Path(mistake.file).parts[1:-1] + (Path(mistake.file).stem,)
+        lines = (ROOT / mistake.file).read_text().splitlines()
+        head = "\n".join(lines[mistake.lines[0] - 1 : mistake.lines[-1]]) if mistake.kind != "default" else ""
+        words = {*mistake.function.split("."), *re.findall(r'"(\w+)"', head)}
         variants: collections.Counter[str] = collections.Counter()
-        for test in sorted(found - turns.keys(), key=lambda test: (self.durations[test], test)):
-            related = any(name in test.partition("::")[0] for name in names)
-            turns[test] = variants[_function_of(test)] - related
+        turns: dict[str, int] = {}
+        for test in sorted(found, key=lambda test: (self.durations[test], test)):
+            file, _, variant = test.partition("::")[0], *test.partition("[")[1:]
+            related = any(name in file for name in modules) + 2 * (not words.isdisjoint(re.findall(r"\w+", variant)))
+            turns[test] = max(variants[_function_of(test)] - related, -2)
             variants[_function_of(test)] += 1
         return sorted(turns, key=turns.__getitem__)  # of one turn, the quickest first
 

@@ -594,6 +594,14 @@ def test_hypotheses_are_ranked_by_their_mean_by_default(make):
     assert sums  # which another penalty would not have
 
 
+def test_as_many_symbols_are_generated_as_a_target_may_have():
+    model = transformer()
+    weight = model.parameters["target_embedding.weight"].copy()
+    weight[TARGETS] = 0  # the logit of the end, which is never the largest
+    model.parameters["target_embedding.weight"] = weight
+    assert len(model.generate(pairs()[0][0], 12, temperature=0)) == 12
+
+
 @EACH
 def test_maps_of_attention(kind):
     model = transformer(kind)

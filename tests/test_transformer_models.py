@@ -203,6 +203,24 @@ def test_lm_looks_at_the_window_and_no_further(context):
     assert_same_bits(drawn, model(whole)[16:-1].argmax(1))
 
 
+@ENGINES
+def test_lm_of_layers_with_a_window(engine):
+    """Two layers that each look at a token and the two before reach four tokens back."""
+    model, x = language_model("window", engine), random_ids(5, 10)
+    moved = np.r_[(x[0] + 1) % 5, x[1:]]
+    assert_same_bits(model(moved)[5:], model(x)[5:])
+    assert not np.array_equal(model(moved)[4], model(x)[4])
+
+
+@ENGINES
+def test_lm_generates_from_a_whole_window(engine):
+    """A prompt that fills it, with the begin symbol, is not cut."""
+    model, prompt = language_model(engine=engine), random_ids(5, 11)
+    found, log_probs = model.generate(prompt, 1, num_beams=5, num_results=5, return_log_probs=True)
+    expected = log_softmax(model(prompt))[-1]
+    np.testing.assert_allclose(np.ravel(log_probs), expected[np.ravel(found)], rtol=1e-9)
+
+
 @EACH_LM
 def test_lm_compiled_and_reference_agree(kind):
     model, twin = language_model(kind), language_model(kind, fs.reference)
