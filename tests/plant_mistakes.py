@@ -881,6 +881,7 @@ def run_pytest(tree: Path, files: list[str], plugin: Any, log: Path, limit: floa
         try:
             os.setsid()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores
             with open(log, "wb") as into:
                 os.dup2(into.fileno(), 1)
                 os.dup2(into.fileno(), 2)
@@ -976,8 +977,8 @@ class Map:
     def covering(self, mistake: Mistake) -> list[str]:
         """The tests that run a line of a mistake: one variant of each, the quickest first, then another of each.
 
-        Those of files that are named after the module come a turn earlier, and so do those whose variant is named
-        after the function, its class, or an argument that the line names.
+        Those of files that are named after the module come a turn earlier; before all others those whose variant is
+        named after the function, its class, or an argument that the line names.
         """
         own = self.tests.get(mistake.file, {})
         found = set().union(*(own.get(line, set()) for line in mistake.lines))
@@ -986,13 +987,13 @@ class Map:
         modules = Path(mistake.file).parts[1:-1] + (Path(mistake.file).stem,)
         lines = (ROOT / mistake.file).read_text().splitlines()
         head = "\n".join(lines[mistake.lines[0] - 1 : mistake.lines[-1]]) if mistake.kind != "default" else ""
-        words = {*mistake.function.split("."), *re.findall(r'"(\w+)"', head)}
+        words = {word.lower() for word in [*mistake.function.split("."), *re.findall(r'"(\w+)"', head)]}
         variants: collections.Counter[str] = collections.Counter()
         turns: dict[str, int] = {}
         for test in sorted(found, key=lambda test: (self.durations[test], test)):
-            file, _, variant = test.partition("::")[0], *test.partition("[")[1:]
-            related = any(name in file for name in modules) + 2 * (not words.isdisjoint(re.findall(r"\w+", variant)))
-            turns[test] = max(variants[_function_of(test)] - related, -2)
+            named = words.intersection(re.findall(r"\w+", test.partition("[")[2].lower()))
+            related = any(name in test.partition("::")[0] for name in modules)
+            turns[test] = -2 if named else variants[_function_of(test)] - related
             variants[_function_of(test)] += 1
         return sorted(turns, key=turns.__getitem__)  # of one turn, the quickest first
 
