@@ -754,6 +754,8 @@ class Planted:
                 os.setsid()
                 os.close(end)
                 resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(self._limit + HANGS), resource.RLIM_INFINITY))
+                # A fork has one thread, for its parent's workers are not there; the parent of this one has none.
+                sys.modules["fastseq.threads"]._forked = False  # type: ignore[attr-defined]
                 said = "no function has the lines of the mistake"
                 patch(mistake, self._tree)
                 said = "a test ended the program"
