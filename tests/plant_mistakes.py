@@ -9,9 +9,10 @@ A program, not collected by pytest; of Python's own library alone beside what th
 
 A mistake is one edit of the source, found in its syntax tree. The tree is copied into a folder of its own first; a
 mistake is made in the memory of a fork that has imported the copy. Only tests that run its lines are run, the quickest
-first, until one fails. Results are JSON lines, one a mistake: "killed", "survived", "timeout" (a mistake that hangs is
-one that is seen), or "uncovered" where no test runs the line. What survived and does not matter is explained in
-plant_mistakes_survivors.md, and is counted as explained.
+first and one variant of each before another, until one fails or time is up. Results are JSON lines, one a mistake:
+"killed", also by a crash, "survived", "timeout" (a mistake that hangs is one that is seen), or "uncovered" where no
+test runs the line. What survived and does not matter is explained in plant_mistakes_survivors.md, and is counted as
+explained.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import math
 import os
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -68,8 +70,18 @@ LEFT_OUT = (
 )
 WORK = Path(tempfile.gettempdir()) / "fastseq-mistakes"
 EXPLAINED = Path(__file__).resolve().parent / "plant_mistakes_survivors.md"
-VARIANTS = 4  # of a test, whose lines are noted; all of them are run before a mistake counts as one that survived
-HANGS = 60  # seconds after its time that a test which has not come back is taken for one that hangs
+# Of a test, whose lines are noted: a few, and more where their names differ, as those of kinds of layers do. All of
+# them are run before a mistake counts as one that survived.
+VARIANTS, MOST_VARIANTS = 4, 24
+EACH_VARIANT = (
+    "contract",
+    "test_defaults",
+    "bad_input",
+    "bad_arguments",
+    "test_wrong",
+)  # tests of which each variant is another
+HANGS = 30  # seconds after its time that a test which has not come back is taken for one that hangs
+BUSY = 6  # seconds on the clock, at most, for one of the processor
 CALLS = 20  # of a function in a test, whose lines are noted; later ones seldom take another way
 QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # hypothesis is imported before the fork
 
@@ -646,14 +658,20 @@ class Recorder:
         return local(frame, event, arg)
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Of the variants of a test a few, spread over all: the others run much the same lines."""
+        """Of the variants of a test a few, spread over all, and those whose names have a word that is new."""
         variants: dict[str, list[Any]] = collections.defaultdict(list)
         for item in items:
             variants[_function_of(item.nodeid)].append(item)
         kept = set()
         for own in variants.values():
-            few = VARIANTS if "contract" not in own[0].nodeid else len(own)
-            kept |= {own[round(i * (len(own) - 1) / max(1, few - 1))] for i in range(few)}
+            few = len(own) if any(word in own[0].nodeid for word in EACH_VARIANT) else VARIANTS
+            spread = {own[round(i * (len(own) - 1) / max(1, few - 1))] for i in range(few)}
+            words = {word for item in spread for word in _words_of(item.nodeid)}
+            for item in own:
+                if len(spread) < MOST_VARIANTS and not words.issuperset(_words_of(item.nodeid)):
+                    spread.add(item)
+                    words |= _words_of(item.nodeid)
+            kept |= spread
         items[:] = [item for item in items if item in kept]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -687,6 +705,11 @@ class Recorder:
 def _function_of(test: str) -> str:
     """A test without what says which variant it is."""
     return test.partition("[")[0]
+
+
+def _words_of(test: str) -> set[str]:
+    """What its variant is called by, without numbers."""
+    return set(re.findall(r"[A-Za-z_]\w+", test.partition("[")[2]))
 
 
 def _too_long(number: int, frame: Any) -> None:
@@ -730,34 +753,41 @@ class Planted:
             try:
                 os.setsid()
                 os.close(end)
+                resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(self._limit + HANGS), resource.RLIM_INFINITY))
+                # A fork has one thread, for its parent's workers are not there; the parent of this one has none.
+                sys.modules["fastseq.threads"]._forked = False  # type: ignore[attr-defined]
                 said = "no function has the lines of the mistake"
                 patch(mistake, self._tree)
                 said = "a test ended the program"
-                said = failing(items, time.monotonic() + self._limit)
+                said = failing(items, self._limit)
             finally:
                 with contextlib.suppress(BaseException):
-                    os.write(into, said.encode())
+                    os.write(into, json.dumps(said).encode())
                 os._exit(0)
         os.close(into)
-        in_time = bool(select.select([end], [], [], self._limit + HANGS)[0])
-        said = os.read(end, 10_000).decode() if in_time else ""
+        in_time = bool(select.select([end], [], [], BUSY * (self._limit + HANGS))[0])
+        answer = os.read(end, 10_000).decode() if in_time else ""
         os.close(end)
+        status = os.waitpid(child, 0)[1] if in_time else 0
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # with what a test has left behind
-        os.waitpid(child, 0)
         if not in_time:
+            os.waitpid(child, 0)
+        if not in_time or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
             return "timeout", ""
+        said = json.loads(answer) if answer else f"a test crashed the program, status {status}"
         return ("killed" if said else "survived"), said
 
 
-def failing(items: list[Any], end: float) -> str:
-    """Run tests until one fails, or until some time: its name, or nothing."""
+def failing(items: list[Any], limit: float) -> str:
+    """Run tests until one fails, or until so much time of the processor is gone: its name, or nothing."""
     from _pytest.runner import runtestprotocol
 
+    end = time.process_time() + limit
     for item, following in zip(items, [*items[1:], None], strict=True):
         if any(report.failed for report in runtestprotocol(item, log=False, nextitem=following)):
             return str(item.nodeid)
-        if time.monotonic() > end:
+        if time.process_time() > end:
             break
     return ""
 
@@ -853,6 +883,7 @@ def run_pytest(tree: Path, files: list[str], plugin: Any, log: Path, limit: floa
         try:
             os.setsid()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores
             with open(log, "wb") as into:
                 os.dup2(into.fileno(), 1)
                 os.dup2(into.fileno(), 2)
@@ -946,12 +977,27 @@ class Map:
         return Map(durations, tests)
 
     def covering(self, mistake: Mistake) -> list[str]:
-        """The tests that run a line of a mistake, the quickest first."""
+        """The tests that run a line of a mistake: one variant of each, the quickest first, then another of each.
+
+        Those of files that are named after the module come a turn earlier; before all others those whose variant is
+        named after the function, its class, or an argument that the line names.
+        """
         own = self.tests.get(mistake.file, {})
         found = set().union(*(own.get(line, set()) for line in mistake.lines))
         if mistake.kind == "default":  # which a test may ask for without a call
             found |= {test for test in self.durations if "test_defaults.py" in test}
-        return sorted(found, key=lambda test: (self.durations[test], test))
+        modules = Path(mistake.file).parts[1:-1] + (Path(mistake.file).stem,)
+        lines = (ROOT / mistake.file).read_text().splitlines()
+        head = "\n".join(lines[mistake.lines[0] - 1 : mistake.lines[-1]]) if mistake.kind != "default" else ""
+        words = {word.lower() for word in [*mistake.function.split("."), *re.findall(r'"(\w+)"', head)]}
+        variants: collections.Counter[str] = collections.Counter()
+        turns: dict[str, int] = {}
+        for test in sorted(found, key=lambda test: (self.durations[test], test)):
+            named = words.intersection(re.findall(r"\w+", test.partition("[")[2].lower()))
+            related = any(name in test.partition("::")[0] for name in modules)
+            turns[test] = -2 if named else variants[_function_of(test)] - related
+            variants[_function_of(test)] += 1
+        return sorted(turns, key=turns.__getitem__)  # of one turn, the quickest first
 
 
 # Planting.
@@ -975,13 +1021,15 @@ def plant(arguments: argparse.Namespace) -> None:
     known, accepted = Map.read(), explained()
     out = Path(arguments.out).resolve()
     texts = {mistake.file: (ROOT / mistake.file).read_text() for mistake in mistakes}
-    done = set()
+    results = []
     if arguments.go_on and out.exists():
-        seen = [line for line in out.read_text().splitlines() if json.loads(line)["outcome"] in ("killed", "timeout")]
-        done = {json.loads(line)["name"] for line in seen}
-        out.write_text("".join(f"{line}\n" for line in seen))
-    else:
-        out.write_text("")
+        for result in map(json.loads, out.read_text().splitlines()):
+            if result["outcome"] in ("survived", "uncovered") and result["name"] in accepted:
+                result["outcome"] = "explained"
+            if result["outcome"] not in ("survived", "uncovered"):
+                results.append(result)
+    done = {result["name"] for result in results}
+    out.write_text("".join(f"{json.dumps(result)}\n" for result in results))
     queue = [one for one in mistakes if one.name(texts[one.file]) not in done]
     if arguments.mapped:
         queue = [one for one in queue if known.covering(one)]
@@ -1012,7 +1060,7 @@ def plant(arguments: argparse.Namespace) -> None:
     try:
         for child in workers:
             os.waitpid(child, 0)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # --go-on takes it up from here
         for child in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGTERM)
@@ -1066,12 +1114,17 @@ def main() -> None:
     of_plant.add_argument("--seed", type=int, default=0)
     of_plant.add_argument("--jobs", type=int, default=1)
     of_plant.add_argument(
-        "--limit", type=float, default=120, help="seconds for a mistake, after which no other test begins"
+        "--limit",
+        type=float,
+        default=60,
+        help="seconds of the processor for a mistake, after which no other test begins",
     )
     of_plant.add_argument("--named", action="store_true", help="the fixed set in place of drawn ones")
     of_plant.add_argument("--only", nargs="*", default=[], help="files to plant in, fastseq/models/*.py")
     of_plant.add_argument("--list", action="store_true", help="only say what would be planted")
-    of_plant.add_argument("--go-on", action="store_true", help="leave out what was seen in the results already")
+    of_plant.add_argument(
+        "--go-on", action="store_true", help="leave out what the results say was seen, or is explained"
+    )
     of_plant.add_argument("--mapped", action="store_true", help="leave out those whose lines no test of the map runs")
     of_plant.add_argument("--out", default="mistakes.jsonl")
     command("survivors", survivors).add_argument("--out", default="mistakes.jsonl")

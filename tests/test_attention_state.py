@@ -296,6 +296,13 @@ def test_bad_input():
             fs.AttentionState(**{**arrays, name: value, **(extra if name == "memory_lengths" else {})})
 
 
+def test_keys_past_the_last_token_are_zeros() -> None:
+    ones = np.ones((2, 1, 2, 3, 4))
+    state = fs.AttentionState(lengths=[5, 1], firsts=[2, 0], keys=ones, values=2 * ones, window=3)
+    for array, value in ((state.keys, 1), (state.values, 2)):
+        assert (array[0] == value).all() and (array[1, ..., 0, :] == value).all() and not array[1, ..., 1:, :].any()
+
+
 class States(RuleBasedStateMachine):
     """States of a language model and the symbols that each row has seen, whatever is done to them."""
 

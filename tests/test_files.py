@@ -104,6 +104,18 @@ def test_a_file_that_is_cut_or_longer_is_refused(kind: str, tmp_path: Path) -> N
             read(path)
 
 
+def test_a_checkpoint_of_numbers_that_numpy_does_not_have(tmp_path: Path) -> None:
+    path = tmp_path / "a-file"
+    header = {
+        "__metadata__": {"fastseq.checkpoint": "{}", "fastseq.format": "1", "fastseq.checksum": "0"},
+        "array": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]},
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(2))
+    with pytest.raises(ValueError, match="a-file' is damaged: .*bfloat16"):
+        fs.training.load_checkpoint(path)
+
+
 def without_checksum(data: bytes) -> bytes:
     """A file as an older version wrote it."""
     size = struct.unpack("<Q", data[:8])[0]

@@ -207,6 +207,11 @@ def test_validation_of_pairs_is_what_log_prob_says(name):
         assert history.validation_loss[-1] == pytest.approx(wanted, rel=1e-5)
 
 
+def test_batches_without_targets_are_nothing_to_autoregress_on():
+    with pytest.raises(ValueError, match="data should be Windows, or batches with targets"):
+        M.AutoRegressive(2, 3, seed=0).training_forward(fs.training.Batch(np.ones((2, 2, 1))))
+
+
 @pytest.mark.parametrize("pooling", ["mean", None])
 def test_validation_of_labels_is_what_log_prob_says(pooling):
     rows = [random_ids(5, n, n) for n in (3, 1, 8)]

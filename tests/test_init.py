@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any
 
 import numpy as np
@@ -270,6 +271,18 @@ WHOLE: dict[str, Any] = {
 }
 
 
+# The parts that the ones above are without.
+MORE: dict[str, Any] = {
+    "TransformerEncoderModel with a pooler": lambda m, s: m.models.TransformerEncoderModel(
+        30, 16, 2, 2, num_labels=5, type_vocab_size=3, pooling="cls", pooler=True, seed=s
+    ),
+    "Seq2Seq with additive attention": lambda m, s: m.models.Seq2Seq(20, 20, 8, 8, 2, attention="additive", seed=s),
+    "Seq2Seq with multiplicative attention": lambda m, s: m.models.Seq2Seq(
+        20, 20, 8, 8, bidirectional=False, attention="multiplicative", seed=s
+    ),
+}
+
+
 @BOTH
 @pytest.mark.parametrize("kind", WHOLE)
 def test_default_is_what_the_constructor_makes(kind: str, module: Any) -> None:
@@ -284,6 +297,19 @@ def test_default_is_what_the_constructor_makes(kind: str, module: Any) -> None:
         other.parameters[name] = array + 9
     fs.init.initialise(other)
     assert all(np.abs(array).max(initial=0) < 6 for array in other.parameters.values())
+
+
+@BOTH
+@pytest.mark.parametrize("kind", [*WHOLE, *MORE])
+def test_no_two_parameters_are_drawn_alike(kind: str, module: Any) -> None:
+    """The seed of a whole fixes all of it, and no part has the seed of another."""
+    make = {**WHOLE, **MORE}[kind]
+    made, again = make(module, 3).state_dict(), make(module, 3).state_dict()
+    for name, array in made.items():
+        assert_same_bits(again[name], array, name)
+    drawn = {name: array.reshape(-1)[:12] for name, array in made.items() if len(np.unique(array)) > 12}
+    for one, other in itertools.combinations(drawn, 2):
+        assert abs(np.corrcoef(drawn[one], drawn[other])[0, 1]) < 0.99, (one, other)
 
 
 def test_every_public_class_with_parameters_is_tried() -> None:

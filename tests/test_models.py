@@ -84,6 +84,12 @@ def by_hand(sequences, vocab, order, smoothing, history, symbol):
     return (sum(g[-1] == symbol for g in seen) + smoothing) / (len(seen) + smoothing * vocab)
 
 
+def test_markov_of_one_symbol():
+    """Seen once: all others come after the only one that the chain knows."""
+    model = fitted(fs.models.MarkovChain(3, 1), [[0]])
+    np.testing.assert_allclose(np.exp(model.log_prob([[0], [1], [2]])), [1 / 2, 1 / 4, 1 / 4])
+
+
 @pytest.mark.parametrize("smoothing", [0.0, *SMOOTHINGS])
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_markov_counts_as_by_hand(order, smoothing):

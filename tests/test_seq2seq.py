@@ -306,6 +306,14 @@ def test_initial_parameters():
         assert a.ndim == 1 or (other[name] != a).any(), name
 
 
+@pytest.mark.parametrize(
+    "positions, base", [("rotary", 10000.0), ("learned", None), ("sinusoidal", None), (None, None)]
+)
+def test_only_rotary_positions_turn_and_by_the_base_of_their_authors(positions, base):
+    model = transformer(positions=positions)
+    assert model._encoder.rotary == model._decoder_layers.rotary == base
+
+
 # --- Against the reference, differences, and themselves
 
 
@@ -584,6 +592,14 @@ def test_hypotheses_are_ranked_by_their_mean_by_default(make):
         assert (np.diff(means) < 1e-12).all()
         sums += (np.diff([p.sum() for p in each]) > 0).sum()
     assert sums  # which another penalty would not have
+
+
+def test_as_many_symbols_are_generated_as_a_target_may_have():
+    model = transformer()
+    weight = model.parameters["target_embedding.weight"].copy()
+    weight[TARGETS] = 0  # the logit of the end, which is never the largest
+    model.parameters["target_embedding.weight"] = weight
+    assert len(model.generate(pairs()[0][0], 12, temperature=0)) == 12
 
 
 @EACH

@@ -681,6 +681,18 @@ def test_rotary_positions_in_attention(module: Any) -> None:
 
 
 @BOTH
+def test_rotary_positions_in_a_layer(module: Any) -> None:
+    """Its attention is that of a layer of attention by itself, made with the same options."""
+    layer, x = build("layer_llama", module=module), inputs((3, 5, E), "float64")
+    options = {name: CASES["layer_llama"][2][name] for name in ("rotary", "num_kv_heads", "window", "bias")}
+    attention = module.MultiheadAttention(E, 2, **options, dtype="float64")
+    arrays = layer.state_dict().items()
+    attention.load_state_dict({n.removeprefix("self_attn."): a for n, a in arrays if n.startswith("self_attn.")})
+    _, expected = attention(layer._children["norm1"](x), causal=True, return_weights=True)
+    assert_close(layer(x, causal=True, return_weights=True)[1], expected, 1e-13)
+
+
+@BOTH
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("mha", "encoder", "decoder"))])
 def test_masks_with_lengths(case: str, module: Any) -> None:
     """Rows of a mask are those of the padded batch, and so are its columns, however short the longest sequence is."""

@@ -141,6 +141,11 @@ def test_lm_starts_as_gpt2_does():
     assert (other["embedding.weight"] != w["embedding.weight"]).any()
 
 
+@pytest.mark.parametrize("positions, base", [("rotary", 10000.0), ("learned", None), ("sinusoidal", None)])
+def test_only_rotary_positions_turn_and_by_the_base_of_their_authors(positions, base):
+    assert language_model(positions=positions)._encoder.rotary == base
+
+
 @ENGINES
 @EACH_LM
 def test_lm_probabilities_of_all_sequences_sum_to_one(kind, engine):
@@ -196,6 +201,24 @@ def test_lm_looks_at_the_window_and_no_further(context):
     drawn = model.generate(x, 14, temperature=0)
     whole = np.r_[x, drawn]
     assert_same_bits(drawn, model(whole)[16:-1].argmax(1))
+
+
+@ENGINES
+def test_lm_of_layers_with_a_window(engine):
+    """Two layers that each look at a token and the two before reach four tokens back."""
+    model, x = language_model("window", engine), random_ids(5, 10)
+    moved = np.r_[(x[0] + 1) % 5, x[1:]]
+    assert_same_bits(model(moved)[5:], model(x)[5:])
+    assert not np.array_equal(model(moved)[4], model(x)[4])
+
+
+@ENGINES
+def test_lm_generates_from_a_whole_window(engine):
+    """A prompt that fills it, with the begin symbol, is not cut."""
+    model, prompt = language_model(engine=engine), random_ids(5, 11)
+    found, log_probs = model.generate(prompt, 1, num_beams=5, num_results=5, return_log_probs=True)
+    expected = log_softmax(model(prompt))[-1]
+    np.testing.assert_allclose(np.ravel(log_probs), expected[np.ravel(found)], rtol=1e-9)
 
 
 @EACH_LM
