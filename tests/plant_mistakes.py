@@ -58,7 +58,6 @@ FILES = (
 )
 # Tests that say little of these files for the time that they take, or start programs of their own.
 LEFT_OUT = (
-    "test_activations.py",
     "test_cli*.py",
     "test_every_isa.py",
     "test_examples.py",

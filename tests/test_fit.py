@@ -32,6 +32,7 @@ from fastseq.training import (
     fit,
     load_checkpoint,
 )
+from fastseq.training.learners import takes
 
 quiet = functools.partial(fit, progress=False)
 
@@ -170,6 +171,11 @@ def test_a_tuple_of_arrays_is_padded_batches() -> None:
     assert len(arguments.data_of("validation", (many, many), 10)) == 7
     rows = arguments.rows_of("data", (x, np.arange(6), lengths))
     assert rows is not None and [len(row) for row in rows.sequences] == lengths and list(rows.targets) == list(range(6))
+
+
+def test_a_function_that_does_not_tell_its_arguments_takes_none_by_name() -> None:
+    assert not takes(min, "lengths")
+    assert takes(padded_squared_error, "lengths") and not takes(squared_error, "lengths")
 
 
 def test_batches_may_still_be_a_tuple() -> None:
