@@ -31,9 +31,9 @@ cdef extern from "team.h" nogil:
     bint fs_pace_allows(fs_pace *pace)
     long long fs_pace_patience(fs_pace *pace)
     void fs_pace_note(fs_pace *pace, long long opened, long long closed, long long late)
-    void fs_woke_late(long long now)
     long long fs_barrier_late(fs_barrier *barrier)
     void fs_barrier_delay(fs_barrier *barrier, long long late)
+    void fs_barrier_started(fs_barrier *barrier, long long late)
 
 cdef enum:
     CHUNK_ITEMS = 1 << 20  # items between two looks for Ctrl-C at most: the least of them waits for memory
@@ -88,7 +88,7 @@ cdef inline void run_share(team_body body, void *job, int thread, int team, Regi
     cdef long long now = fs_now()
     if now - region.opened > FS_LATE:
         if thread:
-            fs_woke_late(now)
+            fs_barrier_started(&region.barrier, now - region.opened)
         else:  # the runtime waited for the others to come out of the region before
             fs_barrier_delay(&region.barrier, now - region.opened)
     run_flushed(body, job, thread, team, &region.barrier)

@@ -159,6 +159,7 @@ typedef struct fs_barrier {
     _Atomic int64_t late; /* ns */
     _Atomic int64_t waiting_since; /* ns; about when the first sleeper of this phase arrived */
     _Atomic int64_t woken_at; /* ns; the last time sleepers were woken */
+    _Atomic int64_t started; /* ns; how late the last thread entered the region */
 } fs_barrier;
 
 static inline void fs_barrier_init(fs_barrier *barrier, int64_t patience)
@@ -171,6 +172,7 @@ static inline void fs_barrier_init(fs_barrier *barrier, int64_t patience)
     atomic_init(&barrier->late, 0);
     atomic_init(&barrier->waiting_since, 0);
     atomic_init(&barrier->woken_at, 0);
+    atomic_init(&barrier->started, 0);
 }
 
 static inline int64_t fs_barrier_late(fs_barrier *barrier)
@@ -212,6 +214,17 @@ static inline void fs_barrier_sleep(fs_barrier *barrier, int phase, int64_t arri
 static inline void fs_barrier_delay(fs_barrier *barrier, int64_t late)
 {
     atomic_fetch_add_explicit(&barrier->late, late, memory_order_relaxed);
+}
+
+/* A thread that enters the region so late; of several the latest counts, because they are late together. */
+static inline void fs_barrier_started(fs_barrier *barrier, int64_t late)
+{
+    int64_t before = atomic_load_explicit(&barrier->started, memory_order_relaxed);
+    while (late > before)
+        if (atomic_compare_exchange_weak(&barrier->started, &before, late)) {
+            fs_barrier_delay(barrier, late - before);
+            return;
+        }
 }
 
 /* The last thread to arrive says why others sleep: because it had no processor, or because its share was larger. */
@@ -298,6 +311,7 @@ enum fs_pace_mode {
 };
 
 #define FS_PATIENCE INT64_C(5000000)     /* ns: the debt at which teams are given up */
+#define FS_TRIAL INT64_C(2000000) /* ns: what the first teams after a pause may lose; to wake a thread takes less */
 #define FS_LOSS_SHARE 4 /* a quarter of a team's time may be lost, and two threads are still faster */
 #define FS_PAUSE_LEAST INT64_C(2000000) /* ns: being wrong once costs next to nothing */
 #define FS_PAUSE_MOST INT64_C(500000000) /* ns: how late it is noticed that the processors are free again */
@@ -333,7 +347,7 @@ static inline void fs_pace_note(fs_pace *pace, int64_t opened, int64_t closed, i
 {
     int64_t debt = late + atomic_load_explicit(&pace->debt, memory_order_relaxed);
     debt -= (closed - opened) / FS_LOSS_SHARE;
-    if (debt > FS_PATIENCE) {
+    if (debt >= FS_PATIENCE) {
         int64_t until = atomic_load_explicit(&pace->until, memory_order_relaxed);
         int64_t pause = 2 * atomic_load_explicit(&pace->pause, memory_order_relaxed);
         if (until == 0 || opened - until > 2 * pause + FS_CALM)
@@ -342,7 +356,7 @@ static inline void fs_pace_note(fs_pace *pace, int64_t opened, int64_t closed, i
             pause = FS_PAUSE_MOST;
         atomic_store_explicit(&pace->pause, pause, memory_order_relaxed);
         atomic_store_explicit(&pace->until, closed + pause, memory_order_relaxed);
-        debt = FS_PATIENCE - FS_LATE; /* the next attempt is given up at the first wait */
+        debt = FS_PATIENCE - FS_TRIAL; /* the next attempt is given up at the first wait for a time slice */
     }
     atomic_store_explicit(&pace->debt, debt > 0 ? debt : 0, memory_order_relaxed);
 }

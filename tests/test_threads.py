@@ -728,6 +728,16 @@ def test_teams_that_lose_much_pause_for_longer_and_longer() -> None:
     assert pauses[first:] == [2, 4, 8, 16, 32, 64, 128, 256, 500, 500, 500, 500]
 
 
+def test_threads_that_wake_slowly_after_a_pause_end_it() -> None:
+    """They slept through the pause; were that counted as before it, one pause would follow the other for ever."""
+    regions = [(i * 4 * MS, (i + 1) * 4 * MS, 12 * MS) for i in range(1, 9)]
+    pause = _parallel.pauses(regions)[-1]
+    opened = regions[-1][1] + pause
+    assert pause > 100 * MS
+    assert not _parallel.pauses([*regions, (opened, opened + 20 * MS, MS)])[-1]
+    assert _parallel.pauses([*regions, (opened, opened + 4 * MS, 3 * MS)])[-1] > pause
+
+
 def test_a_pause_after_long_calm_is_short_again() -> None:
     crowded = [(i * 4 * MS, (i + 1) * 4 * MS, 12 * MS) for i in range(1, 12)]
     calm = [(5000 * MS + i * MS, 5001 * MS + i * MS, 0) for i in range(100)]
