@@ -311,7 +311,7 @@ enum fs_pace_mode {
 };
 
 #define FS_PATIENCE INT64_C(5000000)     /* ns: the debt at which teams are given up */
-#define FS_TRIAL INT64_C(2000000) /* ns: what the first teams after a pause may lose; to wake a thread takes less */
+#define FS_TRIAL INT64_C(2000000) /* ns: the first teams after a pause may lose it: threads have to wake */
 #define FS_LOSS_SHARE 4 /* a quarter of a team's time may be lost, and two threads are still faster */
 #define FS_PAUSE_LEAST INT64_C(2000000) /* ns: being wrong once costs next to nothing */
 #define FS_PAUSE_MOST INT64_C(500000000) /* ns: how late it is noticed that the processors are free again */
