@@ -167,8 +167,8 @@ def test_a_tuple_of_arrays_is_padded_batches() -> None:
     # 32 rows in a batch, and one number a row.
     many = np.zeros((70, 3), int)
     assert len(quiet(tagger(), (many, many), loss="cross_entropy", epochs=1)) == 3
-    assert len(arguments.data_of("validation", (many, many), None)) == 3
-    assert len(arguments.data_of("validation", (many, many), 10)) == 7
+    validated = arguments.rows_of("validation", (many, many))
+    assert [len(validated.batches(size)) for size in (arguments.BATCH_SIZE, 10)] == [3, 7]
     rows = arguments.rows_of("data", (x, np.arange(6), lengths))
     assert rows is not None and [len(row) for row in rows.sequences] == lengths and list(rows.targets) == list(range(6))
 
