@@ -33,7 +33,7 @@ cdef extern from "team.h" nogil:
     void fs_pace_note(fs_pace *pace, long long opened, long long closed, long long late)
     long long fs_barrier_late(fs_barrier *barrier)
     void fs_barrier_delay(fs_barrier *barrier, long long late)
-    void fs_barrier_started(fs_barrier *barrier, long long late)
+    void fs_barrier_entered_late(fs_barrier *barrier, long long late)
 
 cdef enum:
     CHUNK_ITEMS = 1 << 20  # items between two looks for Ctrl-C at most: the least of them waits for memory
@@ -70,6 +70,21 @@ def pauses(regions):
     return result
 
 
+def late_entries(late):
+    """What a region counts as lost, in ns, when its threads enter it so late. For tests.
+
+    Parameters
+    ----------
+    late : iterable of int
+        How late each thread enters, in ns.
+    """
+    cdef fs_barrier barrier
+    fs_barrier_init(&barrier, 0)
+    for one in late:
+        fs_barrier_entered_late(&barrier, one)
+    return fs_barrier_late(&barrier)
+
+
 cdef inline void run_flushed(team_body body, void *job, int thread, int team, fs_barrier *barrier) noexcept nogil:
     cdef unsigned long long before = fs_flush_denormals()
     body(job, thread, team, barrier)
@@ -88,7 +103,7 @@ cdef inline void run_share(team_body body, void *job, int thread, int team, Regi
     cdef long long now = fs_now()
     if now - region.opened > FS_LATE:
         if thread:
-            fs_barrier_started(&region.barrier, now - region.opened)
+            fs_barrier_entered_late(&region.barrier, now - region.opened)
         else:  # the runtime waited for the others to come out of the region before
             fs_barrier_delay(&region.barrier, now - region.opened)
     run_flushed(body, job, thread, team, &region.barrier)

@@ -159,7 +159,7 @@ typedef struct fs_barrier {
     _Atomic int64_t late; /* ns */
     _Atomic int64_t waiting_since; /* ns; about when the first sleeper of this phase arrived */
     _Atomic int64_t woken_at; /* ns; the last time sleepers were woken */
-    _Atomic int64_t started; /* ns; how late the last thread entered the region */
+    _Atomic int64_t latest_entry; /* ns; how late the last thread entered the region */
 } fs_barrier;
 
 static inline void fs_barrier_init(fs_barrier *barrier, int64_t patience)
@@ -172,7 +172,7 @@ static inline void fs_barrier_init(fs_barrier *barrier, int64_t patience)
     atomic_init(&barrier->late, 0);
     atomic_init(&barrier->waiting_since, 0);
     atomic_init(&barrier->woken_at, 0);
-    atomic_init(&barrier->started, 0);
+    atomic_init(&barrier->latest_entry, 0);
 }
 
 static inline int64_t fs_barrier_late(fs_barrier *barrier)
@@ -216,12 +216,12 @@ static inline void fs_barrier_delay(fs_barrier *barrier, int64_t late)
     atomic_fetch_add_explicit(&barrier->late, late, memory_order_relaxed);
 }
 
-/* A thread that enters the region so late; of several the latest counts, because they are late together. */
-static inline void fs_barrier_started(fs_barrier *barrier, int64_t late)
+/* Counts a thread that entered the region so late; of several only the latest, because the others wait as it does. */
+static inline void fs_barrier_entered_late(fs_barrier *barrier, int64_t late)
 {
-    int64_t before = atomic_load_explicit(&barrier->started, memory_order_relaxed);
+    int64_t before = atomic_load_explicit(&barrier->latest_entry, memory_order_relaxed);
     while (late > before)
-        if (atomic_compare_exchange_weak(&barrier->started, &before, late)) {
+        if (atomic_compare_exchange_weak(&barrier->latest_entry, &before, late)) {
             fs_barrier_delay(barrier, late - before);
             return;
         }

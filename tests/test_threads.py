@@ -728,6 +728,11 @@ def test_teams_that_lose_much_pause_for_longer_and_longer() -> None:
     assert pauses[first:] == [2, 4, 8, 16, 32, 64, 128, 256, 500, 500, 500, 500]
 
 
+def test_of_threads_that_enter_a_region_late_the_latest_counts() -> None:
+    assert _parallel.late_entries([]) == 0
+    assert _parallel.late_entries([MS, 3 * MS, 2 * MS]) == 3 * MS
+
+
 def test_threads_that_wake_slowly_after_a_pause_end_it() -> None:
     """They slept through the pause; were that counted as before it, one pause would follow the other for ever."""
     regions = [(i * 4 * MS, (i + 1) * 4 * MS, 12 * MS) for i in range(1, 9)]

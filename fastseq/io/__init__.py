@@ -246,10 +246,7 @@ def load_into(path: str | os.PathLike[str], namespace: ModuleType, classes: Any 
         with safe_open(name, framework="numpy") as file:
             metadata = file.metadata() or {}
             class_name = _class_name(name, metadata, own)
-            for key in file.keys():  # noqa: SIM118  the file is no mapping
-                if file.get_slice(key).get_dtype() not in _DTYPES:
-                    raise ValueError(f"path: {name!r} is damaged: {key} is {file.get_slice(key).get_dtype()}")
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            arrays = arrays_of(file, name, _DTYPES)
     except SafetensorError as error:
         raise ValueError(f"path: {name!r} is not a whole safetensors file: {error}{_foreign(name)}") from None
     try:
@@ -260,6 +257,18 @@ def load_into(path: str | os.PathLike[str], namespace: ModuleType, classes: Any 
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"path: {name!r} is damaged: {error}") from None
     return layer
+
+
+def arrays_of(file: Any, name: str, dtypes: Collection[str]) -> dict[str, Array]:
+    """All arrays of an open file, which may be of some dtypes, in the names of safetensors.
+
+    They are looked at before an array is read: what NumPy makes of others depends on what else is imported.
+    """
+    for key in file.keys():  # noqa: SIM118  the file is no mapping
+        dtype = file.get_slice(key).get_dtype()
+        if dtype not in dtypes:
+            raise ValueError(f"path: {name!r} is damaged: {key} is {dtype}")
+    return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 _OF_TORCH = (

@@ -18,10 +18,8 @@ class Elementwise(Layer):
     # The set of operations, compiled or in NumPy.
     _operations: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+    _keeps_width: ClassVar[bool] = True
     _kind: str
-
-    def _width_after(self, width: int | None) -> int | None:
-        return width
 
     def _start(self, kind: str, dtype: Any, **more: Any) -> None:
         self._kind = kind
@@ -190,14 +188,12 @@ class Softmax(Layer):
     # The set of operations, compiled or in NumPy.
     _operations: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+    _keeps_width: ClassVar[bool] = True
 
     def __init__(self, *, dtype: Any = "float32") -> None:
         self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
         self._config = {"dtype": self.dtype.name}
         self._arrays = {}
-
-    def _width_after(self, width: int | None) -> int | None:
-        return width
 
     def __call__(self, x: Any) -> Array:
         """The softmax of the last axis.

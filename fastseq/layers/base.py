@@ -86,9 +86,9 @@ class Tape:
         return f"<tape of {self._layer!r}>"
 
 
-def _is_ours(cls: type[Any]) -> bool:
-    """Whether a class is of this package."""
-    return cls.__module__.partition(".")[0] == "fastseq"
+def is_ours(made: Any) -> bool:
+    """Whether a class or a function is of this package."""
+    return str(made.__module__).partition(".")[0] == "fastseq"
 
 
 class LayerType(type):
@@ -150,6 +150,8 @@ class Layer(metaclass=LayerType):
     time: str = POINTWISE
     carries_state: bool = False
 
+    _keeps_width: ClassVar[bool] = False  # whether outputs are vectors of the size of the inputs, whatever that is
+
     # Verbs that say of an argument they do not have what it is called here. Calls of few microseconds are not among
     # them: it takes a call more.
     _naming: ClassVar[tuple[str, ...]] = ()
@@ -167,7 +169,7 @@ class Layer(metaclass=LayerType):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if _is_ours(cls):
+        if is_ours(cls):
             for verb in cls._naming:
                 if verb in cls.__dict__:
                     setattr(cls, verb, elsewhere.naming(cls.__dict__[verb]))
@@ -361,7 +363,7 @@ class Layer(metaclass=LayerType):
                 raise AttributeError(f'{name} is a parameter: set it by layer.parameters["{name}"] = ...')
             if hasattr(self, name):
                 raise AttributeError(f"{name} is fixed once a {kind} is made")
-            if _is_ours(type(self)):  # a class of your own may have what it likes
+            if is_ours(type(self)):  # a class of your own may have what it likes
                 raise AttributeError(f"{name} is no attribute of a {kind}, and cannot become one")
         super().__setattr__(name, value)
 
@@ -526,7 +528,7 @@ class Layer(metaclass=LayerType):
 
     def _width_after(self, width: int | None) -> int | None:
         """The size of an output vector, given that of the inputs; None where it is not known."""
-        return self._gives()
+        return width if self._keeps_width else self._gives()
 
     def _output_form(self, timed: bool, width: int | None = None) -> str:
         """The shape of outputs, as far as it is known; whether inputs have an axis of time."""

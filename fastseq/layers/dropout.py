@@ -32,6 +32,7 @@ class Dropout(Layer):
     # The set of operations, compiled or in NumPy.
     _operations: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+    _keeps_width: ClassVar[bool] = True
 
     p: float
 
@@ -40,9 +41,6 @@ class Dropout(Layer):
         self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
         self._config = {"p": self.p, "dtype": self.dtype.name}
         self._arrays = {}
-
-    def _width_after(self, width: int | None) -> int | None:
-        return width
 
     def __call__(self, x: Any) -> Array:
         """x, as it is: inference drops nothing.

@@ -37,6 +37,7 @@ class LayerNorm(Layer):
     # The set of operations, compiled or in NumPy.
     _operations: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+    _keeps_width: ClassVar[bool] = True
 
     normalized_shape: tuple[int, ...]
     eps: float
@@ -71,9 +72,6 @@ class LayerNorm(Layer):
 
     def _takes(self) -> int | None:
         return self.normalized_shape[-1]
-
-    def _width_after(self, width: int | None) -> int | None:
-        return width
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
         if not self.elementwise_affine:
@@ -174,6 +172,7 @@ class RMSNorm(Layer):
     # The set of operations, compiled or in NumPy.
     _operations: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+    _keeps_width: ClassVar[bool] = True
 
     normalized_shape: tuple[int, ...]
     eps: float
@@ -204,9 +203,6 @@ class RMSNorm(Layer):
 
     def _takes(self) -> int | None:
         return self.normalized_shape[-1]
-
-    def _width_after(self, width: int | None) -> int | None:
-        return width
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
         return {"weight": np.ones(self.normalized_shape)} if self.elementwise_affine else {}

@@ -20,15 +20,13 @@ class Pooling(Layer):
     # The set of operations: `pooling_forward` and `pooling_backward`, vectorised or row by row.
     _operations: ClassVar[Any] = over_time
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+    _keeps_width: ClassVar[bool] = True
     _kind: ClassVar[str]
 
     def __init__(self, *, dtype: Any = "float32") -> None:
         self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
         self._config = {"dtype": self.dtype.name}
         self._arrays = {}
-
-    def _width_after(self, width: int | None) -> int | None:
-        return width
 
     def __call__(self, x: Any, *, lengths: Any = None) -> Array:
         """One output for each row.

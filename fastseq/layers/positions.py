@@ -73,15 +73,13 @@ class Positions(Layer):
     # The set of operations, compiled or in NumPy.
     _operations: ClassVar[Any] = _dense
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+    _keeps_width: ClassVar[bool] = True
 
     _width: tuple[int, ...]  # of the last axis: what it may be, or nothing where that is looked at elsewhere
     _most: int | None = None  # positions, if there is a limit
 
     def _takes(self) -> int | None:
         return self._width[0] if self._width else None
-
-    def _width_after(self, width: int | None) -> int | None:
-        return width
 
     def _stepless(self) -> str:
         return f"{self._making()} has to know where a step stands, and one step alone is at position 0"

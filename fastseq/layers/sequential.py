@@ -9,7 +9,18 @@ from typing import Any
 
 from fastseq import checks
 from fastseq.checks import Array
-from fastseq.layers.base import POINTWISE, POOLING, SEQUENCE, TIMES, Composite, Layer, Tape, child_seed, mask_seed
+from fastseq.layers.base import (
+    POINTWISE,
+    POOLING,
+    SEQUENCE,
+    TIMES,
+    Composite,
+    Layer,
+    Tape,
+    child_seed,
+    is_ours,
+    mask_seed,
+)
 from fastseq.layers.rows import cleared
 
 SHOWN_WIDTH = 80  # characters of the layers that a `repr` shows
@@ -380,8 +391,7 @@ def _check_widths(layers: Sequence[Layer]) -> None:
 
 def _declares_widths(layer: Layer) -> bool:
     """Whether what a layer says of its sizes is true: one of ours does, unless somebody gave it a call of their own."""
-    call: Any = type(layer).__call__
-    return str(call.__module__).partition(".")[0] == "fastseq"
+    return is_ours(type(layer).__call__)
 
 
 def _locate(error: Exception, place: int, layer: Layer) -> None:

@@ -26,6 +26,7 @@ _CONTENT, _VERSION = "fastseq.checkpoint", "fastseq.format"
 _OLD_CHECKSUM = "fastseq.checksum"  # of the content, in files of older versions, which have none over all their bytes
 _STATES = {kind.__name__: kind for kind in (state.State, state.LSTMState, state.Seq2SeqState, state.AttentionState)}
 _DTYPES = ("bool", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64")
+_STORED = ("BOOL", *(f"{u}{bits}" for u in "IU" for bits in (8, 16, 32, 64)), "F16", "F32", "F64")  # the same in a file
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
@@ -100,10 +101,7 @@ def _read(name: str) -> dict[str, Any]:
             if metadata.get(_VERSION) != _FORMAT:
                 raise ValueError(f"path: {name!r} was written by another version of fastseq")
             io.check_names(name, metadata, {_CONTENT, _VERSION, _OLD_CHECKSUM})
-            try:
-                arrays = {key: np.array(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-            except (TypeError, AttributeError, KeyError) as error:  # a dtype that NumPy does not have
-                raise ValueError(f"path: {name!r} is damaged: {error}") from None
+            arrays = io.arrays_of(file, name, _STORED)
     except SafetensorError as error:
         raise ValueError(f"path: {name!r} is damaged: not a whole safetensors file: {error}") from None
     if io.CHECKSUM not in metadata and _checksum(metadata[_CONTENT], arrays) != metadata[_OLD_CHECKSUM]:

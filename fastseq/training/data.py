@@ -149,6 +149,10 @@ class PaddedBatches(Data):
         some tens of batches, else among all.
     """
 
+    # What messages call them, and where each stands in what has that name; None: where it stands here.
+    _called: tuple[str, str] = ("sequences", "targets")
+    _places: Any = None
+
     def __init__(
         self,
         sequences: Sequence[Any],
@@ -173,10 +177,6 @@ class PaddedBatches(Data):
         self._targets = None if targets is None else self._checked_targets(targets)
         self._lengths = np.array([len(sequence) for sequence in self._sequences])
         self._sizes = self._lengths  # what sequences are sorted by
-
-    # What messages call them, and where each stands in what has that name; None: where it stands here.
-    _called: tuple[str, str] = ("sequences", "targets")
-    _places: Any = None
 
     def _not_finite(self) -> str | None:
         """Where the first number stands that is not finite; None: nowhere."""

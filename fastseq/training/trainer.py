@@ -320,34 +320,26 @@ class _Run:
     def take_data(self, data: Any, batch_size: Any, validation: Any, share: Any) -> None:
         """What to learn from, and what to be validated on."""
         size = None if batch_size is None else checks.size("batch_size", batch_size, 1)
-        rows = arguments.rows_of("data", data)
-        given = datasets.checked("data", data) if rows is None else None
-        if rows is None:
-            for name, value in (("batch_size", size), ("validation_split", share)):
-                if value is not None:
-                    raise ValueError(
-                        f"{name} should be None where data is not a tuple of arrays, but {checks.describe(data)}"
-                    )
-        else:
-            self.learner.check_rows("data", rows)
+        rows, given = self._rows_or_batches("data", data)
+        for name, value in (("batch_size", size), ("validation_split", share)):
+            if rows is None and value is not None:
+                raise ValueError(
+                    f"{name} should be None where data is not a tuple of arrays, but {checks.describe(data)}"
+                )
         held = None
         if share is not None:
             if validation is not None:
                 raise ValueError("validation should be None with validation_split, which makes it of the data")
             rows, held = rows.split(arguments.split_share(share), self.seed)  # type: ignore[union-attr]
         size = arguments.BATCH_SIZE if size is None else size
-        given = given if rows is None else rows.batches(size)
+        if rows is not None:
+            given = rows.batches(size)
         self.learner.check_data("data", given)
         self.data = datasets.seeded(given, self.seed)
         if validation is not None:
-            held = arguments.rows_of("validation", validation)
-            if held is None:
-                validation = datasets.checked("validation", validation)
-            else:
-                self.learner.check_rows("validation", held)
-                validation = held.batches(size)
-        elif held is not None:
-            validation = held.batches(size, shuffle=False)
+            held, validation = self._rows_or_batches("validation", validation)
+        if held is not None:
+            validation = held.batches(size, shuffle=share is None)
         if validation is not None:
             self.learner.check_data("validation", validation)
             self.validation = datasets.seeded(validation, VALIDATION_SEED)
@@ -357,6 +349,14 @@ class _Run:
             "validation_split": share,
             "validation_batches": None if self.validation is None else len(self.validation),
         }
+
+    def _rows_or_batches(self, name: str, value: Any) -> tuple[arguments.Rows | None, Any]:
+        """Sequences and targets where those were given, else what gives batches; the other is None."""
+        rows = arguments.rows_of(name, value)
+        if rows is None:
+            return None, datasets.checked(name, value)
+        self.learner.check_rows(name, rows)
+        return rows, None
 
     def validations(self, every: Any, patience: Any, metrics: Any) -> None:
         """How often there is a validation, and what follows from it."""
