@@ -7,6 +7,7 @@ import ctypes
 import ctypes.util
 import fcntl
 import functools
+import gc
 import os
 import signal
 import subprocess
@@ -583,7 +584,9 @@ def libm() -> Any:
     if name is None:
         pytest.skip("this machine lacks a C mathematics library to ask")
     library = ctypes.CDLL(name)
+    gc.disable()  # what a collection calls back, Hypothesis for one, calculates between the test and what it asks for
     yield library
+    gc.enable()
     library.feclearexcept(EVERY_FLAG)
 
 
