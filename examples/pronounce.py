@@ -37,7 +37,7 @@ SYMBOLS = """
 """
 PHONEMES = ["<pad>", "<unk>", "<s>", "</s>"]
 PHONEMES += [s.replace("*", n) for s in SYMBOLS.split() for n in ("012" if "*" in s else "-")]
-MOST_PHONEMES = 20
+MAX_PHONEMES = 20
 BATCH = 256
 
 
@@ -106,7 +106,7 @@ class Pronouncer:
         order = sorted(range(len(words)), key=lambda i: len(words[i]))
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
-            said = self.model.generate([letters(words[row]) for row in rows], MOST_PHONEMES, temperature=0)
+            said = self.model.generate([letters(words[row]) for row in rows], MAX_PHONEMES, temperature=0)
             for row, ids in zip(rows, said, strict=True):
                 result[row] = [self.phonemes[i] for i in ids]
         return result

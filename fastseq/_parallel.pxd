@@ -1,6 +1,6 @@
-# Declarations for the other compiled modules: threads and the loops they share. See src/_parallel.pyx.
+# Declarations for the other compiled modules: threads and the loops they share. See src/runtime/_parallel.pyx.
 
-cdef extern from "team.h" nogil:
+cdef extern from "runtime/team.h" nogil:
     ctypedef struct fs_barrier:
         pass
     ctypedef struct fs_counter:

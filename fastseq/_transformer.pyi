@@ -47,7 +47,7 @@ class Decoder:
         output: Any,
         pages: Pages,
         memory: Pages | None,
-        most: int,
+        max_tokens: int,
         prefill: Callable[[list[Array]], Pages],
         n_threads: int,
     ) -> None: ...

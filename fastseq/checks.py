@@ -22,7 +22,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_MOST = np.iinfo(np.int64).max
+_MAX_INT64 = np.iinfo(np.int64).max
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
@@ -108,7 +108,7 @@ def size(name: str, value: Any, least: int = 0) -> int:
         raise TypeError(f"{name} should be an integer, not {describe(value)}") from None
     if number < least:
         raise ValueError(f"{name} should be at least {least}, not {describe(number)}")
-    if number > _MOST:
+    if number > _MAX_INT64:
         raise OverflowError(f"{name} should fit 64 bits, not be {describe(number)}")
     return number
 

@@ -197,11 +197,11 @@ def gates(
     panels = figure.subplots(down, across, squeeze=False, sharex=True)
     for axes, (name, array) in zip(panels.flat, arrays.items(), strict=False):
         values = array[row, :shown, layer].T.astype(np.float64)
-        most = float(np.max(np.abs(values), initial=0, where=np.isfinite(values))) or 1.0
+        limit = float(np.max(np.abs(values), initial=0, where=np.isfinite(values))) or 1.0
         how = (
             {"cmap": "Greys", "vmin": 0, "vmax": 1}
             if name in _SIGMOIDS
-            else {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
+            else {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
         )
         image = axes.imshow(values, aspect="auto", interpolation="nearest", **how)
         axes.set_title(_GATES.get(name, name), fontsize=9)

@@ -13,8 +13,8 @@ from fastseq.checks import Array
 
 S = TypeVar("S", bound="State")
 
-MOST_TOKENS = (1 << 31) - 1  # of a row; more are some weeks of decoding
-MOST_TABLES = 1 << 31  # bytes of the tables of pages of a state that is made of arrays: 8 for every 64 tokens
+MAX_TOKENS = (1 << 31) - 1  # of a row; more are some weeks of decoding
+MAX_TABLES = 1 << 31  # bytes of the tables of pages of a state that is made of arrays: 8 for every 64 tokens
 
 
 class State:
@@ -481,7 +481,7 @@ class AttentionState:
             tokens = checks.integers("tokens", tokens)
             if tokens.ndim != 2 or len(tokens) != len(own.lengths) or tokens.shape[1] < own.lengths.max(initial=0):
                 raise ValueError(f"tokens should have those of all {len(own.lengths)} rows, not be of {tokens.shape}")
-            tokens = checks.ids("tokens", tokens, MOST_TOKENS, np.arange(tokens.shape[1]) < own.lengths[:, None])
+            tokens = checks.ids("tokens", tokens, MAX_TOKENS, np.arange(tokens.shape[1]) < own.lengths[:, None])
             tokens = np.maximum(tokens, 0)  # past the ends
         since = np.array(firsts, np.int64)
         self._take(own, memory, tokens, None if np.array_equal(since, own.firsts) else since)
@@ -608,9 +608,9 @@ class AttentionState:
             raise ValueError(f"lengths should be an integer, or of shape {self.lengths.shape}, not {given.shape}")
         wanted = np.broadcast_to(given.astype(np.int64), self.lengths.shape)  # what does not fit becomes negative
         needed = np.maximum(wanted - self.window + 1, 0) if self.window else np.zeros_like(wanted)
-        for i, (length, most, least) in enumerate(zip(wanted, self.lengths, self.firsts, strict=True)):
-            if not 0 <= length <= most:
-                raise ValueError(f"lengths[{i}] should be in 0..{most}, not {length}")
+        for i, (length, limit, least) in enumerate(zip(wanted, self.lengths, self.firsts, strict=True)):
+            if not 0 <= length <= limit:
+                raise ValueError(f"lengths[{i}] should be in 0..{limit}, not {length}")
             if needed[i] < least:
                 raise ValueError(
                     f"lengths[{i}] should be at least {least + self.window - 1}: what came before token {least} is"
@@ -735,8 +735,8 @@ def _pages_of(prefix: str, window: int, lengths: Any, firsts: Any, keys: Any, va
         count = checks.integers(f"{prefix}{name}", value)
         if count.shape != (batch,):
             raise ValueError(f"{prefix}{name} should be of shape ({batch},), not {count.shape}")
-        if batch and not 0 <= int(count.min()) <= int(count.max()) <= MOST_TOKENS:
-            raise ValueError(f"{prefix}{name} should be in 0..{MOST_TOKENS}, not {count.tolist()}")
+        if batch and not 0 <= int(count.min()) <= int(count.max()) <= MAX_TOKENS:
+            raise ValueError(f"{prefix}{name} should be in 0..{MAX_TOKENS}, not {count.tolist()}")
         counts.append(count.astype(np.int64))
     kept = counts[0] - counts[1]
     if (kept < 0).any() or kept.max(initial=0) > time:
@@ -748,7 +748,7 @@ def _pages_of(prefix: str, window: int, lengths: Any, firsts: Any, keys: Any, va
             f"{prefix}firsts should be at most the first token that the next one looks back on, {needed[row]}, but"
             f" {prefix}firsts[{row}] is {counts[1][row]}"
         )
-    if int(counts[0].sum()) // 8 > MOST_TABLES:
+    if int(counts[0].sum()) // 8 > MAX_TABLES:
         raise MemoryError(f"the tables of {int(counts[0].sum())} tokens")
     native = [np.ascontiguousarray(array, array.dtype.newbyteorder("=")) for array in arrays]
     return _operations_for(native[0].dtype).Pages.of(window, *counts, *native)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fastseq import checks
 
-MOST = 1024  # far beyond use, and before a system refuses to start more threads
+MAX_THREADS = 1024  # far beyond use, and before a system refuses to start more threads
 
 _set: int | None = None
 _default: tuple[int, str] | None = None
@@ -33,8 +33,8 @@ def set_num_threads(n: int) -> None:
     """
     global _set
     number = checks.size("n", n, 1)
-    if number > MOST:
-        raise ValueError(f"n should be at most {MOST}, not {checks.describe(number)}")
+    if number > MAX_THREADS:
+        raise ValueError(f"n should be at most {MAX_THREADS}, not {checks.describe(number)}")
     _set = number
 
 
@@ -62,10 +62,10 @@ def _from_environment() -> tuple[int, str] | None:
             continue
         if name == "OMP_NUM_THREADS":
             text = text.split(",")[0].strip()  # one number for each level of nesting; the first is ours
-        if text.isascii() and text.isdecimal() and len(text) < 8 and 1 <= int(text) <= MOST:
+        if text.isascii() and text.isdecimal() and len(text) < 8 and 1 <= int(text) <= MAX_THREADS:
             return int(text), name
         if name == "FASTSEQ_NUM_THREADS":
-            raise ValueError(f"{name} should be a number from 1 to {MOST}, not {text!r:.80}")
+            raise ValueError(f"{name} should be a number from 1 to {MAX_THREADS}, not {text!r:.80}")
     return None
 
 
@@ -76,8 +76,8 @@ def _from_machine() -> tuple[int, str]:
         processors, source = os.cpu_count() or 1, "processors"
     quota = _cgroup_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     if quota is not None and quota < processors:
-        return min(max(1, math.ceil(quota)), MOST), "cgroup quota"
-    return min(processors, MOST), source
+        return min(max(1, math.ceil(quota)), MAX_THREADS), "cgroup quota"
+    return min(processors, MAX_THREADS), source
 
 
 def _cgroup_quota(membership: Path, root: Path) -> float | None:

@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 
-from fastseq import _decode
+from fastseq import _decoding
 from fastseq.models.base import SymbolModel
 from fastseq.reference import decoding as numpy_decoding
 
@@ -16,7 +16,7 @@ DONE, NO_MEMORY, FULL, AGAIN = 0, -1, 1, 2
 
 
 class Struct(ctypes.Structure):
-    """fs_decoder of src/decoder.h."""
+    """fs_decoder of src/decoding/decoder.h."""
 
     _fields_ = [
         ("self", ctypes.c_void_p),
@@ -106,7 +106,7 @@ class Whim(SymbolModel):
         self.vocab_size = vocab_size
         self.outputs = vocab_size if logits is None else logits
         self.seed, self.engine, self.dtype, self.shape, self.of_spy = seed, engine, dtype, shape, of_spy
-        self._decoding = _decode if engine == "compiled" else numpy_decoding
+        self._decoding = _decoding if engine == "compiled" else numpy_decoding
         self.spies = []
 
     def function(self, history):

@@ -26,12 +26,12 @@ FLOORS = [
         "fastseq._dense",
         "fastseq._losses",
         "fastseq._optimisers",
-        "fastseq._models",
+        "fastseq._autoregression",
         "fastseq._markov",
-        "fastseq._decode",
+        "fastseq._decoding",
         "fastseq._recurrent_decoder",
         "fastseq._attention",
-        "fastseq._alignment",
+        "fastseq._additive_attention",
         "fastseq._transformer",
     ],
     [
@@ -146,10 +146,10 @@ def test_every_module_has_a_floor_of_its_own():
         assert home(module)[0] != "fastseq" or module == "fastseq", f"{module} is on no floor"
 
 
-def test_the_leaves_know_neither_python_nor_threads_nor_memory():
+def test_the_kernels_know_neither_python_nor_threads_nor_memory():
     standard = {"stddef.h", "stdint.h", "string.h", "immintrin.h", "arm_neon.h"}
-    files = [path for path in (ROOT / "src" / "simd").iterdir() if path.suffix in (".c", ".h", ".inc")]
-    own = {path.name for path in files}
+    files = [path for path in (ROOT / "src" / "kernels").rglob("*") if path.suffix in (".c", ".h", ".inc")]
+    own = {path.name for path in files} | {"../kernels.inc"}
     assert own
     for path in files:
         text = path.read_text()
@@ -159,8 +159,8 @@ def test_the_leaves_know_neither_python_nor_threads_nor_memory():
         assert not re.search(r"\b(malloc|calloc|realloc|alloca|free|Py\w+|omp\w*|pthread\w*)\b", code), path
 
 
-def test_compiled_modules_import_only_the_leaves():
-    for path in (ROOT / "src").glob("*.pyx"):
+def test_compiled_modules_import_only_the_kernels():
+    for path in (ROOT / "src").rglob("*.pyx"):
         for line in re.findall(r"^(?:from|import|cimport) .*fastseq.*$", path.read_text(), re.MULTILINE):
             assert line.startswith(("from fastseq import _simd", "from fastseq._parallel cimport ")), path
 
@@ -177,12 +177,12 @@ COMPILED = [
     "_dense",
     "_losses",
     "_optimisers",
-    "_models",
+    "_autoregression",
     "_markov",
-    "_decode",
+    "_decoding",
     "_recurrent_decoder",
     "_attention",
-    "_alignment",
+    "_additive_attention",
     "_transformer",
 ]
 

@@ -15,7 +15,7 @@ import pytest
 
 import fastseq as fs
 from fastseq import _simd, io
-from fastseq.cli import bench, cases, engines, limits, main, others, plot, progress, recurrent, report, worker
+from fastseq.cli import bench, cases, engines, interference, main, plot, progress, recurrent, report, roofline, worker
 
 TINY = ("--vs", "reference", "--shape", "1,1,8,8", "--kind", "lstm", "--rounds", "1", "--threads", "1")
 
@@ -311,7 +311,7 @@ def test_worker_takes_its_threads_from_us(monkeypatch):
 
 def test_others_are_counted_and_ours_are_not(tmp_path, monkeypatch):
     tick, clock = os.sysconf("SC_CLK_TCK"), iter([100.0, 110.0])
-    monkeypatch.setattr(others, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(interference, "perf_counter", lambda: next(clock))
 
     def tell(total, ours):
         # user nice system idle iowait irq softirq steal guest guest_nice
@@ -323,13 +323,13 @@ def test_others_are_counted_and_ours_are_not(tmp_path, monkeypatch):
             (tmp_path / str(process) / "stat").write_text(f"{process} (a ) name) {' '.join(fields)}\n")
 
     tell(1000, {os.getpid(): (10, 1), 99: (20, 2)})
-    watch = others.Others([99], tmp_path)
+    watch = interference.Others([99], tmp_path)
     tell(1016, {os.getpid(): (14, 2), 99: (24, 4)})
     assert watch.processors() == pytest.approx((16 - 5 - 6) / 10)
 
 
 def test_the_limits_are_measured_on_all_threads():
-    measured = limits.Limits(2)
+    measured = roofline.Limits(2)
     try:
         seconds, flops = measured._burst(lambda thread, rounds: _simd.multiply_adds(rounds), 1000)
         assert seconds > 0 and flops == 2 * _simd.multiply_adds(1000)

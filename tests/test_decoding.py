@@ -694,7 +694,7 @@ def test_logits_of_another_kind_than_the_decoder_gives():
     spy = model._decoder([np.zeros(1, np.int64)], 1)[1]
     for wrong in np.zeros((1, 5), np.float32), np.zeros((2, 5)), np.zeros((1, 4)):
         with pytest.raises(ValueError, match="logits should be of float64 and of shape"):
-            fs._decode.search(spy, wrong, [np.zeros(1, np.int64)], np.zeros(1, np.uint64), decoding.Settings(3))
+            fs._decoding.search(spy, wrong, [np.zeros(1, np.int64)], np.zeros(1, np.uint64), decoding.Settings(3))
 
 
 # Bad input

@@ -1,4 +1,4 @@
-"""exp, tanh and sigmoid of the leaves: samples of what exhaustive_ulp.py looks at in full, and special values."""
+"""exp, tanh and sigmoid of the kernels: samples of what exhaustive_ulp.py looks at in full, and special values."""
 
 from __future__ import annotations
 

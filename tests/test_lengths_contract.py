@@ -441,7 +441,7 @@ QUERIES = {"one_query": 0, "queries": 3}
 
 
 @contract("AdditiveAttention.__call__", "MultiplicativeAttention.__call__", **QUERIES)
-def _alignment(root: Any, dtype: str, name: str, queries: int) -> Case:
+def _additive_attention(root: Any, dtype: str, name: str, queries: int) -> Case:
     kind, sizes = resolved(root, name), (5, 4, 6) if name.startswith("Add") else (5, 4)
     layer = alive(kind(*sizes, dtype=dtype, seed=0))
 

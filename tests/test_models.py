@@ -12,7 +12,7 @@ from common import assert_close, assert_same_bits, threads
 from protocol import check_generate, check_gradients, fitted, log_softmax, random_ids, random_sequences
 
 import fastseq as fs
-from fastseq import _models
+from fastseq import _autoregression
 from fastseq.reference import autoregression
 
 SMOOTHINGS = [1.0, 0.3, "witten_bell", "kneser_ney"]
@@ -409,17 +409,21 @@ def test_autoregressive_operations_compiled_and_in_numpy(dtype):
     wide = x.astype(np.float64)
     for order in (1, 3):
         assert_close(
-            _models.triangle(wide, lengths, order, order + 1, 1),
+            _autoregression.triangle(wide, lengths, order, order + 1, 1),
             autoregression.triangle(wide, lengths, order, order + 1, 1),
             1e-13,
         )
     arguments = intercept, coefficients
-    assert_close(_models.predict(x, lengths, *arguments, 1), autoregression.predict(x, lengths, *arguments, 1), 1e-5)
-    assert_close(_models.rollout(x[:, :3], *arguments, 9, 1), autoregression.rollout(x[:, :3], *arguments, 9, 1), 1e-5)
+    assert_close(
+        _autoregression.predict(x, lengths, *arguments, 1), autoregression.predict(x, lengths, *arguments, 1), 1e-5
+    )
+    assert_close(
+        _autoregression.rollout(x[:, :3], *arguments, 9, 1), autoregression.rollout(x[:, :3], *arguments, 9, 1), 1e-5
+    )
     weights = [(rng.normal(size=s) / 2).astype(dtype) for s in ((5, 3), (5,), (1, 5), (1,))]
     for activation in ("sigmoid", "tanh", "relu"):
         assert_close(
-            _models.rollout_perceptron(x[:, :3], *weights, activation, 9, 1),
+            _autoregression.rollout_perceptron(x[:, :3], *weights, activation, 9, 1),
             autoregression.rollout_perceptron(x[:, :3], *weights, activation, 9, 1),
             1e-5 if dtype == "float32" else 1e-13,
         )

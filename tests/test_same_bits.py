@@ -1,7 +1,7 @@
 """The same bits, whatever the batch, the padding, the threads, the chunks, and however the arrays lie in memory.
 
-The shapes are chosen by what `plan` in src/_recurrent.pyx does with them: rows or units split between threads, the
-input part inside the step or ahead of it, in one piece or several, one or several looks for Ctrl-C.
+The shapes are chosen by what `plan` in src/recurrent/_recurrent.pyx does with them: rows or units split between
+threads, the input part inside the step or ahead of it, in one piece or several, one or several looks for Ctrl-C.
 """
 
 from __future__ import annotations

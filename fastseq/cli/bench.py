@@ -16,10 +16,10 @@ import numpy as np
 from fastseq import _simd, threads
 from fastseq.cli import UsageError, attention, decode, encoder, engines, generate, info, language, plot, recurrent
 from fastseq.cli.cases import Case
-from fastseq.cli.limits import ROOFS, Limits
-from fastseq.cli.others import Others
+from fastseq.cli.interference import Others
 from fastseq.cli.progress import Progress
 from fastseq.cli.report import Report, Row, as_json, size, table
+from fastseq.cli.roofline import ROOFS, Limits
 from fastseq.cli.worker import EngineError, Worker
 from fastseq.io import write_whole
 from fastseq.version import __version__
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     if options.threads is None:
         n_threads = info.thread_count()[0]
     else:
-        n_threads = whole_number("--threads", options.threads, threads.MOST)
+        n_threads = whole_number("--threads", options.threads, threads.MAX_THREADS)
     rounds = whole_number("--rounds", options.rounds, 10_000)
     check_memory(cases, 2 + len(peers))
     json_file = writable("--json", options.json)
@@ -99,10 +99,10 @@ def lacking(engine: str, cases: Sequence[Case]) -> list[str]:
     return engines.missing(engine, needed)
 
 
-def whole_number(option: str, text: str, most: int) -> int:
-    """The value of an option, from 1 to `most`."""
-    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or not 1 <= int(text) <= most:
-        raise UsageError(f"{option} should be a whole number from 1 to {most}, not {text!r}")
+def whole_number(option: str, text: str, limit: int) -> int:
+    """The value of an option, from 1 to `limit`."""
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or not 1 <= int(text) <= limit:
+        raise UsageError(f"{option} should be a whole number from 1 to {limit}, not {text!r}")
     return int(text)
 
 

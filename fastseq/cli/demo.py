@@ -20,7 +20,7 @@ from fastseq.cli.report import counted, duration
 MODEL = Path(__file__).parent.parent / "data" / "pronounce.safetensors"
 WORDS = ("fastseq", "recurrent", "attention", "knowledge")
 BLOCKS = " ░▒▓█"
-MOST = 40  # phonemes of a word; the longest of the dictionary has 28
+MAX_PHONEMES = 40  # phonemes of a word; the longest of the dictionary has 28
 BEAMS = 5
 CALLS, SECONDS = 3, 0.2  # a word is timed for so many calls, and so long, at least
 MAP = "The map under each word: a column for each letter, a row for each phoneme; the darker, the more it looks there."
@@ -71,7 +71,7 @@ class Pronouncer:
 
     def say(self, word: str) -> tuple[str, ...]:
         """The phonemes of a word, as beam search finds them."""
-        said = self.model.generate(self.ids(word), MOST, num_beams=BEAMS)
+        said = self.model.generate(self.ids(word), MAX_PHONEMES, num_beams=BEAMS)
         return tuple(self.phonemes[i] for i in said)
 
     def attention(self, word: str, phonemes: Sequence[str]) -> Array:

@@ -4,7 +4,7 @@ The function `attention` is in `fastseq.layers.attention`; here it would hide th
 """
 
 from fastseq.layers.activation import GELU, ReLU, Sigmoid, SiLU, Softmax, Tanh
-from fastseq.layers.alignment import AdditiveAttention, MultiplicativeAttention
+from fastseq.layers.additive_attention import AdditiveAttention, MultiplicativeAttention
 from fastseq.layers.attention import MultiheadAttention
 from fastseq.layers.base import Layer
 from fastseq.layers.dropout import Dropout

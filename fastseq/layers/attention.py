@@ -573,11 +573,11 @@ class MultiheadAttention(Layer):
         TypeError, ValueError
             Naming the argument, what it was and what it should be.
         """
-        sources, frame, allowed, alone = self._opened(query, key, value, mask, lengths)
+        sources, frame, allowed, unbatched = self._opened(query, key, value, mask, lengths)
         wanted = checks.flag("return_weights", return_weights)
         y, weights = self._run(sources, frame, allowed, checks.flag("causal", causal), wanted)
         out = frame.queries.scatter(y)
-        if alone:
+        if unbatched:
             out, weights = out[0], None if weights is None else weights[0]
         return (out, weights) if wanted else out
 
@@ -606,10 +606,10 @@ class MultiheadAttention(Layer):
         out : ndarray of shape (B, Tq, E)
         tape : Tape
         """
-        sources, frame, allowed, alone = self._opened(query, key, value, mask, lengths)
+        sources, frame, allowed, unbatched = self._opened(query, key, value, mask, lengths)
         y, kept = self._run_forward(sources, frame, allowed, checks.flag("causal", causal), mask_seed(seed))
         out = frame.queries.scatter(y)
-        return (out[0] if alone else out), Tape(self, (kept, alone))
+        return (out[0] if unbatched else out), Tape(self, (kept, unbatched))
 
     def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Any:
         """Gradients, given that of the outputs.
@@ -627,13 +627,13 @@ class MultiheadAttention(Layer):
         dquery, or tuple of dquery, dkey, or of dquery, dkey, dvalue
             One for each array that was passed to `forward`, of its shape; 0 in padding.
         """
-        kept, alone = self._kept(tape)
+        kept, unbatched = self._kept(tape)
         queries, keys = kept.frame.queries, kept.frame.keys
         shape = (queries.batch, queries.time, self.embed_dim)
-        dy = checks.like("dy", dy, self.dtype, shape[1:] if alone else shape).reshape(shape)
+        dy = checks.like("dy", dy, self.dtype, shape[1:] if unbatched else shape).reshape(shape)
         dsources = self._run_backward(queries.gather(dy), kept, self._targets(grads))
         arrays = [rows.scatter(drows) for rows, drows in zip((queries, keys, keys), dsources, strict=False)]
-        if alone:
+        if unbatched:
             arrays = [array[0] for array in arrays]
         return arrays[0] if len(arrays) == 1 else tuple(arrays)
 
@@ -652,13 +652,13 @@ class MultiheadAttention(Layer):
                 raise ValueError(f"{missing} should be given: {name} is {width}, not {of}")
         if key is None:
             query, lengths = checks.ragged("query", query, lengths)
-        x, alone = batched("query", query, self.dtype, self.embed_dim, "Tq")
+        x, unbatched = batched("query", query, self.dtype, self.embed_dim, "Tq")
         passed = [x]
         for name, array, width in (("key", key, self.kdim), ("value", value, self.vdim)):
             if array is not None:
                 other, single = batched(name, array, self.dtype, width, "Tk")
-                if single != alone or len(other) != len(x):
-                    form = f"(Tk, {width})" if alone else f"({len(x)}, Tk, {width})"
+                if single != unbatched or len(other) != len(x):
+                    form = f"(Tk, {width})" if unbatched else f"({len(x)}, Tk, {width})"
                     raise ValueError(f"{name} should be of shape {form} as query is, not {np.shape(array)}")
                 passed.append(other)
         if len(passed) == 3 and passed[2].shape[1] != passed[1].shape[1]:
@@ -671,7 +671,7 @@ class MultiheadAttention(Layer):
         keys = rows_of(batch, tk, lengths)
         queries = keys if key is None else rows_of(batch, x.shape[1], None)
         sources = tuple(rows.gather(array) for rows, array in zip((queries, keys, keys), passed, strict=False))
-        return sources, Frame(queries, keys, key is not None), allowed, alone
+        return sources, Frame(queries, keys, key is not None), allowed, unbatched
 
 
 def batched(name: str, value: Any, dtype: np.dtype[Any], width: int, time: str = "T") -> tuple[Array, bool]:

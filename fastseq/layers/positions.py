@@ -76,7 +76,7 @@ class Positions(Layer):
     _keeps_width: ClassVar[bool] = True
 
     _width: tuple[int, ...]  # of the last axis: what it may be, or nothing where that is looked at elsewhere
-    _most: int | None = None  # positions, if there is a limit
+    _limit: int | None = None  # positions, if there is a limit
 
     def _takes(self) -> int | None:
         return self._width[0] if self._width else None
@@ -92,14 +92,14 @@ class Positions(Layer):
             raise ValueError(f"x should be of shape (..., T, {last}), not {x.shape}")
         time = x.shape[-2]
         if positions is None:
-            if self._most is not None and time > self._most:
-                raise ValueError(f"x should have at most {self._most} steps, not {time}")
+            if self._limit is not None and time > self._limit:
+                raise ValueError(f"x should have at most {self._limit} steps, not {time}")
             return x, np.arange(time)
         given = checks.integers("positions", positions)
         wanted = [(time,), *([(x.shape[0], time)] if x.ndim > 2 else [])]
         if given.shape not in wanted:
             raise ValueError(f"positions should be of shape {' or '.join(map(str, wanted))}, not {given.shape}")
-        return x, checks.ids("positions", given, np.iinfo(np.int64).max if self._most is None else self._most)
+        return x, checks.ids("positions", given, np.iinfo(np.int64).max if self._limit is None else self._limit)
 
 
 def _spread(positions: Array, x: Array) -> Array:
@@ -239,7 +239,7 @@ class LearnedPositions(Positions):
             "dtype": self.dtype.name,
             "seed": self.seed,
         }
-        self._width, self._most = (self.d_model,), self.max_length
+        self._width, self._limit = (self.d_model,), self.max_length
         self._arrays = {}
         self._replace(self._initial(np.random.default_rng(self.seed)))
 

@@ -13,7 +13,7 @@ from fastseq.layers.base import SEQUENCE, Layer, Tape, mask_seed
 from fastseq.state import LSTMState, State, adopt
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # of one direction of one layer
-MOST_LAYERS = 1024  # nobody stacks more, and each is some Python objects
+MAX_LAYERS = 1024  # nobody stacks more, and each is some Python objects
 
 
 class Kept(NamedTuple):
@@ -67,8 +67,8 @@ class Recurrent(Layer):
         self.hidden_size = checks.size("hidden_size", hidden_size, 1)
         self.proj_size = checks.size("proj_size", proj_size)
         self.num_layers = checks.size("num_layers", num_layers, 1)
-        if self.num_layers > MOST_LAYERS:
-            raise ValueError(f"num_layers should be at most {MOST_LAYERS}, not {self.num_layers}")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers should be at most {MAX_LAYERS}, not {self.num_layers}")
         self.bias = checks.flag("bias", bias)
         self.dropout = checks.fraction("dropout", dropout)
         self.bidirectional = checks.flag("bidirectional", bidirectional)

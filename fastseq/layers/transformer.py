@@ -25,7 +25,7 @@ from fastseq.state import AttentionState, attention_state, pages_for
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh")
 NORMS = ("layer", "rms")
-MOST_LAYERS = 1024  # nobody stacks more, and each is some Python objects
+MAX_LAYERS = 1024  # nobody stacks more, and each is some Python objects
 
 
 class Tokens(NamedTuple):
@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
 
     x: Array  # (N, d_model)
     rows: Rows
-    alone: bool  # there was no batch
+    unbatched: bool  # there was no batch
 
 
 class Context(NamedTuple):
@@ -148,11 +148,11 @@ class Stack(Composite):
     def _tokens(self, name: str, value: Any, lengths_name: str, lengths: Any, time: str = "T") -> Tokens:
         """The real tokens of an argument."""
         value, lengths = checks.ragged(name, value, lengths)
-        array, alone = batched(name, value, self.dtype, self.d_model, time)
+        array, unbatched = batched(name, value, self.dtype, self.d_model, time)
         if lengths is not None:
             lengths = checks.lengths(lengths, len(array), array.shape[1], lengths_name)
         rows = rows_of(len(array), array.shape[1], lengths)
-        return Tokens(rows.gather(array), rows, alone)
+        return Tokens(rows.gather(array), rows, unbatched)
 
     def _mask(self, name: str, mask: Any, queries: Rows, keys: Rows) -> Array | None:
         """A mask of queries and keys."""
@@ -262,29 +262,29 @@ class Runs(Stack):
             return y, [padded(own, rows, rows) for own in maps] if want_weights else None
         return y, [(padded(own, rows, rows), padded(cross, rows, keys)) for own, cross in maps]
 
-    def _returned(self, y: Array, weights: list[Any] | None, rows: Rows, alone: bool) -> Any:
+    def _returned(self, y: Array, weights: list[Any] | None, rows: Rows, unbatched: bool) -> Any:
         """What a call returns."""
-        out = _single(rows.scatter(y), alone)
+        out = _single(rows.scatter(y), unbatched)
         if weights is None:
             return out
-        maps = [_single(own, alone) for own in weights]
+        maps = [_single(own, unbatched) for own in weights]
         return out, maps
 
     def _trained(self, tokens: Tokens, context: Context, seed: Any) -> tuple[Array, Tape]:
         """What `forward` returns."""
         y, kept = self._forward_rows(tokens.x, context, mask_seed(seed))
-        return _single(tokens.rows.scatter(y), tokens.alone), Tape(self, (kept, context, tokens.alone))
+        return _single(tokens.rows.scatter(y), tokens.unbatched), Tape(self, (kept, context, tokens.unbatched))
 
     def _undone(self, dy: Any, tape: Tape, grads: Any) -> tuple[Array, Array | None]:
         """What `backward` returns: the gradients of tokens and memory."""
-        kept, context, alone = self._kept(tape)
+        kept, context, unbatched = self._kept(tape)
         rows = context.frame.queries
-        gradient = rows.gather(_gradient(dy, self.dtype, rows, self.d_model, alone))
+        gradient = rows.gather(_gradient(dy, self.dtype, rows, self.d_model, unbatched))
         dx, dmemory = self._backward_rows(gradient, kept, grads)
-        dx = _single(rows.scatter(dx), alone)
+        dx = _single(rows.scatter(dx), unbatched)
         if dmemory is None:
             return dx, None
-        return dx, _single(context.memory_frame.keys.scatter(dmemory), alone)
+        return dx, _single(context.memory_frame.keys.scatter(dmemory), unbatched)
 
 
 class Encodes(Runs):
@@ -363,7 +363,7 @@ class Encodes(Runs):
         """
         tokens, context = self._opened(x, mask, causal, lengths)
         y, weights = self._run(tokens.x, context, checks.flag("return_weights", return_weights))
-        return self._returned(y, weights, tokens.rows, tokens.alone)
+        return self._returned(y, weights, tokens.rows, tokens.unbatched)
 
     def forward(
         self, x: Any, *, mask: Any = None, causal: bool = False, lengths: Any = None, seed: int | None = None
@@ -514,7 +514,7 @@ class Decodes(Runs):
         """
         tokens, context = self._opened(x, memory, mask, causal, lengths, memory_mask, memory_lengths)
         y, weights = self._run(tokens.x, context, checks.flag("return_weights", return_weights))
-        return self._returned(y, weights, tokens.rows, tokens.alone)
+        return self._returned(y, weights, tokens.rows, tokens.unbatched)
 
     def forward(
         self,
@@ -612,8 +612,8 @@ class Block(Runs):
     def _blocks(self) -> tuple[Block, ...]:
         return (self,)
 
-    def _returned(self, y: Array, weights: list[Any] | None, rows: Rows, alone: bool) -> Any:
-        returned = super()._returned(y, weights, rows, alone)
+    def _returned(self, y: Array, weights: list[Any] | None, rows: Rows, unbatched: bool) -> Any:
+        returned = super()._returned(y, weights, rows, unbatched)
         return returned if weights is None else (returned[0], returned[1][0])
 
     def _packed_for(self, longest: int) -> Any:
@@ -747,8 +747,8 @@ class Tower(Runs):
     def _start(self, config: dict[str, Any], num_layers: Any, final_norm: Any) -> None:
         """Make the children."""
         self.num_layers = checks.size("num_layers", num_layers, 1)
-        if self.num_layers > MOST_LAYERS:
-            raise ValueError(f"num_layers should be at most {MOST_LAYERS}, not {self.num_layers}")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers should be at most {MAX_LAYERS}, not {self.num_layers}")
         self.final_norm = checks.flag("final_norm", final_norm)
         self._config = {
             "num_layers": self.num_layers,
@@ -1214,8 +1214,8 @@ class Transformer(Stack):
         self.num_decoder_layers = checks.size("num_decoder_layers", num_decoder_layers, 1)
         counts = {"num_encoder_layers": self.num_encoder_layers, "num_decoder_layers": self.num_decoder_layers}
         for name, count in counts.items():
-            if count > MOST_LAYERS:
-                raise ValueError(f"{name} should be at most {MOST_LAYERS}, not {count}")
+            if count > MAX_LAYERS:
+                raise ValueError(f"{name} should be at most {MAX_LAYERS}, not {count}")
         self._config = {**counts, **config, "seed": self.seed}
         first, second = seeds_of(self.seed, 2)
         kinds = self._layers
@@ -1298,10 +1298,12 @@ class Transformer(Stack):
         wanted = checks.flag("return_weights", return_weights)
         memory, encoder_weights = self.encoder._run(source.x, of_encoder, wanted)
         y, decoder_weights = self.decoder._run(target.x, of_decoder._replace(memory=memory), wanted)
-        out = _single(target.rows.scatter(y), target.alone)
+        out = _single(target.rows.scatter(y), target.unbatched)
         if not wanted:
             return out
-        return out, tuple([_single(own, target.alone) for own in maps] for maps in (encoder_weights, decoder_weights))
+        return out, tuple(
+            [_single(own, target.unbatched) for own in maps] for maps in (encoder_weights, decoder_weights)
+        )
 
     def forward(
         self,
@@ -1336,8 +1338,8 @@ class Transformer(Stack):
         seed = mask_seed(seed)
         memory, encoded = self.encoder._forward_rows(source.x, of_encoder, child_seed(seed, 0))
         y, decoded = self.decoder._forward_rows(target.x, of_decoder._replace(memory=memory), child_seed(seed, 1))
-        kept = encoded, decoded, source.rows, target.rows, target.alone
-        return _single(target.rows.scatter(y), target.alone), Tape(self, kept)
+        kept = encoded, decoded, source.rows, target.rows, target.unbatched
+        return _single(target.rows.scatter(y), target.unbatched), Tape(self, kept)
 
     def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> tuple[Array, Array]:
         """Gradients, given that of the outputs.
@@ -1356,12 +1358,12 @@ class Transformer(Stack):
         dsrc, dtgt : ndarrays of the shapes of src and tgt
             0 past a row's length.
         """
-        encoded, decoded, source, target, alone = self._kept(tape)
+        encoded, decoded, source, target, unbatched = self._kept(tape)
         targets = self._child_targets(grads)
-        gradient = target.gather(_gradient(dy, self.dtype, target, self.d_model, alone))
+        gradient = target.gather(_gradient(dy, self.dtype, target, self.d_model, unbatched))
         dtgt, dmemory = self.decoder._backward_rows(gradient, decoded, targets["decoder"])
         dsrc, _ = self.encoder._backward_rows(dmemory, encoded, targets["encoder"])
-        return _single(source.scatter(dsrc), alone), _single(target.scatter(dtgt), alone)
+        return _single(source.scatter(dsrc), unbatched), _single(target.scatter(dtgt), unbatched)
 
     def initial_state(self, src: Any, *, src_mask: Any = None, src_lengths: Any = None) -> AttentionState:
         """The state before the first token of the target: the sources encoded.
@@ -1385,21 +1387,21 @@ class Transformer(Stack):
 
 def same_batch(name: str, value: Any, as_name: str, one: Tokens, other: Tokens) -> None:
     """Refuse an argument of another batch than an earlier one."""
-    if one.alone != other.alone or one.rows.batch != other.rows.batch:
+    if one.unbatched != other.unbatched or one.rows.batch != other.rows.batch:
         raise ValueError(
-            f"{name} should have the batch of {as_name}, {'none' if one.alone else one.rows.batch},"
+            f"{name} should have the batch of {as_name}, {'none' if one.unbatched else one.rows.batch},"
             f" not be of shape {np.shape(value)}"
         )
 
 
-def _single(array: Any, alone: bool) -> Any:
+def _single(array: Any, unbatched: bool) -> Any:
     """An array without its batch, where none was given; or each of a pair."""
-    if not alone:
+    if not unbatched:
         return array
     return tuple(part[0] for part in array) if isinstance(array, tuple) else array[0]
 
 
-def _gradient(dy: Any, dtype: np.dtype[Any], rows: Rows, width: int, alone: bool) -> Array:
+def _gradient(dy: Any, dtype: np.dtype[Any], rows: Rows, width: int, unbatched: bool) -> Array:
     """The gradient of outputs, (B, T, width)."""
     shape = rows.batch, rows.time, width
-    return checks.like("dy", dy, dtype, shape[1:] if alone else shape).reshape(shape)
+    return checks.like("dy", dy, dtype, shape[1:] if unbatched else shape).reshape(shape)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastseq import _models, checks, layers, losses, threads, training
+from fastseq import _autoregression, checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.base import seeds_of
 from fastseq.models.base import (
@@ -67,7 +67,7 @@ class AutoRegressive(ScaledModel):
     .. [1] G. E. P. Box and G. M. Jenkins, "Time Series Analysis: Forecasting and Control", 1970.
     """
 
-    _operations: ClassVar[Any] = _models
+    _operations: ClassVar[Any] = _autoregression
     _layers: ClassVar[Any] = layers
     _losses: ClassVar[Any] = losses
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
@@ -466,8 +466,8 @@ class AutoRegressive(ScaledModel):
             model.fit(series, lengths, hold_back=hold_back, **settings)
             return model
 
-        most = cls(tried[-1], hidden, activation=activation, dtype=dtype, seed=seed).order
-        scores = [getattr(fitted(order, most), criterion)().sum() for order in tried]
+        limit = cls(tried[-1], hidden, activation=activation, dtype=dtype, seed=seed).order
+        scores = [getattr(fitted(order, limit), criterion)().sum() for order in tried]
         return fitted(tried[int(np.argmin(scores))])
 
     def __repr__(self) -> str:

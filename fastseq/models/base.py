@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _decode, checks, io, training
+from fastseq import _decoding, checks, io, training
 from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Composite
 from fastseq.models import decoding
@@ -211,7 +211,7 @@ def no_targets(name: str, value: Any, lengths: Any) -> None:
     if targets:
         raise ValueError(
             "lengths should be the number of real steps of each row, not targets: the model makes these itself, each"
-            f" step being the target of the one before; give all steps alone, as in fit({name})"
+            f" step being the target of the one before; give all steps unbatched, as in fit({name})"
         )
 
 
@@ -282,7 +282,7 @@ def symbols(name: str, value: Any, lengths: Any, vocab_size: int, lengths_name: 
 class SymbolModel(Model):
     """A model of sequences of symbols 0..V-1: the chain rule, and what follows from it."""
 
-    _decoding: ClassVar[Any] = _decode
+    _decoding: ClassVar[Any] = _decoding
 
     vocab_size: int
 
@@ -466,8 +466,8 @@ class SymbolModel(Model):
     def _given(self, prompt: Any, lengths: Any) -> decoding.Given:
         """The prompts, looked at."""
         rows = symbols("prompt", prompt, lengths, self.vocab_size).split()
-        alone = not is_list_of_rows(prompt) and np.ndim(prompt) == 1
-        return decoding.Given(rows, functools.partial(self._decoder, rows), alone)
+        unbatched = not is_list_of_rows(prompt) and np.ndim(prompt) == 1
+        return decoding.Given(rows, functools.partial(self._decoder, rows), unbatched)
 
 
 def real_steps(lengths: Array, time: int) -> Array:
@@ -489,7 +489,7 @@ class Series(NamedTuple):
 
     values: Array  # (S, T), or (S, T, I) of I values a step; contiguous, at least float64
     lengths: Array  # (S,) int64
-    alone: bool  # given without the axis of series
+    unbatched: bool  # given without the axis of series
     flat: bool  # given without the axis of values, though `values` has it
     dtype: np.dtype[Any]  # of results: no narrower than that of the model, and of what was given
     precision: float  # the relative distance of two numbers next to each other, as they were given
@@ -500,7 +500,7 @@ class Series(NamedTuple):
             result = result[..., 0]
         with np.errstate(over="ignore"):  # beyond float32 it is inf
             result = result.astype(self.dtype, copy=False)
-        return result[0] if self.alone else result
+        return result[0] if self.unbatched else result
 
     def real(self) -> Array:
         """Where there are values and no padding, (S, T)."""
@@ -528,7 +528,7 @@ class Series(NamedTuple):
 
     def some(self, which: Array) -> Series:
         """Some of the series."""
-        return self._replace(values=self.values[which], lengths=self.lengths[which], alone=False)
+        return self._replace(values=self.values[which], lengths=self.lengths[which], unbatched=False)
 
     def steps(self, first: int, last: int) -> Series:
         """The steps from `first` up to `last` of the one series there is."""
@@ -557,7 +557,7 @@ def series_of(name: str, value: Any, lengths: Any, dtype: np.dtype[Any], width: 
         array = np.zeros((len(given), int(counts.max()), *given[0].shape[1:]), wide)
         for into, row in zip(array, given, strict=True):
             into[: len(row)] = row
-        alone = False
+        unbatched = False
     else:
         array = _real_values(name, value)
         column = array.ndim == 2 and array.shape[1] == 1 < len(array)  # (T, 1): one series, not T of a step
@@ -566,9 +566,9 @@ def series_of(name: str, value: Any, lengths: Any, dtype: np.dtype[Any], width: 
         if array.ndim not in (axes, axes + 1) or (axes == 2 and array.shape[-1] != width):
             raise ValueError(f"{name} should be of shape (S, {form[1:]} or {form}, or a list, not {array.shape}")
         own = array.dtype
-        alone = array.ndim == axes
+        unbatched = array.ndim == axes
         array = checks.real_array(name, array.astype(wide, copy=False), wide)
-        array = array[None] if alone else array
+        array = array[None] if unbatched else array
         counts = np.full(len(array), array.shape[1], np.int64)
         if lengths is not None:
             counts = checks.lengths(lengths, *array.shape[:2])
@@ -576,7 +576,7 @@ def series_of(name: str, value: Any, lengths: Any, dtype: np.dtype[Any], width: 
     values = np.ascontiguousarray(array[..., None] if flat else array)
     precision = float(np.finfo(own if own.kind == "f" else np.float64).eps)
     own = own if own.itemsize <= wide.itemsize else wide
-    return Series(values, counts, alone, flat, np.result_type(own, dtype), precision)
+    return Series(values, counts, unbatched, flat, np.result_type(own, dtype), precision)
 
 
 def _real_values(name: str, value: Any) -> Array:

@@ -1,8 +1,8 @@
 """`generate` and `stream`: arguments, the decoder of a model, the search over it, and the form of what comes back.
 
 A model of symbols begins with ``begin(copies)``: the logits (B, V) of what follows each of B prompts, and a `Decoder`
-whose rows stand there; `copies` says how many rows each prompt may be forked to. A compiled
-decoder has a method ``capsule`` (src/decoder.h), and what goes on from it runs compiled; any other is driven by
+whose rows stand there; `copies` says how many rows each prompt may be forked to. A compiled decoder has a method
+``capsule`` (src/decoding/decoder.h), and what goes on from it runs compiled; any other is driven by
 `fastseq.reference.decoding`.
 """
 
@@ -52,7 +52,7 @@ class Given(NamedTuple):
 
     prompts: list[Array]  # int64, one a row
     begin: Callable[[int], tuple[Array, Decoder]]  # begin(copies) reads them
-    alone: bool  # there is one, and it was given without a batch
+    unbatched: bool  # there is one, and it was given without a batch
     # An output that ends a row, is no symbol and not part of the result. Where there is one, results are lists and
     # prompts are of other symbols: the repetition penalty does not count them. Symbols are 0..end-1 then, and those of
     # `model.vocab_size` else.
@@ -208,19 +208,19 @@ def generated(model: Any, given: Given, max_new: Any, *, seed: Any, **settings: 
         results = [[nothing] * of_search.num_results for _ in given.prompts]
     as_lists = given.end is not None or settings.get("stop") is not None
     ids = [[_without(one, given.end) for one, _ in each] for each in results]
-    formed = _formed(ids, given.alone, of_search, as_lists, np.int64)
+    formed = _formed(ids, given.unbatched, of_search, as_lists, np.int64)
     if not of_search.log_probs:
         return formed
-    return formed, _formed([[p for _, p in each] for each in results], given.alone, of_search, as_lists, np.float64)
+    return formed, _formed([[p for _, p in each] for each in results], given.unbatched, of_search, as_lists, np.float64)
 
 
 def streamed(model: Any, given: Given, max_new: Any, *, seed: Any, **settings: Any) -> Iterator[Any]:
     """What `stream` of a model returns; parameters as of `generated`. Arguments are checked before the first symbol."""
     _, found = _begun(model, given, max_new, seed, settings)
-    return iter(()) if found is None else _stream(found, given.alone, given.end)
+    return iter(()) if found is None else _stream(found, given.unbatched, given.end)
 
 
-def _stream(search: Any, alone: bool, end: int | None) -> Iterator[Any]:
+def _stream(search: Any, unbatched: bool, end: int | None) -> Iterator[Any]:
     going_on = True
     while going_on:
         going_on = search.advance(1)
@@ -229,7 +229,7 @@ def _stream(search: Any, alone: bool, end: int | None) -> Iterator[Any]:
             symbols[symbols == end] = -1
             if (symbols < 0).all():
                 continue
-        yield int(symbols[0]) if alone else symbols
+        yield int(symbols[0]) if unbatched else symbols
 
 
 def _begun(model: Any, given: Given, max_new: Any, seed: Any, settings: Mapping[str, Any]) -> tuple[Settings, Any]:
@@ -249,12 +249,12 @@ def _without(ids: Array, end: int | None) -> Array:
     return ids[:-1] if end is not None and len(ids) and ids[-1] == end else ids
 
 
-def _formed(results: list[list[Any]], alone: bool, settings: Settings, as_lists: bool, dtype: Any) -> Any:
+def _formed(results: list[list[Any]], unbatched: bool, settings: Settings, as_lists: bool, dtype: Any) -> Any:
     """Results in the form that `generate` promises."""
     if settings.num_results > 1:
-        return results[0] if alone else results
+        return results[0] if unbatched else results
     rows = [row for (row,) in results]
-    if alone:
+    if unbatched:
         return rows[0]
     if as_lists:
         return rows

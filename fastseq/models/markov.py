@@ -16,7 +16,7 @@ from fastseq.training import History
 
 _SMOOTHINGS = ("witten_bell", "kneser_ney")
 _CRITERIA = ("bic", "aic", "held_out")
-MOST_SYMBOLS = 1 << 31  # a context and a symbol make one 64-bit key
+MAX_SYMBOLS = 1 << 31  # a context and a symbol make one 64-bit key
 
 
 class _Level(NamedTuple):
@@ -75,8 +75,8 @@ class MarkovChain(SymbolModel):
 
     def __init__(self, vocab_size: int, order: int = 1, *, smoothing: float | str = 1.0) -> None:
         self.vocab_size = checks.size("vocab_size", vocab_size, 1)
-        if self.vocab_size > MOST_SYMBOLS:
-            raise OverflowError(f"vocab_size should be at most {MOST_SYMBOLS}, not {self.vocab_size}")
+        if self.vocab_size > MAX_SYMBOLS:
+            raise OverflowError(f"vocab_size should be at most {MAX_SYMBOLS}, not {self.vocab_size}")
         self.order = checks.size("order", order)
         if isinstance(smoothing, str):
             self.smoothing = checks.choice("smoothing", smoothing, _SMOOTHINGS)
@@ -271,16 +271,18 @@ class MarkovChain(SymbolModel):
         chains = [cls(vocab_size, order, smoothing=smoothing) for order in sorted(set(orders))]
         if not chains:
             raise ValueError("orders should hold at least one order")
-        vocab_size, most = chains[0].vocab_size, chains[-1].order
+        vocab_size, limit = chains[0].vocab_size, chains[-1].order
         given = symbols("sequences", sequences, lengths, vocab_size)
         if criterion == "held_out":
             for chain in chains:
                 chain.fit(sequences, lengths)
             scores = [chain.bits_per_symbol(held_out) for chain in chains]
         else:
-            columns = _columns(given, most, vocab_size)[:, given.steps() >= most]
+            columns = _columns(given, limit, vocab_size)[:, given.steps() >= limit]
             if not columns.shape[1]:
-                raise ValueError(f"sequences should hold symbols with {most} others before them, as many as orders has")
+                raise ValueError(
+                    f"sequences should hold symbols with {limit} others before them, as many as orders has"
+                )
             levels, _ = _count(columns, np.ones(columns.shape[1], np.int64), vocab_size)
             scores = []
             for chain in chains:

@@ -6,9 +6,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _alignment, _recurrent_decoder, checks, layers, losses, threads
+from fastseq import _additive_attention, _recurrent_decoder, checks, layers, losses, threads
 from fastseq.checks import Array
-from fastseq.layers.alignment import AllSteps
+from fastseq.layers.additive_attention import AllSteps
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.models.base import ids_array
@@ -112,7 +112,7 @@ class Seq2Seq(SequencePairModel):
     _losses: ClassVar[Any] = losses
     _decoders: ClassVar[Any] = _recurrent_decoder  # None: a decoder takes `step`
     # The set of operations of what has no layer of its own.
-    _operations: ClassVar[Any] = _alignment
+    _operations: ClassVar[Any] = _additive_attention
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
 
     embedding_dim: int

@@ -13,12 +13,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _decode, checks, init, layers, losses, threads, training
+from fastseq import _decoding, checks, init, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows, rows_of
-from fastseq.layers.transformer import ACTIVATIONS, MOST_LAYERS, NORMS, Context, Tokens
+from fastseq.layers.transformer import ACTIVATIONS, MAX_LAYERS, NORMS, Context, Tokens
 from fastseq.models import decoding
 from fastseq.models.base import BATCH_SIZE, Model, batched_already, held_out, ids_array, is_data, log_softmax_at, sums
 from fastseq.models.decoding import Decoder, StateDecoder
@@ -44,11 +44,11 @@ class Pairs(NamedTuple):
         starts = self.begun.rows.starts
         return Pairs(source, begun, self.following[starts[first] : starts[last]])
 
-    def parts(self, most: int) -> Iterator[tuple[Array, Pairs]]:
-        """A few pairs at a time, of about `most` symbols, and which of all rows of `begun` theirs are."""
+    def parts(self, limit: int) -> Iterator[tuple[Array, Pairs]]:
+        """A few pairs at a time, of about `limit` symbols, and which of all rows of `begun` theirs are."""
         starts = self.begun.rows.starts
         ends = np.maximum(self.source.rows.starts, starts)[1:]
-        group = (ends - 1) // most
+        group = (ends - 1) // limit
         cuts = [0, *(np.flatnonzero(np.diff(group)) + 1), len(ends)] if len(ends) else []
         for first, last in itertools.pairwise(cuts):
             yield np.arange(starts[first], starts[last]), self.some(int(first), int(last))
@@ -58,7 +58,7 @@ def _some(tokens: _Tokens, first: int, last: int) -> _Tokens:
     """The sequences from `first` up to `last`."""
     starts, time = tokens.rows.starts, tokens.rows.time
     rows = rows_of(last - first, time, np.diff(starts[first : last + 1]))
-    return _Tokens(tokens.ids[starts[first] : starts[last]], rows, tokens.alone)
+    return _Tokens(tokens.ids[starts[first] : starts[last]], rows, tokens.unbatched)
 
 
 class SequencePairModel(Model):
@@ -72,7 +72,7 @@ class SequencePairModel(Model):
     """
 
     _losses: ClassVar[Any] = losses
-    _decoding: ClassVar[Any] = _decode
+    _decoding: ClassVar[Any] = _decoding
 
     source_vocab_size: int
     target_vocab_size: int
@@ -109,7 +109,7 @@ class SequencePairModel(Model):
         starts = given.rows.starts
         if np.count_nonzero(starts[1:] > starts[:-1]) < given.rows.batch:
             empty = np.flatnonzero(np.diff(starts) == 0)
-            which = name if given.alone else f"{name}[{empty[0]}]"
+            which = name if given.unbatched else f"{name}[{empty[0]}]"
             raise ValueError(f"{which} should have at least one symbol, not none")
         return given
 
@@ -124,7 +124,7 @@ class SequencePairModel(Model):
         """Sources and targets in any form; `names` is what they are called."""
         given = self._source(names[0], source, names[2], source_lengths)
         wanted = _tokens(names[1], target, lengths, self.target_vocab_size, names[3])
-        batches = ["no batch" if one.alone else f"a batch of {one.rows.batch}" for one in (given, wanted)]
+        batches = ["no batch" if one.unbatched else f"a batch of {one.rows.batch}" for one in (given, wanted)]
         if batches[0] != batches[1]:
             raise ValueError(f"{names[1]} should be {batches[0]}, as {names[0]} is, not {batches[1]}")
         counts = np.diff(wanted.rows.starts) + 1
@@ -134,7 +134,7 @@ class SequencePairModel(Model):
         others[rows.starts[:-1]] = False
         begun[others] = wanted.ids
         following = np.append(begun[1:], np.full(min(1, len(begun)), self.end))
-        return Pairs(given, _Tokens(begun, rows, wanted.alone), following)
+        return Pairs(given, _Tokens(begun, rows, wanted.unbatched), following)
 
     def __call__(
         self,
@@ -173,7 +173,7 @@ class SequencePairModel(Model):
         pairs = self._pairs(source, target, source_lengths, lengths)
         if checks.flag("return_weights", return_weights):
             logits, weights = self._attended(pairs)
-            if pairs.begun.alone:
+            if pairs.begun.unbatched:
                 weights = [own[0] for own in weights] if isinstance(weights, list) else weights[0]
             return pairs.begun.spread(logits), weights
         logits = np.empty((len(pairs.following), self.target_vocab_size + 1), self.dtype)
@@ -345,7 +345,7 @@ class SequencePairModel(Model):
         given = self._source("source", source, "lengths", lengths)
         self._check_new(max_new)
         sequences = [given.ids[first:last] for first, last in itertools.pairwise(given.rows.starts)]
-        return decoding.Given(sequences, functools.partial(self._decoder, given), given.alone, self.end)
+        return decoding.Given(sequences, functools.partial(self._decoder, given), given.unbatched, self.end)
 
     def _check_new(self, max_new: Any) -> None:
         """Refuse more new symbols than a target can have."""
@@ -499,7 +499,7 @@ class SequencePairModel(Model):
         """Sources and targets without padding."""
         names = f"{where}sources", f"{where}targets", f"{where}source_lengths", f"{where}lengths"
         pairs = self._pairs(sources, targets, source_lengths, lengths, names)
-        if pairs.source.alone:
+        if pairs.source.unbatched:
             raise ValueError(f"{where}sources should be a batch of sequences, not one of shape {np.shape(sources)}")
         starts = pairs.begun.rows.starts
         wanted = [pairs.begun.ids[first + 1 : last] for first, last in itertools.pairwise(starts)]
@@ -618,8 +618,8 @@ class TransformerSeq2Seq(SequencePairModel):
         self.num_decoder_layers = checks.size("num_decoder_layers", num_decoder_layers, 1)
         counts = {"num_encoder_layers": self.num_encoder_layers, "num_decoder_layers": self.num_decoder_layers}
         for name, count in counts.items():
-            if count > MOST_LAYERS:
-                raise ValueError(f"{name} should be at most {MOST_LAYERS}, not {count}")
+            if count > MAX_LAYERS:
+                raise ValueError(f"{name} should be at most {MAX_LAYERS}, not {count}")
         self.max_length = checks.size("max_length", max_length, 1)
         self.dropout = checks.fraction("dropout", dropout)
         self.activation = checks.choice("activation", activation, ACTIVATIONS)
@@ -877,7 +877,7 @@ class TransformerSeq2Seq(SequencePairModel):
             As of `generate`; a batch.
         """
         given = self._source("source", source, "lengths", lengths)
-        if given.alone:
+        if given.unbatched:
             raise ValueError(f"source should be a batch, (B, S) or a list of sequences, not {checks.describe(source)}")
         return self._encoded_state(given)
 

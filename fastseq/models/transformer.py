@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _alignment, checks, layers, losses, threads, training
+from fastseq import _additive_attention, checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import POOLING, SEQUENCE, Layer, Tape, child_seed, mask_seed, seeds_of
@@ -54,7 +54,7 @@ class _Tokens(NamedTuple):
 
     ids: Array  # (N,) int64, of all real tokens one sequence after another
     rows: Rows
-    alone: bool  # there was no batch
+    unbatched: bool  # there was no batch
 
     def spread(self, values: Array, padding: Any = 0) -> Array:
         """Values (N, ...) of the tokens as (B, T, ...), or (T, ...)."""
@@ -64,11 +64,11 @@ class _Tokens(NamedTuple):
             array = values.reshape(array.shape)
         else:
             array[real_steps(rows.lengths, rows.time)] = values
-        return array[0] if self.alone else array
+        return array[0] if self.unbatched else array
 
     def gather(self, array: Array) -> Array:
         """The values of the real tokens, (N, W), of an array (B, T, W), or (T, W)."""
-        return self.rows.gather(array[None] if self.alone else array)
+        return self.rows.gather(array[None] if self.unbatched else array)
 
 
 def _tokens(name: str, value: Any, lengths: Any, count: int, lengths_name: str = "lengths") -> _Tokens:
@@ -80,13 +80,13 @@ def _tokens(name: str, value: Any, lengths: Any, count: int, lengths_name: str =
     return _Tokens(given.ids, rows_of(len(given.lengths), time, given.lengths), len(shape) == 1)
 
 
-def _maps(weights: list[Array], rows: Rows, alone: bool) -> list[Array]:
+def _maps(weights: list[Array], rows: Rows, unbatched: bool) -> list[Array]:
     """Attention of every layer, (B, heads, longest, longest), with zeros up to (B, heads, T, T)."""
     maps = []
     for own in weights:
         whole = np.zeros((*own.shape[:2], rows.time, rows.time), own.dtype)
         whole[:, :, : own.shape[2], : own.shape[3]] = own
-        maps.append(whole[0] if alone else whole)
+        maps.append(whole[0] if unbatched else whole)
     return maps
 
 
@@ -391,7 +391,7 @@ class TransformerLM(SymbolModel):
             self._check_fits("x", rows.longest + 1)
             whole = rows_of(rows.batch, rows.time + 1, begun.lengths)
             hidden, weights = _encode(self._encoder, self._embedded(begun.ids, whole), whole, True, True)
-            return given.spread(self._output(hidden[after_begin])), _maps(weights, whole, given.alone)
+            return given.spread(self._output(hidden[after_begin])), _maps(weights, whole, given.unbatched)
         hidden = np.empty((len(begun.ids), self.d_model), self.dtype)
         for places, some in self._hidden(begun):
             hidden[places] = some
@@ -784,7 +784,7 @@ class TransformerEncoderModel(Model):
     _layers: ClassVar[Any] = layers
     _losses: ClassVar[Any] = losses
     # The set of operations of what has no layer of its own.
-    _operations: ClassVar[Any] = _alignment
+    _operations: ClassVar[Any] = _additive_attention
     _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
 
     vocab_size: int
@@ -1028,7 +1028,7 @@ class TransformerEncoderModel(Model):
         given, types = self._opened(ids, lengths, type_ids)
         y, weights = self._encoded(given, types, checks.flag("return_weights", return_weights))
         out = self._returned(y, given)
-        return out if weights is None else (out, _maps(weights, given.rows, given.alone))
+        return out if weights is None else (out, _maps(weights, given.rows, given.unbatched))
 
     def _encoded(self, given: _Tokens, types: Array | None, want_weights: bool = False) -> tuple[Array, Any]:
         """What comes out last, (N or B, d_model or num_labels), and the attention of every layer."""
@@ -1045,7 +1045,7 @@ class TransformerEncoderModel(Model):
         """An output in the form of the ids."""
         if self.pooling is None:
             return given.spread(y)
-        return y[0] if given.alone else y
+        return y[0] if given.unbatched else y
 
     def _pool(self, y: Array, rows: Rows, taped: bool = False) -> tuple[Array, Any]:
         """From the tokens (N, d_model) to what the model is asked for, and if `taped` what `_unpool` needs."""
@@ -1140,7 +1140,7 @@ class TransformerEncoderModel(Model):
         """
         kept, given, shape = self._kept(tape)
         dy = checks.like("dy", dy, self.dtype, shape)
-        gradient = given.gather(dy) if self.pooling is None else dy[None] if given.alone else dy
+        gradient = given.gather(dy) if self.pooling is None else dy[None] if given.unbatched else dy
         self._back(gradient, given.rows, kept, grads)
 
     def _back(self, dy: Array, rows: Rows, kept: _EncoderKept, grads: Any) -> None:
@@ -1173,7 +1173,7 @@ class TransformerEncoderModel(Model):
     def _labels(self, name: str, value: Any, given: _Tokens, least: int) -> Array:
         """Labels of all sequences (B,), or of all tokens (N,); -1 where `least` allows it."""
         count, rows = self._needs_head(), given.rows
-        if self.pooling is None and isinstance(value, list | tuple) and not given.alone:
+        if self.pooling is None and isinstance(value, list | tuple) and not given.unbatched:
             each = [checks.integers(f"{name}[{i}]", row) for i, row in enumerate(value)]
             sizes = [(n,) for n in np.diff(rows.starts)]
             if [row.shape for row in each] != sizes:
@@ -1182,7 +1182,7 @@ class TransformerEncoderModel(Model):
         else:
             array = checks.integers(name, value)
             shape = (rows.batch,) if self.pooling is not None else (rows.batch, rows.time)
-            wanted = shape[1:] if given.alone else shape
+            wanted = shape[1:] if given.unbatched else shape
             if array.shape != wanted:
                 of = "token" if self.pooling is None else "sequence"
                 raise ValueError(f"{name} should be of shape {wanted}, a label for each {of}, not {array.shape}")
@@ -1232,7 +1232,7 @@ class TransformerEncoderModel(Model):
         labels = self._encoded(given, types)[0].argmax(axis=1)
         if self.pooling is None:
             return given.spread(labels, _IGNORED)
-        return np.asarray(labels[0] if given.alone else labels)
+        return np.asarray(labels[0] if given.unbatched else labels)
 
     def _batch(self, batch: Batch) -> tuple[_Tokens, Array | None, Array]:
         """Tokens and their types, and the targets."""
@@ -1356,7 +1356,7 @@ class TransformerEncoderModel(Model):
     ) -> tuple[list[Array], list[Any]]:
         """Sequences without padding, and the label of each, or those of its tokens."""
         given = _tokens(name, data, lengths, self.vocab_size)
-        if given.alone:
+        if given.unbatched:
             raise ValueError(f"{name} should be a batch of sequences, not one of shape {np.shape(data)}")
         labels = self._labels(targets_name, targets, given, _IGNORED)
         ends = given.rows.starts[1:-1]

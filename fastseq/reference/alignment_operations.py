@@ -1,6 +1,6 @@
 """What a recurrent decoder needs beside its cells, as the papers write it.
 
-Nothing here is shared with the compiled operations of `fastseq._alignment`, which has the same functions.
+Nothing here is shared with the compiled operations of `fastseq._additive_attention`, which has the same functions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def align(
     Returns
     -------
     context : array of shape (N, K)
-    weights : array of shape (N, most)
+    weights : array of shape (N, max_count)
         Of as many keys as any query has; 0 past those of a query.
 
     References

@@ -1,4 +1,4 @@
-"""Autoregressive models of series, in NumPy: the operations of `src/_models.pyx` once more.
+"""Autoregressive models of series, in NumPy: the operations of `src/autoregression/_autoregression.pyx` once more.
 
 `n_threads` is there because the compiled operations have it.
 """

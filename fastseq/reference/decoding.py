@@ -1,6 +1,6 @@
 """From logits to the next symbol in plain NumPy: what the compiled search is compared with, and what to read.
 
-Nothing here is shared with `fastseq._decode`, which has the same `search`. A search drives a decoder: its ``step``
+Nothing here is shared with `fastseq._decoding`, which has the same `search`. A search drives a decoder: its ``step``
 takes one symbol of each row, (B,), and gives the logits (B, V) of what follows; its ``choose`` makes of its rows
 others: forked, in another order, without some. Decoders that are not compiled are driven by the searches here.
 

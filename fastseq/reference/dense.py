@@ -54,9 +54,9 @@ def far_rows(x: Array, squares: Array) -> tuple[Array, Array]:
     """
     info = np.finfo(x.dtype)
     outside = ~((squares >= info.tiny / info.eps) & (squares <= info.max))
-    most = np.abs(x).max(axis=1, initial=0)
-    rows = np.flatnonzero(outside & np.isfinite(most) & (most >= info.tiny))
-    exponents = np.clip(1 - np.frexp(most[rows])[1], info.minexp, info.maxexp - 1)
+    limit = np.abs(x).max(axis=1, initial=0)
+    rows = np.flatnonzero(outside & np.isfinite(limit) & (limit >= info.tiny))
+    exponents = np.clip(1 - np.frexp(limit[rows])[1], info.minexp, info.maxexp - 1)
     return rows, np.ldexp(np.ones(len(rows), np.promote_types(x.dtype, np.float64)), exponents)
 
 
@@ -125,7 +125,7 @@ def mix(z: Array) -> Array:
 
 
 def random_words(index: Array, seed: int, stream: int) -> Array:
-    """32 random bits for each 64-bit index into a stream of a seed: the hash that src/simd/rows.h defines."""
+    """32 random bits for each 64-bit index into a stream of a seed: the hash that src/kernels/rows.h defines."""
     key = mix(mix(np.array([seed], np.uint64) + GOLDEN) + np.uint64(stream) + GOLDEN)
     key = mix(key + (index >> np.uint64(32)) + GOLDEN)
     h = index.astype(np.uint32) + key.astype(np.uint32)

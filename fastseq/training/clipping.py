@@ -31,13 +31,13 @@ def clip_grad_norm(layer_or_grads: Layer | Mapping[str, Array], max_norm: float)
         is not finite, nothing was scaled.
     """
     grads = _gradients(layer_or_grads)
-    most = max_norm if max_norm == math.inf else checks.number("max_norm", max_norm, least=0)
+    limit = max_norm if max_norm == math.inf else checks.number("max_norm", max_norm, least=0)
     n_threads = threads.get_num_threads()
     total = 0.0
     for array in grads.values():
         total += operations(array).sum_of_squares(array, n_threads)
     norm = math.sqrt(total)
-    factor = most / (norm + 1e-6)  # PyTorch's
+    factor = limit / (norm + 1e-6)  # PyTorch's
     if math.isfinite(norm) and factor < 1:
         for array in grads.values():
             if factor >= np.finfo(array.dtype).tiny:
@@ -59,9 +59,9 @@ def clip_grad_value(layer_or_grads: Layer | Mapping[str, Array], limit: float) -
         At least 0. NaN stays NaN.
     """
     grads = _gradients(layer_or_grads)
-    most = checks.number("limit", limit, least=0)
+    limit = checks.number("limit", limit, least=0)
     for array in grads.values():
-        own = array.dtype.type(min(most, float(np.finfo(array.dtype).max)))
+        own = array.dtype.type(min(limit, float(np.finfo(array.dtype).max)))
         np.clip(array, -own, own, out=array)
 
 

@@ -403,7 +403,7 @@ class Streams(Data):
         # The last ones, so that where a row has ended there still is a step to fill the chunk with.
         self._times[self._batch_size - longer :] += 1
         self._time = int(self._times[-1])
-        self._least, self._most = self._first_chunk()
+        self._least, self._limit = self._first_chunk()
 
     @classmethod
     def fitting(cls, ids: Any, *, batch_size: int, steps: int, seed: int | None = None) -> Streams:
@@ -448,8 +448,8 @@ class Streams(Data):
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         head = self._least
-        if self._least < self._most:
-            head = int(self._random(epoch).integers(self._least, self._most + 1))
+        if self._least < self._limit:
+            head = int(self._random(epoch).integers(self._least, self._limit + 1))
         first = (np.cumsum(self._times) - self._times)[:, None]
         for index in range(start, len(self)):
             begin = head + (index - 1) * self._steps if index else 0

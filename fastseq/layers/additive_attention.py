@@ -1,0 +1,419 @@
+"""Attention of a recurrent decoder to what its encoder made of the source: multiplicative and additive scores.
+
+Inside, queries and keys are rows, those of one sequence after those of another, as in `fastseq.layers.attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from fastseq import _additive_attention, _attention, _dense, checks, threads
+from fastseq.checks import Array
+from fastseq.layers.attention import Frame
+from fastseq.layers.base import SEQUENCE, Composite, Layer, Tape, seeds_of
+from fastseq.layers.linear import Linear
+from fastseq.layers.rows import Rows, padded, rows_of
+
+
+class _Given(NamedTuple):
+    """Queries and keys of a call."""
+
+    query: Array  # (N, Q)
+    keys: Array  # (M, K)
+    frame: Frame
+    flat: bool  # one query a sequence, without the axis of queries
+
+
+class AllSteps(NamedTuple):
+    """What the steps of a walk have together in a backward."""
+
+    projected: Array  # (M, A)
+    keys: Array  # (M, K)
+    score: Array  # (A,)
+    dprojected: Array  # sums so far
+    dkeys: Array
+
+
+class Alignment(Layer):
+    """What both kinds share: shapes."""
+
+    time = SEQUENCE
+
+    _dense: ClassVar[Any] = _dense
+    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
+
+    _naming: ClassVar[tuple[str, ...]] = ("__call__", "forward")
+
+    query_size: int
+    key_size: int
+
+    def _projected(self, keys: Array) -> Array:
+        """What scores take of keys (M, K), which does not depend on a query."""
+        raise NotImplementedError
+
+    def _run(self, query: Array, keys: Array, projected: Array, frame: Frame, want: bool) -> tuple[Array, Any]:
+        """The contexts (N, K) of queries (N, Q), and if wanted the weights, (B, T, S) of the longest sequences."""
+        raise NotImplementedError
+
+    def _step(self, query: Array, keys: Array, projected: Array, lengths: Array, want: bool) -> tuple[Array, Any]:
+        """The context (B, K) of one query (B, Q) a row, and if wanted the weights (B, S); keys (B, S, K) are padded."""
+        raise NotImplementedError
+
+    def _run_forward(self, query: Array, keys: Array, frame: Frame) -> tuple[Array, Any]:
+        """`_run` for training."""
+        raise NotImplementedError
+
+    def _run_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
+        """The gradients of queries and keys, as rows."""
+        raise NotImplementedError
+
+    def _opened(self, query: Any, keys: Any, lengths: Any) -> _Given:
+        array = checks.real_array("keys", keys, self.dtype)
+        if array.ndim != 3 or array.shape[2] != self.key_size:
+            raise ValueError(f"keys should be of shape (B, S, {self.key_size}), not {array.shape}")
+        batch, time = array.shape[:2]
+        asked = checks.real_array("query", query, self.dtype)
+        if asked.ndim not in (2, 3) or asked.shape[-1] != self.query_size or len(asked) != batch:
+            raise ValueError(
+                f"query should be of shape ({batch}, T, {self.query_size}) or ({batch}, {self.query_size}),"
+                f" not {asked.shape}"
+            )
+        flat = asked.ndim == 2
+        counts = None if lengths is None else checks.lengths(lengths, batch, time)
+        of_keys, of_query = rows_of(batch, time, counts), rows_of(batch, 1 if flat else asked.shape[1], None)
+        whole = asked[:, None] if flat else asked
+        return _Given(of_query.gather(whole), of_keys.gather(array), Frame(of_query, of_keys, False), flat)
+
+    def __call__(self, query: Any, keys: Any, *, lengths: Any = None, return_weights: bool = False) -> Any:
+        """Attend.
+
+        Parameters
+        ----------
+        query : array of shape (B, T, Q), or (B, Q) for one query a row
+        keys : array of shape (B, S, K)
+            They are the values, too.
+        lengths : array of shape (B,), optional
+            The real keys of each row, integers in 0..S. Whatever stands past them changes nothing.
+        return_weights : bool
+            Whether to return the weights, too.
+
+        Returns
+        -------
+        context : ndarray of shape (B, T, K), or (B, K)
+            The mean of the keys under the weights; 0 where a row has no key.
+        weights : ndarray of shape (B, T, S), or (B, S)
+            With `return_weights`: exactly 0 past a row's length.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be.
+        """
+        given = self._opened(query, keys, lengths)
+        wanted = checks.flag("return_weights", return_weights)
+        rows, weights = self._run(given.query, given.keys, self._projected(given.keys), given.frame, wanted)
+        context = given.frame.queries.scatter(rows)
+        if given.flat:
+            context, weights = context[:, 0], None if weights is None else weights[:, 0]
+        return (context, weights) if wanted else context
+
+    def forward(self, query: Any, keys: Any, *, lengths: Any = None, seed: int | None = None) -> tuple[Array, Tape]:
+        """Attend, in training.
+
+        Parameters
+        ----------
+        query, keys, lengths
+            As for a call. Arrays are not to be changed as long as the tape is used.
+        seed : int, optional
+            Nothing here is random.
+
+        Returns
+        -------
+        context : ndarray of shape (B, T, K), or (B, K)
+        tape : Tape
+        """
+        checks.seed("seed", seed)
+        given = self._opened(query, keys, lengths)
+        rows, kept = self._run_forward(given.query, given.keys, given.frame)
+        context = given.frame.queries.scatter(rows)
+        return (context[:, 0] if given.flat else context), Tape(self, (kept, given.frame, given.flat))
+
+    def backward(self, dcontext: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> tuple[Array, Array]:
+        """Gradients, given that of the contexts.
+
+        Parameters
+        ----------
+        dcontext : array of shape (B, T, K), or (B, K)
+        tape : Tape
+            What `forward` returned.
+        grads : mapping from str to ndarray, optional
+            Where the gradients of the parameters are added; `grads` of the layer by default.
+
+        Returns
+        -------
+        dquery : ndarray of the shape of query
+        dkeys : ndarray of the shape of keys
+            0 past a row's length.
+        """
+        kept, frame, flat = self._kept(tape)
+        queries: Rows = frame.queries
+        shape = (queries.batch, queries.time, self.key_size)
+        given = checks.like("dcontext", dcontext, self.dtype, (shape[0], shape[2]) if flat else shape).reshape(shape)
+        dquery, dkeys = self._run_backward(queries.gather(given), kept, self._targets(grads))
+        spread = queries.scatter(dquery)
+        return (spread[:, 0] if flat else spread), frame.keys.scatter(dkeys)
+
+    def _weights_of(self, weights: Array, frame: Frame) -> Array:
+        """Weights (B, 1, ...) of the longest sequences as (B, T, S)."""
+        return padded(weights, frame.queries, frame.keys)[:, 0]
+
+
+class MultiplicativeAttention(Alignment):
+    """Attention with bilinear scores: s W h of a query s and a key h [1]_ (there the one called general).
+
+    Parameters
+    ----------
+    query_size, key_size : int
+        Q and K; W is the parameter `weight` (Q, K).
+    dtype : {"float32", "float64"}
+        Of parameters and outputs. Inputs of another real dtype are converted.
+    seed : int, optional
+        Fixes the initial parameters, uniform in ±1/sqrt(K).
+
+    References
+    ----------
+    .. [1] M.-T. Luong, H. Pham and C. D. Manning, "Effective approaches to attention-based neural machine
+       translation", EMNLP 2015.
+    """
+
+    _operations: ClassVar[Any] = _attention
+
+    seed: int | None
+
+    def __init__(self, query_size: int, key_size: int, *, dtype: Any = "float32", seed: int | None = None) -> None:
+        self.query_size = checks.size("query_size", query_size, 1)
+        self.key_size = checks.size("key_size", key_size, 1)
+        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.seed = checks.seed("seed", seed)
+        self._config = {
+            "query_size": self.query_size,
+            "key_size": self.key_size,
+            "dtype": self.dtype.name,
+            "seed": self.seed,
+        }
+        self._packed: tuple[Mapping[str, Array], Any] | None = None
+        self._arrays = {}
+        self._replace(self._initial(np.random.default_rng(self.seed)))
+
+    def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
+        bound = 1 / math.sqrt(self.key_size)
+        return {"weight": rng.uniform(-bound, bound, (self.query_size, self.key_size))}
+
+    def _weights(self) -> Any:
+        """The weights as the operations want them."""
+        arrays, packed = self._arrays, self._packed
+        if packed is not None and packed[0] is arrays:
+            return packed[1]
+        weights = self._dense.linear_pack(arrays["weight"], None)
+        self._packed = (arrays, weights)
+        return weights
+
+    def _projected(self, keys: Array) -> Array:
+        projected: Array = self._dense.linear_forward(self._weights(), keys, threads.get_num_threads())
+        return projected
+
+    def _run(self, query: Array, keys: Array, projected: Array, frame: Frame, want: bool) -> tuple[Array, Any]:
+        q, k, v = query[:, None], projected[:, None], keys[:, None]
+        context, weights = self._operations.attention(
+            q, k, v, frame.spans, None, None, False, None, 1.0, want, threads.get_num_threads()
+        )
+        return context[:, 0], None if weights is None else self._weights_of(weights, frame)
+
+    def _step(self, query: Array, keys: Array, projected: Array, lengths: Array, want: bool) -> tuple[Array, Any]:
+        q, k, v = query[:, None, None], projected[:, None], keys[:, None]
+        context, weights = self._operations.attention(
+            q, k, v, None, lengths, None, False, None, 1.0, want, threads.get_num_threads()
+        )
+        return context[:, 0, 0], None if weights is None else weights[:, 0, 0]
+
+    def _run_forward(self, query: Array, keys: Array, frame: Frame) -> tuple[Array, Any]:
+        weights, n_threads = self._weights(), threads.get_num_threads()
+        projected = self._dense.linear_forward(weights, keys, n_threads)
+        q, k, v = query[:, None], projected[:, None], keys[:, None]
+        context, kept = self._operations.attention_forward(
+            q, k, v, frame.spans, None, None, False, None, 1.0, 0.0, 0, n_threads
+        )
+        return context[:, 0], (weights, keys, kept)
+
+    def _run_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
+        weights, keys, of_attention = kept
+        n_threads = threads.get_num_threads()
+        dq, dk, dv = self._operations.attention_backward(of_attention, dcontext[:, None], n_threads)
+        dprojected = np.ascontiguousarray(dk[:, 0])
+        dkeys = self._dense.linear_backward(weights, keys, dprojected, targets["weight"], None, n_threads)
+        return dq[:, 0], dkeys + dv[:, 0]
+
+
+class AdditiveAttention(Alignment, Composite):
+    """Attention with scores v tanh(W s + U h + b) of a query s and a key h [1]_.
+
+    Parameters
+    ----------
+    query_size, key_size, hidden_size : int
+        Q, K and A: W is the parameter `query.weight` (A, Q), U is `key.weight` (A, K), b is `key.bias` (A,) and v is
+        `score.weight` (1, A).
+    bias : bool
+        Whether there is b.
+    dtype : {"float32", "float64"}
+        Of parameters and outputs. Inputs of another real dtype are converted.
+    seed : int, optional
+        Fixes the initial parameters, each uniform in ±1/sqrt(columns).
+
+    References
+    ----------
+    .. [1] D. Bahdanau, K. Cho and Y. Bengio, "Neural machine translation by jointly learning to align and translate",
+       ICLR 2015.
+    """
+
+    _operations: ClassVar[Any] = _additive_attention
+    _linear: ClassVar[Any] = Linear
+
+    hidden_size: int
+    bias: bool
+    seed: int | None
+
+    def __init__(
+        self,
+        query_size: int,
+        key_size: int,
+        hidden_size: int,
+        *,
+        bias: bool = True,
+        dtype: Any = "float32",
+        seed: int | None = None,
+    ) -> None:
+        self.query_size = checks.size("query_size", query_size, 1)
+        self.key_size = checks.size("key_size", key_size, 1)
+        self.hidden_size = checks.size("hidden_size", hidden_size, 1)
+        self.bias = checks.flag("bias", bias)
+        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.seed = checks.seed("seed", seed)
+        self._config = {
+            "query_size": self.query_size,
+            "key_size": self.key_size,
+            "hidden_size": self.hidden_size,
+            "bias": self.bias,
+            "dtype": self.dtype.name,
+            "seed": self.seed,
+        }
+        seeds, of_type = seeds_of(self.seed, 3), {"dtype": self.dtype}
+        self._query = self._linear(self.query_size, self.hidden_size, False, seed=seeds[0], **of_type)
+        self._key = self._linear(self.key_size, self.hidden_size, self.bias, seed=seeds[1], **of_type)
+        self._score = self._linear(self.hidden_size, 1, False, seed=seeds[2], **of_type)
+        self._children = {"query": self._query, "key": self._key, "score": self._score}
+
+    @staticmethod
+    def _places(frame: Frame) -> tuple[Array, Array, Array]:
+        """Where the queries of each sequence begin, and its keys, and how many those are."""
+        starts = frame.keys.starts
+        return frame.queries.starts, starts[:-1], np.diff(starts)
+
+    def _aligned(self, q: Array, projected: Array, keys: Array, firsts: Array, counts: Array) -> tuple[Array, Array]:
+        """Contexts of queries after their linear map, each with keys of its own, and weights."""
+        result: tuple[Array, Array] = self._operations.align(
+            q, projected, keys, self._score._arrays["weight"][0], firsts, counts, threads.get_num_threads()
+        )
+        return result
+
+    def _projected(self, keys: Array) -> Array:
+        projected: Array = self._key(keys)
+        return projected
+
+    def _run(self, query: Array, keys: Array, projected: Array, frame: Frame, want: bool) -> tuple[Array, Any]:
+        context, weights = self._all(self._query(query), projected, keys, frame)
+        if not want:
+            return context, None
+        whole = np.zeros((frame.queries.batch, frame.queries.time, frame.keys.time), weights.dtype)
+        whole[:, :, : weights.shape[1]] = frame.queries.scatter(weights)
+        return context, whole
+
+    def _all(self, q: Array, projected: Array, keys: Array, frame: Frame) -> tuple[Array, Array]:
+        starts, firsts, counts = self._places(frame)
+        many = np.diff(starts)
+        return self._aligned(q, projected, keys, np.repeat(firsts, many), np.repeat(counts, many))
+
+    def _step(self, query: Array, keys: Array, projected: Array, lengths: Array, want: bool) -> tuple[Array, Any]:
+        batch, time = keys.shape[:2]
+        flat, of_keys = (array.reshape(batch * time, array.shape[2]) for array in (projected, keys))
+        context, weights = self._at(query, flat, of_keys, np.arange(batch) * time, lengths)
+        if not want:
+            return context, None
+        whole = np.zeros((batch, time), weights.dtype)
+        whole[:, : weights.shape[1]] = weights
+        return context, whole
+
+    def _at(self, query: Array, projected: Array, keys: Array, firsts: Array, counts: Array) -> tuple[Array, Array]:
+        """Contexts of queries (B, Q), each with keys of its own among the rows, and weights."""
+        return self._aligned(self._query(query), projected, keys, firsts, counts)
+
+    def _at_forward(
+        self, query: Array, projected: Array, keys: Array, firsts: Array, counts: Array
+    ) -> tuple[Array, Any]:
+        """`_at` for training."""
+        q, of_query = self._query.forward(query)
+        context, weights = self._aligned(q, projected, keys, firsts, counts)
+        return context, (q, weights, counts, of_query)
+
+    def _at_backward(
+        self, dcontext: Array, kept: Any, of_all: AllSteps, firsts: Array, targets: Mapping[str, Any]
+    ) -> Array:
+        """The gradient of the queries; that of the keys is added to what all steps have together."""
+        q, weights, counts, of_query = kept
+        dq = self._operations.align_backward(
+            q,
+            of_all.projected,
+            of_all.keys,
+            of_all.score,
+            None,
+            firsts,
+            counts,
+            weights,
+            np.ascontiguousarray(dcontext),
+            of_all.dprojected,
+            of_all.dkeys,
+            targets["score"]["weight"][0],
+            threads.get_num_threads(),
+        )
+        dquery: Array = self._query.backward(dq, of_query, grads=targets["query"])
+        return dquery
+
+    def _run_forward(self, query: Array, keys: Array, frame: Frame) -> tuple[Array, Any]:
+        q, of_query = self._query.forward(query)
+        projected, of_keys = self._key.forward(keys)
+        score = self._score._arrays["weight"][0]
+        context, weights = self._all(q, projected, keys, frame)
+        return context, (q, projected, keys, score, weights, self._places(frame), of_query, of_keys)
+
+    def _run_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
+        q, projected, keys, score, weights, places, of_query, of_keys = kept
+        of_children: Mapping[str, Any] = self._child_targets(targets)
+        dprojected, dkeys = np.zeros_like(projected), np.zeros_like(keys)
+        dq = self._operations.align_backward(
+            q,
+            projected,
+            keys,
+            score,
+            *places,
+            weights,
+            np.ascontiguousarray(dcontext),
+            dprojected,
+            dkeys,
+            of_children["score"]["weight"][0],
+            threads.get_num_threads(),
+        )
+        dquery = self._query.backward(dq, of_query, grads=of_children["query"])
+        return dquery, dkeys + self._key.backward(dprojected, of_keys, grads=of_children["key"])

@@ -1,0 +1,623 @@
+"""Steps of a recurrent model of symbols, compiled: what `fastseq._decoding` drives, with no Python for a symbol.
+
+The states of all rows stand in memory of the decoder, twice: a step reads the one and writes the other. Which old row
+each row goes on from is a number beside it, and so is the source that it attends to, where there are sources: forking
+and reordering rows moves no state. What the first layer makes of a symbol, as far as its chain goes without context and
+state, is a row of a table, unless that would be large.
+
+Threads split rows or panels as in `_recurrent.pyx`, and the bits are those of a step of the model.
+"""
+
+cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
+from libc.stdint cimport int64_t
+from libc.string cimport memcpy, memset
+
+from attention.additive_attention cimport TANH_WORK, align_one, real
+from recurrent.cells cimport (
+    CellPointers, CellStep, CellWeights, GRU_BEFORE, Split, cell_work, do_cell, init_bytes, input_parts, inputs_bytes,
+    set_cell_step, set_init, split_of, take_share,
+)
+from decoding.decoder cimport FS_AGAIN, FS_DONE, FS_NO_MEMORY, fs_decoder
+from runtime.kernels cimport FS_IDENTITY, FS_TANH, fs_attention, fs_epilogue, fs_kernels, fs_step, fs_weights
+from fastseq._parallel cimport (
+    CACHE_LINE, SIGNAL_WORK, fs_barrier, lines, run_team, team_wait,
+)
+
+import numpy as np
+
+cnp.import_array()
+
+cdef enum Attention:
+    NONE
+    MULTIPLICATIVE  # of the output of a step: its context and it give what the logits are made of
+    ADDITIVE        # of the output of the step before: its context enters the first layer, and the logits
+
+cdef dict ATTENTIONS = {None: NONE, "multiplicative": MULTIPLICATIVE, "additive": ADDITIVE}
+
+cdef enum:
+    BLOCK_ROWS = 128           # rows whose pointers are made at once
+    WEIGHT_WORK = 32           # what a weight of attention takes beside the products, in multiply-adds
+
+cdef double MAX_BYTES = 1e18  # sizes below do not overflow
+
+
+# What the weights of a decoder are. Read only.
+cdef struct Network:
+    const fs_kernels *kernels
+    Py_ssize_t item
+    Py_ssize_t layers
+    const CellWeights **cells
+    const CellWeights *inputs   # the first layer, as far as it looks at symbols
+    const char *embedding       # [symbols][inputs.input_size]
+    Py_ssize_t embedding_row
+    const char *table           # [symbols][panels][vectors][lanes], main then candidate, as `init` of a step; or NULL
+    Py_ssize_t table_row
+    Py_ssize_t table_main
+    const fs_weights *output
+    Attention attention
+    const fs_weights *combine   # MULTIPLICATIVE: of context and output
+    const fs_weights *query     # ADDITIVE: of the output of the last layer
+    const char *score
+
+
+cdef class Weights:
+    """The weights of a model, packed before. Immutable.
+
+    Parameters
+    ----------
+    embedding : ndarray of shape (symbols, E)
+    inputs : Cell
+        What the first layer makes of the vector of a symbol, before it looks at anything else.
+    table : ndarray or None
+        That of all symbols, `_recurrent.input_table`.
+    cells : sequence of Cell
+        One a layer. The inputs of the first are the context, with additive attention; else they are not looked at.
+    output : Packed or Cell
+        From what a step says to logits: its output, or with additive attention output and context, of which a cell
+        takes the output for its input, and the context for its state.
+    attention : {"multiplicative", "additive"}, optional
+    combine : Cell, optional
+        With multiplicative attention: from context and output, which are its input and its state, to what is said.
+    query : Packed, optional
+        With additive attention: what the scores take of the output of the last layer.
+    score : ndarray of shape (A,), optional
+        And what they are made with.
+    """
+
+    cdef Network network
+    cdef list kept  # what the pointers are into
+
+    def __init__(
+        self, cnp.ndarray embedding not None, inputs, cnp.ndarray table, cells, output, *, attention=None,
+        combine=None, query=None, cnp.ndarray score=None,
+    ):
+        cdef Network *network = &self.network
+        cdef Py_ssize_t i
+        cdef cnp.ndarray pointers = np.empty(len(cells), np.uintp)
+        self.kept = [embedding, table, pointers, score]
+        network.layers = len(cells)
+        network.cells = <const CellWeights **> cnp.PyArray_DATA(pointers)
+        for i in range(network.layers):
+            network.cells[i] = self.cell(cells[i])
+        network.inputs = self.cell(inputs)
+        network.kernels = network.inputs.kernels
+        network.item = network.kernels.item_size
+        network.output = self.panels(output)
+        network.attention = ATTENTIONS[attention]
+        network.combine = self.panels(combine)
+        network.query = self.panels(query)
+        network.score = NULL if score is None else cnp.PyArray_BYTES(score)
+        network.embedding = cnp.PyArray_BYTES(embedding)
+        network.embedding_row = cnp.PyArray_STRIDE(embedding, 0)
+        network.table_main = init_bytes(network.inputs, &network.inputs.main, network.inputs.main_vectors)
+        network.table_row = inputs_bytes(network.inputs)
+        network.table = NULL if table is None else cnp.PyArray_BYTES(table)
+
+    cdef const CellWeights *cell(self, cell) except NULL:
+        self.kept.append(cell)
+        return <const CellWeights *> PyCapsule_GetPointer(cell.weights(), "fastseq.cell")
+
+    cdef const fs_weights *panels(self, packed) except? NULL:
+        if packed is None:
+            return NULL
+        self.kept.append(packed)
+        return <const fs_weights *> PyCapsule_GetPointer(packed.panels(), "fastseq.weights")
+
+
+# What rows attend to: keys and what scores take of them, of one source after another.
+cdef struct Sources:
+    Py_ssize_t n
+    Py_ssize_t width         # of a key: K, or with multiplicative attention whole vectors of that
+    Py_ssize_t units         # the same of what scores take: A
+    const char *keys         # [source][max_keys][width]
+    const char *projected    # [source][max_keys][units]
+    const int64_t *lengths   # [source]
+    Py_ssize_t max_keys
+    Py_ssize_t all_keys
+
+
+# The rows of a decoder.
+cdef struct Rows:
+    const Network *network
+    Sources sources
+    int n_threads
+    Py_ssize_t rows
+    Py_ssize_t room          # rows there is memory for
+    char *memory             # what all below is in
+    char *before             # [room][state_row]: h of every layer, then c; zeros behind each
+    char *after              # the same, which the next step writes
+    Py_ssize_t state_row
+    Py_ssize_t h_row         # bytes from the h of one layer to that of the next,
+    Py_ssize_t c_first       # from the beginning to the c of the first layer,
+    Py_ssize_t c_row         # and from there to that of the next
+    char *middle             # [room][middle_row]; see `CellPointers`
+    char *z
+    Py_ssize_t middle_row
+    char *entered            # [room][table_row], where there is no table
+    char *context            # [room][context_row]
+    Py_ssize_t context_row
+    char *said               # [room][said_row]: what the logits are made of, or with additive attention the query
+    Py_ssize_t said_row
+    char *stats              # [room][2], of multiplicative attention
+    Py_ssize_t *parent       # [room]: the row of `before` that each row goes on from,
+    Py_ssize_t *source       # [room]: and its source
+    Py_ssize_t *spare_parent  # [room]: room for others
+    Py_ssize_t *spare_source
+    char *scratch            # of each thread, for attention
+    Py_ssize_t scratch_each
+    bint backwards           # the next step takes the last panels first
+    # One step.
+    Py_ssize_t done          # rows of it that are done
+    const int64_t *symbols
+    char *logits
+    Py_ssize_t last          # rows that are done after this region
+    bint split_panels        # not rows
+
+
+cdef char *taken(char *memory, Py_ssize_t n_bytes, Py_ssize_t *all_bytes) noexcept nogil:
+    """The next so many bytes of memory that is being laid out; of NULL, to count them."""
+    cdef Py_ssize_t at = all_bytes[0]
+    all_bytes[0] += lines(n_bytes)
+    return NULL if memory == NULL else memory + at
+
+
+cdef Py_ssize_t lay_out(Rows *job, char *memory, Py_ssize_t room) noexcept nogil:
+    """Give everything its place; returns how many bytes that takes."""
+    cdef Py_ssize_t n_bytes = 0, item = job.network.item
+    job.room = room
+    job.before = taken(memory, room * job.state_row, &n_bytes)
+    job.after = taken(memory, room * job.state_row, &n_bytes)
+    job.middle = taken(memory, room * job.middle_row, &n_bytes)
+    job.z = taken(memory, room * job.middle_row, &n_bytes)
+    job.entered = taken(memory, room * job.network.table_row if job.network.table == NULL else 0, &n_bytes)
+    job.context = taken(memory, room * job.context_row, &n_bytes)
+    job.said = taken(memory, room * job.said_row, &n_bytes)
+    job.stats = taken(memory, room * 2 * item, &n_bytes)
+    job.parent = <Py_ssize_t *> taken(memory, room * sizeof(Py_ssize_t), &n_bytes)
+    job.source = <Py_ssize_t *> taken(memory, room * sizeof(Py_ssize_t), &n_bytes)
+    job.spare_parent = <Py_ssize_t *> taken(memory, room * sizeof(Py_ssize_t), &n_bytes)
+    job.spare_source = <Py_ssize_t *> taken(memory, room * sizeof(Py_ssize_t), &n_bytes)
+    return n_bytes
+
+
+cdef int make_room(Rows *job, Py_ssize_t room) noexcept nogil:
+    """Memory for so many rows; what was there is left to the caller."""
+    cdef Rows made = job[0]
+    if <double> room * lay_out(&made, NULL, 1) > MAX_BYTES:
+        return FS_NO_MEMORY
+    cdef Py_ssize_t n_bytes = lay_out(&made, NULL, room) + CACHE_LINE
+    made.memory = <char *> PyMem_RawMalloc(n_bytes)
+    if made.memory == NULL:
+        return FS_NO_MEMORY
+    lay_out(&made, made.memory + (-<Py_ssize_t> made.memory & (CACHE_LINE - 1)), room)
+    memset(made.before, 0, room * made.state_row)
+    memset(made.after, 0, room * made.state_row)
+    job[0] = made
+    return FS_DONE
+
+
+cdef void product(
+    const fs_kernels *kernels, const fs_weights *weights, fs_epilogue epilogue, Py_ssize_t rows, const void **x,
+    const void **h, void **out, int share, int shares,
+) noexcept nogil:
+    """out = f(W h + b) of a block of rows, or f(W x + U h + b) where the weights take an x."""
+    cdef const void *init[BLOCK_ROWS]
+    cdef fs_step step
+    cdef Py_ssize_t i
+    memset(&step, 0, sizeof(step))
+    take_share(&step, weights, share, shares)
+    step.rows = rows
+    step.with_x = weights.x_size > 0
+    step.epilogue = epilogue
+    step.init = init
+    step.x = x
+    step.h = h
+    step.out = out
+    for i in range(rows):
+        init[i] = weights.bias
+    kernels.plain(&step)
+
+
+cdef void attend(Rows *job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t h_at, char *scratch) noexcept nogil:
+    """The contexts of some rows, of multiplicative attention; the queries are in `after`."""
+    cdef const Network *network = job.network
+    cdef const Sources *sources = &job.sources
+    cdef Py_ssize_t item = network.item, row = first, end, source
+    cdef int64_t *packed = <int64_t *> scratch  # the source whose keys the kernel has packed, and what the kernel notes
+    cdef fs_attention attention = attention_of(sources)
+    attention.q.row = job.state_row // item
+    attention.out.row = job.context_row // item
+    while row < last:
+        source = job.source[row]
+        end = row + 1
+        while end < last and job.source[end] == source:
+            end += 1
+        attention.max_queries = end - row
+        attention.max_keys = sources.lengths[source]
+        attention.q.data = job.after + row * job.state_row + h_at
+        attention.k.data = <char *> sources.projected + source * sources.max_keys * sources.units * item
+        attention.v.data = <char *> sources.keys + source * sources.max_keys * sources.width * item
+        attention.out.data = job.context + row * job.context_row
+        attention.stats = job.stats + row * 2 * item
+        if packed[0] != source:
+            packed[0] = source
+            (<int64_t *> (scratch + CACHE_LINE))[0] = -1
+        network.kernels.attend(&attention, 0, scratch + CACHE_LINE)
+        row = end
+
+
+cdef fs_attention attention_of(const Sources *sources) noexcept nogil:
+    """Of one sequence and one head, whose arrays and sizes are still to be set; `max_keys` as for all."""
+    cdef fs_attention attention
+    memset(&attention, 0, sizeof(attention))
+    attention.batch = attention.heads = attention.kv_heads = attention.parts = 1
+    attention.width = attention.k.row = sources.units
+    attention.value_width = attention.v.row = sources.width
+    attention.max_keys = sources.max_keys
+    attention.scale = attention.factor = 1
+    return attention
+
+
+cdef inline void align_rows(Rows *job, Py_ssize_t first, Py_ssize_t last, real *scratch) noexcept nogil:
+    """The contexts of some rows, of additive attention; the queries are in `said`."""
+    cdef const Sources *sources = &job.sources
+    cdef Py_ssize_t row, begin
+    for row in range(first, last):
+        begin = job.source[row] * sources.max_keys
+        align_one(
+            job.network.kernels, sources.units, sources.width, sources.lengths[job.source[row]],
+            <const real *> (job.said + row * job.said_row), <const real *> sources.projected + begin * sources.units,
+            <const real *> sources.keys + begin * sources.width, <const real *> job.network.score,
+            scratch + sources.units + sources.max_keys, <real *> (job.context + row * job.context_row), scratch,
+        )
+
+
+cdef void run_step(
+    Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shares, fs_barrier *barrier, char *scratch,
+) noexcept nogil:
+    """One step of the rows [first, last): what one of some threads does that share the panels."""
+    cdef const Network *network = job.network
+    cdef const CellWeights *cell
+    cdef const void *x[BLOCK_ROWS]
+    cdef const void *init[BLOCK_ROWS]
+    cdef const void *candidate_init[BLOCK_ROWS]
+    cdef const void *no_bias[BLOCK_ROWS]
+    cdef const void *h[BLOCK_ROWS]
+    cdef const void *c_before[BLOCK_ROWS]
+    cdef void *c[BLOCK_ROWS]
+    cdef void *middle[BLOCK_ROWS]
+    cdef void *z[BLOCK_ROWS]
+    cdef void *out[BLOCK_ROWS]
+    cdef void *said[BLOCK_ROWS]
+    cdef CellPointers at
+    cdef CellStep step
+    cdef Py_ssize_t base = first, layer, row, i, n, h_at, c_at, top_at = (network.layers - 1) * job.h_row, mine, end
+    cdef const char *old
+    cdef char *new
+    at.x, at.init, at.candidate_init, at.no_bias, at.h, at.c_before = x, init, candidate_init, no_bias, h, c_before
+    at.c, at.middle, at.z, at.out = c, middle, z, out
+    at.gates = NULL
+    while base < last:
+        n = min(BLOCK_ROWS, last - base)
+        # Where rows are split within a step, a thread has [mine, end).
+        mine = base + n * share // shares
+        end = base + n * (share + 1) // shares
+        if network.attention == ADDITIVE:
+            for i in range(n):
+                h[i] = job.before + job.parent[base + i] * job.state_row + top_at
+                said[i] = job.said + (base + i) * job.said_row
+            product(network.kernels, network.query, FS_IDENTITY, n, NULL, h, said, share, shares)
+            meet(barrier, shares)
+            if network.item == 4:
+                align_rows(job, mine, end, <float *> scratch)
+            else:
+                align_rows(job, mine, end, <double *> scratch)
+            meet(barrier, shares)
+        if network.table == NULL:
+            for i in range(n):
+                x[i] = network.embedding + job.symbols[base + i] * network.embedding_row
+                out[i] = job.entered + (base + i) * network.table_row
+            set_cell_step(&step, network.inputs, &at, True, share, shares)
+            input_parts(&step, network.inputs, n, x, init, out)
+        for layer in range(network.layers):
+            cell = network.cells[layer]
+            h_at = layer * job.h_row
+            c_at = job.c_first + layer * job.c_row
+            for i in range(n):
+                row = base + i
+                old = job.before + job.parent[row] * job.state_row
+                new = job.after + row * job.state_row
+                h[i] = old + h_at
+                out[i] = new + h_at
+                c_before[i] = old + c_at
+                c[i] = new + c_at
+                middle[i] = job.middle + row * job.middle_row
+                z[i] = job.z + row * job.middle_row
+                set_init(cell, &at, i)
+                if layer:
+                    x[i] = new + h_at - job.h_row
+                    continue
+                x[i] = job.context + row * job.context_row
+                if network.table == NULL:
+                    init[i] = job.entered + row * network.table_row
+                else:
+                    init[i] = network.table + job.symbols[row] * network.table_row
+                candidate_init[i] = <const char *> init[i] + network.table_main
+            set_cell_step(&step, cell, &at, layer > 0 or network.attention == ADDITIVE, share, shares)
+            do_cell(&step, cell, n, job.backwards, shares, barrier)
+        if network.attention == MULTIPLICATIVE:
+            attend(job, mine, end, top_at, scratch)
+            meet(barrier, shares)
+            for i in range(n):
+                x[i] = job.context + (base + i) * job.context_row
+                h[i] = out[i]
+                said[i] = job.said + (base + i) * job.said_row
+            product(network.kernels, network.combine, FS_TANH, n, x, h, said, share, shares)
+            meet(barrier, shares)
+        for i in range(n):
+            if network.attention == NONE:
+                h[i] = out[i]
+            elif network.attention == MULTIPLICATIVE:
+                h[i] = said[i]
+            else:
+                x[i] = out[i]
+                h[i] = job.context + (base + i) * job.context_row
+        for i in range(n):
+            out[i] = job.logits + (base + i) * network.output.units * network.item
+        product(network.kernels, network.output, FS_IDENTITY, n, x, h, out, share, shares)
+        base += BLOCK_ROWS
+
+
+cdef inline void meet(fs_barrier *barrier, int team) noexcept nogil:
+    if team > 1:
+        team_wait(barrier, team)
+
+
+cdef void walk_rows(void *rows, int thread, int team, fs_barrier *barrier) noexcept nogil:
+    """What one of the threads does of the rows [done, last)."""
+    cdef Rows *job = <Rows *> rows
+    cdef char *scratch = job.scratch + thread * job.scratch_each
+    cdef Py_ssize_t first = job.done, n = job.last - first
+    if job.split_panels or team == 1:
+        run_step(job, first, job.last, thread, team, barrier, scratch)
+    else:
+        run_step(job, first + n * thread // team, first + n * (thread + 1) // team, 0, 1, NULL, scratch)
+
+
+cdef Split plan(const Rows *job, Py_ssize_t *some) noexcept nogil:
+    """How threads share a step, and how many rows are done of it until Ctrl-C is looked for."""
+    cdef const Network *network = job.network
+    cdef const Sources *sources = &job.sources
+    cdef Py_ssize_t work = product_work(network, network.output), all_work, meetings = 0, layer, keys, parts
+    cdef int tile = network.kernels.tile_rows[4]
+    cdef const CellWeights *cell
+    for layer in range(network.layers):
+        cell = network.cells[layer]
+        work += cell_work(cell)
+        meetings += 2 if cell.kind == GRU_BEFORE or cell.projection.units else 1
+    cell = network.cells[0]
+    if network.attention != ADDITIVE:
+        work -= network.table_row // network.item * cell.input_size
+    if network.table == NULL:
+        work += network.table_row // network.item * network.inputs.input_size
+    all_work = work
+    if network.attention != NONE:
+        meetings += 2
+        keys = sources.all_keys // sources.n
+        all_work += keys * (sources.units + sources.width + WEIGHT_WORK)
+        if network.attention == ADDITIVE:
+            all_work += keys * sources.units * TANH_WORK
+            work += product_work(network, network.query)
+        else:
+            work += product_work(network, network.combine)
+    parts = (job.rows - 1) // max(2 * tile * job.n_threads, SIGNAL_WORK // all_work) + 1
+    some[0] = (job.rows + parts - 1) // parts
+    return split_of(
+        some[0], work, some[0] * all_work, meetings, cell.main.panels, tile, <int> network.item, job.n_threads,
+    )
+
+
+cdef inline Py_ssize_t product_work(const Network *network, const fs_weights *weights) noexcept nogil:
+    return weights.panels * 4 * network.kernels.lanes * (weights.x_size + weights.h_size)
+
+
+cdef int step(void *self, ptrdiff_t rows, const int64_t *symbols, void *logits) noexcept nogil:
+    """See decoder.h."""
+    cdef Rows *job = <Rows *> self
+    cdef Py_ssize_t some, row
+    cdef Split split = plan(job, &some)
+    job.last = min(rows, job.done + some)
+    job.split_panels = split.panels
+    job.symbols = symbols
+    job.logits = <char *> logits
+    run_team(walk_rows, job, split.threads, job.n_threads)
+    if job.last < rows:
+        job.done = job.last
+        return FS_AGAIN
+    job.done = 0
+    job.before, job.after = job.after, job.before
+    job.backwards = not job.backwards
+    for row in range(rows):
+        job.parent[row] = row
+    return FS_DONE
+
+
+cdef int choose(void *self, ptrdiff_t rows, const int64_t *parents) noexcept nogil:
+    """See decoder.h."""
+    cdef Rows *job = <Rows *> self
+    cdef Rows old = job[0]
+    cdef Py_ssize_t row
+    if rows <= job.room:
+        for row in range(rows):
+            job.spare_parent[row] = job.parent[parents[row]]
+            job.spare_source[row] = job.source[parents[row]]
+        job.parent, job.spare_parent = job.spare_parent, job.parent
+        job.source, job.spare_source = job.spare_source, job.source
+    else:
+        if make_room(job, rows) != FS_DONE:
+            return FS_NO_MEMORY
+        for row in range(rows):
+            memcpy(
+                job.before + row * job.state_row, old.before + old.parent[parents[row]] * job.state_row, job.state_row,
+            )
+            job.parent[row] = row
+            job.source[row] = old.source[parents[row]]
+        PyMem_RawFree(old.memory)
+    job.rows = rows
+    job.done = 0  # of a step that was begun, and then not wanted
+    return FS_DONE
+
+
+cdef object whole_vectors(array, Py_ssize_t lanes):
+    """An array whose last axis is whole vectors: itself, or a copy with zeros behind it."""
+    wide = -(-array.shape[-1] // lanes) * lanes
+    return np.pad(array, ((0, 0), (0, 0), (0, wide - array.shape[-1]))) if wide > array.shape[-1] else array
+
+
+cdef class Decoder:
+    """The states of some rows of symbols: a `fastseq.models.decoding.Decoder`.
+
+    Parameters
+    ----------
+    weights : Weights
+    h : ndarray of shape (B, layers, H)
+        Where the rows start.
+    c : ndarray of shape (B, layers, H), or None
+        The same of an LSTM.
+    copies : int
+        To how many rows each may be forked; there may be more, but memory for these is taken now.
+    n_threads : int
+    keys, projected, lengths : ndarrays of shapes (B, S, K), (B, S, A) and (B,), optional
+        With attention: what each row attends to, what scores take of it, and how many of the S there are, 1 or more.
+    """
+
+    cdef fs_decoder functions
+    cdef Rows job
+    cdef Weights weights
+    cdef list kept  # the arrays of the sources, and scratch
+
+    def __init__(
+        self, Weights weights not None, cnp.ndarray h not None, cnp.ndarray c, copies, int n_threads, keys=None,
+        projected=None, lengths=None,
+    ):
+        cdef Rows *job = &self.job
+        cdef const Network *network = &weights.network
+        cdef Py_ssize_t layer, row
+        cdef char *state
+        room = max(1, len(h) * copies)
+        self.weights = weights
+        job.network = network
+        job.n_threads = n_threads
+        job.rows = cnp.PyArray_DIM(h, 0)
+        job.h_row = lines(cnp.PyArray_DIM(h, 2) * network.item)
+        job.c_first = network.layers * job.h_row
+        job.c_row = 0 if c is None else lines(cnp.PyArray_DIM(c, 2) * network.item)
+        job.state_row = job.c_first + network.layers * job.c_row
+        job.middle_row = lines(network.cells[0].hidden_size * network.item)
+        if network.attention != NONE:
+            self.set_sources(keys, projected, lengths)
+        if room > MAX_BYTES or make_room(job, room) != FS_DONE:
+            raise MemoryError(f"for the states of {room} rows")
+        for row in range(job.rows):
+            job.parent[row] = job.source[row] = row
+            state = job.before + row * job.state_row
+            for layer in range(network.layers):
+                put(state + layer * job.h_row, h, row, layer)
+                if c is not None:
+                    put(state + job.c_first + layer * job.c_row, c, row, layer)
+        self.functions.self = job
+        self.functions.vocab = network.output.units
+        self.functions.item_size = <int> network.item
+        self.functions.step = step
+        self.functions.choose = choose
+
+    cdef int set_sources(self, keys, projected, lengths) except -1:
+        cdef Rows *job = &self.job
+        cdef const Network *network = job.network
+        cdef Sources *sources = &job.sources
+        cdef Py_ssize_t reals, thread
+        cdef fs_attention attention
+        if network.attention == MULTIPLICATIVE:
+            keys, projected = (whole_vectors(array, network.kernels.lanes) for array in (keys, projected))
+        cdef cnp.ndarray of_keys = np.ascontiguousarray(keys), of_projected = np.ascontiguousarray(projected)
+        cdef cnp.ndarray counts = np.ascontiguousarray(lengths, np.int64)
+        sources.n, sources.max_keys, sources.width = keys.shape
+        sources.units = cnp.PyArray_DIM(of_projected, 2)
+        sources.keys = cnp.PyArray_BYTES(of_keys)
+        sources.projected = cnp.PyArray_BYTES(of_projected)
+        sources.lengths = <const int64_t *> cnp.PyArray_DATA(counts)
+        sources.all_keys = int(counts.sum())
+        job.context_row = lines(sources.width * network.item)
+        if network.attention == MULTIPLICATIVE:
+            attention = attention_of(sources)
+            reals = network.kernels.attend_scratch(&attention)
+            job.said_row = lines(network.combine.units * network.item)
+        else:
+            reals = sources.units + 2 * sources.max_keys
+            job.said_row = lines(network.query.units * network.item)
+        job.scratch_each = CACHE_LINE + lines(reals * network.item)
+        cdef cnp.ndarray scratch = np.empty(job.n_threads * job.scratch_each + CACHE_LINE, np.uint8)
+        job.scratch = cnp.PyArray_BYTES(scratch)
+        job.scratch += -<Py_ssize_t> job.scratch & (CACHE_LINE - 1)
+        for thread in range(job.n_threads):
+            (<int64_t *> (job.scratch + thread * job.scratch_each))[0] = -1
+        self.kept = [of_keys, of_projected, counts, scratch]
+        return 0
+
+    def __dealloc__(self):
+        PyMem_RawFree(self.job.memory)
+
+    def capsule(self):
+        """How the search drives this; it lives as long as this does."""
+        return PyCapsule_New(&self.functions, "fastseq.decoder", NULL)
+
+    def step(self, symbols):
+        """The logits (B, V) of what follows one symbol more of each row, (B,)."""
+        cdef cnp.ndarray ids = np.ascontiguousarray(symbols, np.int64)
+        cdef cnp.ndarray logits = np.empty((self.job.rows, self.functions.vocab), f"f{self.functions.item_size}")
+        cdef const int64_t *given = <const int64_t *> cnp.PyArray_DATA(ids)
+        cdef void *to = cnp.PyArray_DATA(logits)
+        cdef int status
+        if self.job.rows:
+            status = FS_AGAIN
+            while status == FS_AGAIN:
+                with nogil:
+                    status = step(&self.job, self.job.rows, given, to)
+                PyErr_CheckSignals()
+        return logits
+
+    def choose(self, rows):
+        """The rows become these of the rows there were."""
+        cdef cnp.ndarray parents = np.ascontiguousarray(rows, np.int64)
+        if choose(&self.job, len(parents), <const int64_t *> cnp.PyArray_DATA(parents)) != FS_DONE:
+            raise MemoryError(f"for the states of {len(parents)} rows")
+
+
+cdef void put(char *to, cnp.ndarray state, Py_ssize_t row, Py_ssize_t layer) noexcept:
+    """One vector of a state array (B, layers, width), the last axis contiguous."""
+    cdef const char *at = cnp.PyArray_BYTES(state)
+    at += row * cnp.PyArray_STRIDE(state, 0) + layer * cnp.PyArray_STRIDE(state, 1)
+    memcpy(to, at, cnp.PyArray_DIM(state, 2) * cnp.PyArray_ITEMSIZE(state))

@@ -1,0 +1,752 @@
+"""Recurrent layers, compiled: packing the weights, and the loops over layers, directions, time and rows.
+
+`pack`, `run`, `fits`, `step` and `rollout` are the operations, and for training `forward`, `gates` and `backward`,
+which are in bptt.pxi; `fastseq.reference.operations` has the same in NumPy, and their documentation. Arguments were
+checked at the door.
+
+A direction of a layer is a `Job`. The rows of the batch stand longest first, so that the rows still running at a
+step are the first ones. A job is done in one of two ways, chosen by `plan`:
+
+* rows: the threads split the rows, and each runs all of time alone;
+* panels: the threads split the units, and meet at a barrier every step.
+
+Either way the input part of the pre-activations is computed inside the step, or, where there are too few rows to
+fill a tile, ahead of it for a chunk of time. No choice changes a bit of the result: see kernels/kernels.h.
+"""
+
+cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
+from libc.stdint cimport int64_t
+from libc.string cimport memcpy, memset
+
+from recurrent.cells cimport (
+    GATE_WORK, GRU_AFTER, GRU_BEFORE, LSTM_CELL, RNN_CELL, CellPointers, CellStep, CellWeights, Kind, Split,
+    cell_work, do_cell, init_bytes, input_parts, inputs_bytes, set_cell_step, set_init, split_of, take_share, work_of,
+)
+from runtime.huge_pages cimport huge_zeros
+from runtime.kernels cimport (
+    FS_ADD, FS_BACK_GRU_AFTER, FS_BACK_GRU_OUTPUT, FS_BACK_GRU_RESET, FS_BACK_IDENTITY, FS_BACK_LSTM, FS_BACK_RELU,
+    FS_BACK_SIGMOID, FS_BACK_TANH, FS_IDENTITY, FS_RELU, FS_SIGMOID, FS_TANH, fs_back, fs_epilogue, fs_kernels,
+    fs_step, fs_weights,
+)
+from dense.weight_gradient cimport (
+    GRADIENT_ROWS, WeightGradient, add_row, lay_out_factors, lay_out_sums, set_factor, set_product,
+    sum_weight_gradients, take_sums, taken,
+)
+from fastseq._parallel cimport (
+    fs_barrier, fs_flush_denormals, fs_restore_denormals, parallel_for, run_team, team_dissolved, team_wait,
+)
+
+import os
+
+import numpy as np
+
+from fastseq import _simd
+
+cnp.import_array()
+
+KINDS = {
+    "linear": (RNN_CELL, FS_IDENTITY),  # no cell, but what `rollout` makes of its outputs
+    "rnn_tanh": (RNN_CELL, FS_TANH),
+    "rnn_relu": (RNN_CELL, FS_RELU),
+    "rnn_sigmoid": (RNN_CELL, FS_SIGMOID),
+    "lstm": (LSTM_CELL, FS_IDENTITY),
+    "gru_reset_after": (GRU_AFTER, FS_IDENTITY),
+    "gru_reset_before": (GRU_BEFORE, FS_IDENTITY),
+}
+
+# Multiply-adds of a lane between two looks for Ctrl-C: tens of milliseconds on each processor.
+cdef Py_ssize_t CHUNK_WORK = 64 * 1024 * 1024
+cdef int PROCESSORS = os.cpu_count() or 1
+# The most rows processed at once, over all threads, and the most input parts computed ahead.
+cdef Py_ssize_t ROW_BLOCK = 4096
+cdef Py_ssize_t POINTER_ROWS = 16 * ROW_BLOCK
+cdef Py_ssize_t AHEAD_ROWS = 1024
+cdef Py_ssize_t AHEAD_BYTES = 1024 * 1024
+
+cdef enum:
+    TABLE_BYTES = 1 << 23  # the largest table of inputs,
+    TABLE_WORK = 1 << 29   # and the most multiply-adds that go into one
+    TABLE_ROWS = 128       # rows of it whose pointers are made at once
+    SMALL = 8192   # up to this many bytes of scratch stand on the stack
+    POINTERS = 12  # arrays of pointers that `run_steps` keeps, one entry a row
+    AHEAD = 3      # and those of the input parts, one entry a row and step
+
+
+# The weights of a cell as backward multiplies with them: gradients of pre-activations in, of what they saw out.
+cdef struct Transposed:
+    fs_weights recurrent   # to h; of GRU_BEFORE its gates r and z only
+    fs_weights candidate   # to r * h, GRU_BEFORE
+    fs_weights projection  # to o * tanh(c), where the LSTM has one
+    fs_weights input       # to x
+
+
+cdef class Cell:
+    """The packed weights of one layer in one direction. Immutable."""
+
+    cdef CellWeights w
+    cdef int item
+    cdef list buffers  # keeps what the pointers above point into
+    # For `backward`, which packs them its own way when it first runs.
+    cdef cnp.ndarray weight_ih, weight_hh, weight_hr
+    cdef Transposed transposed
+    cdef bint has_transposed
+
+    def weights(self):
+        """The weights, for the other compiled modules: a capsule that is good as long as this is."""
+        return PyCapsule_New(<void *> &self.w, "fastseq.cell", NULL)
+
+    def panels(self):
+        """Those of a cell of one gate, as of a linear layer."""
+        return PyCapsule_New(<void *> &self.w.main, "fastseq.weights", NULL)
+
+
+cdef cnp.ndarray aligned(Cell cell, Py_ssize_t count):
+    """`count` zeros on a cache line of their own, kept by the cell."""
+    array = huge_zeros(count * cell.item).view(f"f{cell.item}")
+    cell.buffers.append(array)
+    return array
+
+
+cdef const void *packed(Cell cell, cnp.ndarray weight, tuple gates, int blocks, Py_ssize_t units):
+    """Panels of some gates of a weight matrix of shape (gates * units, k)."""
+    cdef ptrdiff_t[4] gate_rows
+    cdef int n_gates = len(gates)
+    cdef Py_ssize_t per_panel = blocks * cell.w.kernels.lanes
+    cdef Py_ssize_t panels = (units + per_panel - 1) // per_panel
+    cdef Py_ssize_t k = weight.shape[1]
+    for i in range(n_gates):
+        gate_rows[i] = <int> gates[i] * units
+    cdef cnp.ndarray array = aligned(cell, panels * k * n_gates * per_panel)
+    cdef const void *source = cnp.PyArray_DATA(weight)
+    cdef void *target = cnp.PyArray_DATA(array)
+    with nogil:
+        cell.w.kernels.pack(source, gate_rows, n_gates, blocks, units, k, target)
+    return target
+
+
+cdef fs_weights packed_part(
+    Cell cell, cnp.ndarray weight_ih, cnp.ndarray weight_hh, cnp.ndarray bias, tuple gates, int blocks,
+):
+    """The weights of one fused step over the hidden units."""
+    cdef fs_weights part
+    cdef Py_ssize_t units = cell.w.hidden_size
+    cdef Py_ssize_t per_panel = blocks * cell.w.kernels.lanes
+    part.units = units
+    part.panels = (units + per_panel - 1) // per_panel
+    part.x_size = weight_ih.shape[1]
+    part.h_size = weight_hh.shape[1]
+    part.x = packed(cell, weight_ih, gates, blocks, units)
+    part.h = packed(cell, weight_hh, gates, blocks, units)
+    part.bias = packed(cell, bias.reshape(-1, 1), gates, blocks, units)
+    part.h_bias = NULL
+    return part
+
+
+def pack(str kind, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr):
+    """Pack the weights of one layer in one direction; returns a `Cell`."""
+    cdef Cell cell = Cell()
+    cell.buffers = []
+    cell.item = weight_ih.itemsize
+    cell.w.kernels = <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[cell.item], "fastseq.kernels")
+    cell.w.kind, cell.w.epilogue = KINDS[kind]
+    cdef int gates = 4 if cell.w.kind == LSTM_CELL else 1 if cell.w.kind == RNN_CELL else 3
+    cell.w.input_size = weight_ih.shape[1]
+    cell.w.hidden_size = weight_ih.shape[0] // gates
+    cell.w.output_size = weight_hh.shape[1]
+    cell.weight_ih, cell.weight_hh, cell.weight_hr = weight_ih, weight_hh, weight_hr
+    if bias_ih is None:
+        bias_ih = bias_hh = np.zeros(len(weight_ih), weight_ih.dtype)
+    with np.errstate(all="ignore"):  # inf and NaN are the user's
+        bias = bias_ih + bias_hh
+    units = cell.w.hidden_size
+    cell.w.main_vectors = 3 if cell.w.kind == GRU_AFTER else 4
+    if cell.w.kind == RNN_CELL:
+        cell.w.main = packed_part(cell, weight_ih, weight_hh, bias, (0,), 4)
+    elif cell.w.kind == LSTM_CELL:
+        cell.w.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1, 2, 3), 1)
+    elif cell.w.kind == GRU_AFTER:
+        bias[2 * units:] = bias_ih[2 * units:]
+        cell.w.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1, 2), 1)
+        cell.w.main.h_bias = packed(cell, bias_hh.reshape(-1, 1), (2,), 1, units)
+    else:
+        cell.w.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1), 2)
+        cell.w.candidate = packed_part(cell, weight_ih, weight_hh, bias, (2,), 4)
+    if weight_hr is not None:
+        no_bias = np.zeros((cell.w.output_size, 1), weight_hr.dtype)
+        cell.w.projection.units = cell.w.output_size
+        cell.w.projection.panels = (cell.w.output_size + 4 * cell.w.kernels.lanes - 1) // (4 * cell.w.kernels.lanes)
+        cell.w.projection.x_size = 0
+        cell.w.projection.h_size = units
+        cell.w.projection.h = packed(cell, weight_hr, (0,), 4, cell.w.output_size)
+        cell.w.projection.bias = packed(cell, no_bias, (0,), 4, cell.w.output_size)
+    return cell
+
+
+cdef struct Table:
+    const CellWeights *cell
+    const char *embedding
+    Py_ssize_t embedding_row
+    char *rows
+    Py_ssize_t row
+
+
+cdef void table_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """The input parts of some symbols."""
+    cdef const Table *table = <const Table *> job
+    cdef const void *x[TABLE_ROWS]
+    cdef const void *init[TABLE_ROWS]
+    cdef void *out[TABLE_ROWS]
+    cdef CellPointers at
+    cdef CellStep step
+    cdef Py_ssize_t base = first, i, n
+    memset(&at, 0, sizeof(at))
+    set_cell_step(&step, table.cell, &at, True, 0, 1)
+    while base < last:
+        n = min(TABLE_ROWS, last - base)
+        for i in range(n):
+            x[i] = table.embedding + (base + i) * table.embedding_row
+            out[i] = table.rows + (base + i) * table.row
+        input_parts(&step, table.cell, n, x, init, out)
+        base += TABLE_ROWS
+
+
+def input_table(Cell cell not None, cnp.ndarray embedding not None, int n_threads):
+    """What a layer makes of the vector of each symbol, as far as its chains go without state.
+
+    Parameters
+    ----------
+    cell : Cell
+    embedding : ndarray of shape (symbols, input_size)
+    n_threads : int
+
+    Returns
+    -------
+    ndarray or None
+        A row for each symbol, for `run`; None where that would be large.
+    """
+    cdef Table table
+    cdef Py_ssize_t symbols = cnp.PyArray_DIM(embedding, 0)
+    cdef double work
+    table.cell = &cell.w
+    table.row = inputs_bytes(&cell.w)
+    work = <double> table.row / cell.item * cell.w.input_size
+    if <double> symbols * table.row > TABLE_BYTES or symbols * work > TABLE_WORK:
+        return None
+    cdef cnp.ndarray rows = np.empty((symbols, table.row // cell.item), embedding.dtype)
+    table.embedding = cnp.PyArray_BYTES(embedding)
+    table.embedding_row = cnp.PyArray_STRIDE(embedding, 0)
+    table.rows = cnp.PyArray_BYTES(rows)
+    parallel_for(table_part, &table, symbols, work, n_threads)
+    return rows
+
+
+cdef struct Job:
+    const CellWeights *cell
+    Py_ssize_t item
+    # Arrays by row and time, strides in bytes, the last axis contiguous.
+    const char *x            # or ids, int64, where there is a table
+    Py_ssize_t x_row
+    Py_ssize_t x_time
+    const char *table        # the input parts of each id, or NULL
+    char *y
+    Py_ssize_t y_row
+    Py_ssize_t y_time
+    const char *h            # where each row starts
+    Py_ssize_t h_row
+    const char *c            # the same, LSTM
+    Py_ssize_t c_row
+    char *c_out              # c after each step; where no time is kept, c_out_time is 0 and c_out may be c
+    Py_ssize_t c_out_row
+    Py_ssize_t c_out_time
+    char *gates              # the tape, or NULL
+    Py_ssize_t gates_row
+    Py_ssize_t gates_time
+    const char *resets       # a byte for each row and time, or NULL
+    Py_ssize_t resets_row
+    const char *zeros        # a state of zeros, where there are resets
+    Py_ssize_t rows
+    Py_ssize_t time
+    bint reverse
+    const Py_ssize_t *order  # row of the batch at each place, longest first; NULL: as they stand
+    const Py_ssize_t *steps  # steps of the row at each place; NULL: all of `time`
+    # The plan.
+    int threads
+    bint split_panels
+    Py_ssize_t ahead         # steps whose input part is computed ahead of them; 0: inside the step
+    # Scratch, by place in the block of rows.
+    char *pointers           # for each thread, POINTERS arrays of row_block pointers, and AHEAD arrays
+    Py_ssize_t pointers_each
+    Py_ssize_t row_block
+    char *middle             # [place][hidden_size]: r * h, or the LSTM's output before its projection
+    char *z                  # [place][hidden_size]
+    Py_ssize_t middle_row
+    char *input_part         # [step of the chunk][place][panels][vectors][lanes], main then candidate
+    Py_ssize_t input_part_main
+    Py_ssize_t input_part_row
+    # What is done now: steps [from_step, to_step) for the `block` rows from place `base` on.
+    Py_ssize_t base
+    Py_ssize_t block
+    Py_ssize_t from_step
+    Py_ssize_t to_step
+
+
+cdef void plan(Job *job, int n_threads) noexcept nogil:
+    """Choose the number of threads, how they split the work, and what is computed ahead."""
+    cdef int max_rows = job.cell.kernels.tile_rows[job.cell.main_vectors]
+    cdef Py_ssize_t work = cell_work(job.cell), each
+    cdef Split split = split_of(
+        job.rows, work, work_of(job.rows, work, job.time), 1, job.cell.main.panels, max_rows, job.item, n_threads,
+    )
+    job.threads = split.threads
+    job.split_panels = split.panels
+    job.ahead = 0
+    if job.rows < max_rows and job.time > 1 and job.table == NULL:
+        each = job.rows * init_bytes(job.cell, &job.cell.main, job.cell.main_vectors)
+        job.ahead = max(1, min(job.time, AHEAD_ROWS // job.rows, AHEAD_BYTES // each))
+
+
+cdef void run_steps(void *made, int thread, int team, fs_barrier *barrier) noexcept nogil:
+    """What one thread does of a block of rows and a chunk of time, which ends early where the team dissolves."""
+    cdef Job *job = <Job *> made
+    cdef Py_ssize_t base = job.base, rows = job.block, from_step = job.from_step, to_step = job.to_step
+    cdef const CellWeights *cell = job.cell
+    cdef Py_ssize_t stride = 1 if job.split_panels else team
+    cdef Py_ssize_t lane = 0 if job.split_panels else thread
+    cdef Py_ssize_t x_step = -job.x_time if job.reverse else job.x_time
+    cdef Py_ssize_t y_step = -job.y_time if job.reverse else job.y_time
+    cdef Py_ssize_t c_step = -job.c_out_time if job.reverse else job.c_out_time
+    cdef Py_ssize_t gates_step = -job.gates_time if job.reverse else job.gates_time
+    cdef int share = thread if job.split_panels else 0
+    cdef int shares = team if job.split_panels else 1
+    cdef Py_ssize_t n = 0, place, at_block, row, t, i, s, m
+    cdef char *y
+    cdef const void **pointers = <const void **> (job.pointers + thread * job.pointers_each)
+    cdef const char **reset = <const char **> pointers
+    cdef const void **ahead_x = pointers + POINTERS * job.row_block
+    cdef const void **ahead_init = ahead_x + job.ahead * job.row_block
+    cdef void **ahead_out = <void **> (ahead_init + job.ahead * job.row_block)
+    cdef CellPointers at
+    at.x = pointers + job.row_block
+    at.init = at.x + job.row_block
+    at.candidate_init = at.init + job.row_block
+    at.no_bias = at.candidate_init + job.row_block
+    at.h = at.no_bias + job.row_block
+    at.c_before = at.h + job.row_block
+    at.c = <void **> (at.c_before + job.row_block)
+    at.middle = at.c + job.row_block
+    at.z = at.middle + job.row_block
+    at.out = at.z + job.row_block
+    cdef void **gates = at.out + job.row_block
+    at.gates = NULL if job.gates == NULL else gates
+
+    # The rows of this thread that run at from_step.
+    i = lane
+    while i < rows:
+        place = base + i
+        if job.steps != NULL and job.steps[place] <= from_step:
+            break
+        row = place if job.order == NULL else job.order[place]
+        t = from_step
+        if job.reverse:
+            t = (job.time if job.steps == NULL else job.steps[place]) - 1 - from_step
+        y = job.y + row * job.y_row + t * job.y_time
+        at.x[n] = job.x + row * job.x_row + t * job.x_time
+        at.out[n] = y
+        at.h[n] = job.h + row * job.h_row if from_step == 0 else y - y_step
+        at.c[n] = job.c_out + row * job.c_out_row + t * job.c_out_time
+        at.c_before[n] = job.c + row * job.c_row if from_step == 0 else <char *> at.c[n] - c_step
+        gates[n] = job.gates + row * job.gates_row + t * job.gates_time
+        if job.resets != NULL:
+            reset[n] = job.resets + row * job.resets_row + t
+        at.middle[n] = job.middle + i * job.middle_row
+        at.z[n] = job.z + i * job.middle_row
+        set_init(cell, &at, n)
+        n += 1
+        i += stride
+    if n == 0:
+        return
+
+    cdef CellStep step
+    set_cell_step(&step, cell, &at, job.ahead == 0 and job.table == NULL, share, shares)
+
+    # The input part of these steps, ahead of them. Each thread computes what it will itself read.
+    if job.ahead:
+        m = 0
+        for s in range(to_step - from_step):
+            for i in range(n):
+                at_block = lane + i * stride
+                if job.steps != NULL and job.steps[base + at_block] <= from_step + s:
+                    break
+                ahead_x[m] = <const char *> at.x[i] + s * x_step
+                ahead_out[m] = job.input_part + (s * job.row_block + at_block) * job.input_part_row
+                m += 1
+        input_parts(&step, cell, m, ahead_x, ahead_init, ahead_out)
+        for i in range(n):
+            at.init[i] = job.input_part + (lane + i * stride) * job.input_part_row
+            if cell.kind == GRU_BEFORE:
+                at.candidate_init[i] = <const char *> at.init[i] + job.input_part_main
+
+    cdef Py_ssize_t init_step = job.row_block * job.input_part_row if job.ahead else 0
+    for s in range(from_step, to_step):
+        if job.steps != NULL:
+            while n > 0 and job.steps[base + lane + (n - 1) * stride] <= s:
+                n -= 1
+        if n == 0:
+            break
+        if job.resets != NULL:
+            for i in range(n):
+                if reset[i][0]:
+                    at.h[i] = job.zeros
+                    at.c_before[i] = job.zeros
+                reset[i] += -1 if job.reverse else 1
+        if job.table != NULL:
+            for i in range(n):
+                at.init[i] = job.table + (<const int64_t *> at.x[i])[0] * job.input_part_row
+                if cell.kind == GRU_BEFORE:
+                    at.candidate_init[i] = <const char *> at.init[i] + job.input_part_main
+        do_cell(&step, cell, n, False, shares, barrier)
+        if shares > 1 and team_dissolved(barrier):
+            if thread == 0:
+                job.to_step = s + 1
+            break
+        for i in range(n):
+            at.x[i] = <const char *> at.x[i] + x_step
+            at.h[i] = at.out[i]
+            at.out[i] = <char *> at.out[i] + y_step
+            at.c_before[i] = at.c[i]
+            at.c[i] = <char *> at.c[i] + c_step
+            gates[i] = <char *> gates[i] + gates_step
+            at.init[i] = <const char *> at.init[i] + init_step
+        if cell.kind == GRU_BEFORE:
+            for i in range(n):
+                at.candidate_init[i] = <const char *> at.candidate_init[i] + init_step
+
+
+cdef int execute(Job *job, int n_threads) except -1:
+    """Do a job. What it needs beside the arrays is scratch of its own."""
+    if job.rows == 0 or job.time == 0:
+        return 0
+    plan(job, n_threads)
+    cdef Py_ssize_t work = cell_work(job.cell)
+    cdef Py_ssize_t limit = CHUNK_WORK * job.cell.kernels.lanes * min(job.threads, PROCESSORS)
+    # Blocks of even height, such that one step of one is done within the limit.
+    cdef Py_ssize_t max_rows = min(ROW_BLOCK, POINTER_ROWS // job.threads, limit // work)
+    max_rows = max(max_rows, job.cell.kernels.tile_rows[job.cell.main_vectors] * min(job.threads, PROCESSORS))
+    cdef Py_ssize_t blocks = (job.rows + max_rows - 1) // max_rows
+    job.row_block = (job.rows + blocks - 1) // blocks
+    job.pointers_each = <Py_ssize_t> sizeof(void *) * job.row_block * (POINTERS + AHEAD * job.ahead)
+    # Rows of scratch start on cache lines of their own.
+    job.middle_row = (job.cell.main.units * job.item + 63) // 64 * 64
+    job.input_part_main = init_bytes(job.cell, &job.cell.main, job.cell.main_vectors)
+    job.input_part_row = inputs_bytes(job.cell)
+    cdef Py_ssize_t pointer_bytes = (job.threads * job.pointers_each + 63) // 64 * 64
+    cdef Py_ssize_t middle_bytes = 0
+    if job.cell.kind == GRU_BEFORE or job.cell.projection.units:
+        middle_bytes = job.row_block * job.middle_row
+    cdef Py_ssize_t n_bytes = 64 + pointer_bytes + 2 * middle_bytes + job.ahead * job.row_block * job.input_part_row
+    cdef char[SMALL] small
+    cdef char *scratch = small
+    if n_bytes > SMALL:
+        scratch = <char *> PyMem_RawMalloc(n_bytes)
+        if scratch == NULL:
+            raise MemoryError(f"{n_bytes} bytes of scratch")
+    job.pointers = scratch + (-(<Py_ssize_t> scratch) & 63)
+    job.middle = job.pointers + pointer_bytes
+    job.z = job.middle + middle_bytes
+    job.input_part = job.z + middle_bytes
+
+    cdef Py_ssize_t chunk = limit // (job.row_block * work) + 1
+    if job.ahead:
+        chunk = min(chunk, job.ahead)
+    cdef Py_ssize_t time
+    try:
+        job.base = 0
+        while job.base < job.rows:
+            job.block = min(job.row_block, job.rows - job.base)
+            time = job.time if job.steps == NULL else job.steps[job.base]
+            job.from_step = 0
+            while job.from_step < time:
+                job.to_step = min(time, job.from_step + chunk)
+                with nogil:
+                    run_team(run_steps, job, job.threads, n_threads)
+                PyErr_CheckSignals()
+                job.from_step = job.to_step
+            job.base += job.block
+    finally:
+        if scratch != small:
+            PyMem_RawFree(scratch)
+    return 0
+
+
+cdef void set_cell(Job *job, Cell cell) noexcept:
+    job.cell = &cell.w
+    job.item = cell.item
+    job.table = NULL
+
+
+cdef cnp.ndarray state_copy(cnp.ndarray state):
+    """A contiguous copy; of None, None."""
+    return None if state is None else cnp.PyArray_NewCopy(state, cnp.NPY_CORDER)
+
+
+cdef inline char *slot_of(cnp.ndarray state, Py_ssize_t slot) noexcept:
+    """State array (B, slots, H): the first row of one slot."""
+    return cnp.PyArray_BYTES(state) + slot * cnp.PyArray_STRIDE(state, 1)
+
+
+cdef void set_state(Job *job, cnp.ndarray h, cnp.ndarray c, Py_ssize_t slot) noexcept:
+    """Where the rows of one slot start; c is where they end, too."""
+    job.h = slot_of(h, slot)
+    job.h_row = cnp.PyArray_STRIDE(h, 0)
+    job.c = job.c_out = NULL
+    job.c_row = job.c_out_row = job.c_out_time = 0
+    if c is not None:
+        job.c = job.c_out = slot_of(c, slot)
+        job.c_row = job.c_out_row = cnp.PyArray_STRIDE(c, 0)
+
+
+cdef void set_no_tape(Job *job) noexcept:
+    job.gates = NULL
+    job.gates_row = job.gates_time = 0
+    job.resets = job.zeros = NULL
+
+
+cdef tuple finished(cnp.ndarray y, cnp.ndarray h, cnp.ndarray c):
+    """Outputs and state; the arrays of a state are read-only."""
+    cnp.PyArray_CLEARFLAGS(h, cnp.NPY_ARRAY_WRITEABLE)
+    if c is not None:
+        cnp.PyArray_CLEARFLAGS(c, cnp.NPY_ARRAY_WRITEABLE)
+    return y, h, c
+
+
+cdef class Rows:
+    """The rows of a batch, longest first: their lengths and resets, and the arrays that hold them."""
+
+    cdef object lengths, resets
+    cdef cnp.ndarray order, steps, reset_bytes, zeros
+
+    cdef int set(self, Job *job, cnp.ndarray x, lengths, resets, dtype, Py_ssize_t width) except -1:
+        """Put them into a job over the rows and times of x, whose states are of a dtype and at most `width` wide."""
+        job.rows = cnp.PyArray_DIM(x, 0)
+        job.time = cnp.PyArray_DIM(x, 1)
+        job.order = NULL
+        job.steps = NULL
+        set_no_tape(job)
+        if lengths is not None:
+            self.order = np.argsort(-lengths, kind="stable").astype(np.intp, copy=False)
+            self.steps = lengths[self.order].astype(np.intp, copy=False)
+            job.order = <const Py_ssize_t *> cnp.PyArray_DATA(self.order)
+            job.steps = <const Py_ssize_t *> cnp.PyArray_DATA(self.steps)
+        if resets is not None:
+            self.reset_bytes = np.ascontiguousarray(resets).view(np.uint8)
+            self.zeros = np.zeros(width, dtype)
+            job.resets = cnp.PyArray_BYTES(self.reset_bytes)
+            job.resets_row = job.time
+            job.zeros = cnp.PyArray_BYTES(self.zeros)
+        return 0
+
+
+cdef void set_sequence(Job *job, cnp.ndarray x, cnp.ndarray y) noexcept:
+    job.x = cnp.PyArray_BYTES(x)
+    job.x_row = cnp.PyArray_STRIDE(x, 0)
+    job.x_time = cnp.PyArray_STRIDE(x, 1)
+    job.y_row = cnp.PyArray_STRIDE(y, 0)
+    job.y_time = cnp.PyArray_STRIDE(y, 1)
+
+
+cdef cnp.ndarray sequence(cnp.ndarray x, Py_ssize_t width, int dtype, bint padded):
+    """An array (B, T, width) for something of every step of x; what is padding holds zeros, the rest anything."""
+    cdef cnp.npy_intp[3] shape
+    shape[0], shape[1], shape[2] = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), width
+    if padded:
+        return cnp.PyArray_ZEROS(3, shape, dtype, 0)
+    return cnp.PyArray_EMPTY(3, shape, dtype, 0)
+
+
+cdef void take_last(
+    const Job *job, const char *steps_of, Py_ssize_t row_stride, Py_ssize_t time_stride, cnp.ndarray state,
+    Py_ssize_t slot,
+) noexcept:
+    """Where each row ends is what it has at its last step; a row of no steps keeps what it came with."""
+    cdef Py_ssize_t place, row, steps
+    cdef Py_ssize_t n_bytes = cnp.PyArray_DIM(state, 2) * job.item
+    for place in range(job.rows):
+        row = place if job.order == NULL else job.order[place]
+        steps = job.time if job.steps == NULL else job.steps[place]
+        if steps:
+            memcpy(
+                slot_of(state, slot) + row * cnp.PyArray_STRIDE(state, 0),
+                steps_of + row * row_stride + (0 if job.reverse else steps - 1) * time_stride,
+                n_bytes,
+            )
+
+
+def run(
+    tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, lengths, resets,
+    int n_threads, tuple tables=None,
+):
+    """Whole sequences through all layers and directions; see `fastseq.reference.operations.run`.
+
+    With `tables`, one `input_table` for each direction of the first layer, x is (B, T) of ids, int64 and contiguous.
+    """
+    cdef Py_ssize_t width = cnp.PyArray_DIM(h, 2), slot = 0
+    cdef int direction, directions
+    cdef Job job
+    cdef Rows rows = Rows()
+    cdef cnp.ndarray ids = x, y = x, h_n = state_copy(h), c_n = state_copy(c)
+    rows.set(&job, x, lengths, resets, h.dtype, width if c is None else cnp.PyArray_DIM(c, 2))
+    for layer in cells:
+        directions = len(layer)
+        y = sequence(x, directions * width, cnp.PyArray_TYPE(h), lengths is not None)
+        set_sequence(&job, x, y)
+        for direction in range(directions):
+            set_cell(&job, layer[direction])
+            set_state(&job, h, c_n, slot)
+            if tables is not None and x is ids:
+                job.table = cnp.PyArray_BYTES(<cnp.ndarray> tables[direction])
+            job.reverse = direction == 1
+            job.y = cnp.PyArray_BYTES(y)
+            job.y += direction * width * job.item
+            execute(&job, n_threads)
+            take_last(&job, job.y, job.y_row, job.y_time, h_n, slot)
+            slot += 1
+        x = y
+    return finished(y, h_n, c_n)
+
+
+cdef inline bint is_usual(object value, int dims, int dtype) noexcept:
+    """An array of exactly this dtype, contiguous, aligned, in native byte order."""
+    return (
+        cnp.PyArray_CheckExact(value)
+        and cnp.PyArray_NDIM(<cnp.ndarray> value) == dims
+        and cnp.PyArray_TYPE(<cnp.ndarray> value) == dtype
+        and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> value)
+    )
+
+
+cdef inline bint is_state(object value, int dtype, Py_ssize_t batch, Py_ssize_t slots, Py_ssize_t width) noexcept:
+    return (
+        is_usual(value, 3, dtype)
+        and cnp.PyArray_DIM(<cnp.ndarray> value, 0) == batch
+        and cnp.PyArray_DIM(<cnp.ndarray> value, 1) == slots
+        and cnp.PyArray_DIM(<cnp.ndarray> value, 2) == width
+    )
+
+
+def fits(tuple cells not None, x, int dims, state, out):
+    """Whether the arguments of a call need no check: a quick yes for the usual case. No says nothing.
+
+    `x` should have `dims` dimensions; that the state is of the layer's class was looked at. A step takes few
+    microseconds, and the checks in Python take as many.
+    """
+    cdef tuple first = cells[0]
+    cdef Cell cell = first[0]
+    cdef int dtype = cnp.NPY_FLOAT32 if cell.item == 4 else cnp.NPY_FLOAT64
+    cdef Py_ssize_t batch, slots = len(cells) * len(first)
+    if (dims == 2 and len(first) != 1) or not is_usual(x, dims, dtype):
+        return False
+    batch = cnp.PyArray_DIM(<cnp.ndarray> x, 0)
+    if cnp.PyArray_DIM(<cnp.ndarray> x, dims - 1) != cell.w.input_size:
+        return False
+    if not is_state(state.h, dtype, batch, slots, cell.w.output_size):
+        return False
+    if cell.w.kind == LSTM_CELL and not is_state(state.c, dtype, batch, slots, cell.w.hidden_size):
+        return False
+    return out is None or (
+        is_usual(out, 2, dtype)
+        and cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out)
+        and cnp.PyArray_DIM(<cnp.ndarray> out, 0) == batch
+        and cnp.PyArray_DIM(<cnp.ndarray> out, 1) == cell.w.output_size
+    )
+
+
+def step(
+    tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, cnp.ndarray out,
+    int n_threads,
+):
+    """One time step through all layers of one direction; see `fastseq.reference.operations.step`."""
+    cdef Py_ssize_t slot, row, i, width = cnp.PyArray_DIM(h, 2), batch = cnp.PyArray_DIM(x, 0)
+    cdef Job job
+    cdef cnp.ndarray h_n = cnp.PyArray_EMPTY(3, cnp.PyArray_DIMS(h), cnp.PyArray_TYPE(h), 0)
+    cdef cnp.ndarray c_n = state_copy(c)
+    cdef cnp.npy_intp[2] shape
+    cdef char *to
+    job.rows = batch
+    job.time = 1
+    job.reverse = False
+    job.order = NULL
+    job.steps = NULL
+    set_no_tape(&job)
+    job.x = cnp.PyArray_BYTES(x)
+    job.x_row = cnp.PyArray_STRIDE(x, 0)
+    job.x_time = 0
+    job.y_row = cnp.PyArray_STRIDE(h_n, 0)
+    job.y_time = 0
+    for slot in range(len(cells)):
+        set_cell(&job, cells[slot][0])
+        set_state(&job, h, c_n, slot)
+        job.y = slot_of(h_n, slot)
+        execute(&job, n_threads)
+        # The next layer takes this one's output.
+        job.x = job.y
+        job.x_row = job.y_row
+    if out is None:
+        shape[0], shape[1] = batch, width
+        out = cnp.PyArray_EMPTY(2, shape, cnp.PyArray_TYPE(h), 0)
+    for row in range(batch):
+        to = cnp.PyArray_BYTES(out)
+        to += row * cnp.PyArray_STRIDE(out, 0)
+        if cnp.PyArray_STRIDE(out, 1) == job.item:
+            memcpy(to, job.x + row * job.x_row, width * job.item)
+        else:
+            for i in range(width):
+                memcpy(to + i * cnp.PyArray_STRIDE(out, 1), job.x + row * job.x_row + i * job.item, job.item)
+    return finished(out, h_n, c_n)
+
+
+def rollout(
+    tuple cells not None, cnp.ndarray weight not None, cnp.ndarray bias not None, cnp.ndarray x not None,
+    cnp.ndarray h not None, cnp.ndarray c, Py_ssize_t steps, int n_threads,
+):
+    """Steps that each take what a linear map makes of the one before; see `fastseq.reference.operations.rollout`."""
+    cdef Py_ssize_t slot, t
+    cdef Job job
+    cdef cnp.ndarray nothing = np.zeros((cnp.PyArray_DIM(weight, 0), 0), weight.dtype)
+    cdef Cell head = pack("linear", weight, nothing, bias, np.zeros_like(bias), None)
+    cdef cnp.ndarray y = np.empty((x.shape[0], steps, weight.shape[0]), x.dtype)
+    # A step may not write where it reads, so the states take turns.
+    cdef cnp.ndarray before = state_copy(h), after = np.empty_like(before), c_n = state_copy(c)
+    job.rows = cnp.PyArray_DIM(x, 0)
+    job.time = 1
+    job.reverse = False
+    job.order = NULL
+    job.steps = NULL
+    set_no_tape(&job)
+    job.x_time = job.y_time = 0
+    job.x = cnp.PyArray_BYTES(x)
+    job.x_row = cnp.PyArray_STRIDE(x, 0)
+    for t in range(steps):
+        for slot in range(len(cells)):
+            set_cell(&job, cells[slot][0])
+            set_state(&job, before, c_n, slot)
+            job.y = slot_of(after, slot)
+            job.y_row = cnp.PyArray_STRIDE(after, 0)
+            execute(&job, n_threads)
+            job.x = job.y
+            job.x_row = job.y_row
+        set_cell(&job, head)
+        set_state(&job, before, None, 0)
+        job.y = cnp.PyArray_BYTES(y)
+        job.y += t * cnp.PyArray_STRIDE(y, 1)
+        job.y_row = cnp.PyArray_STRIDE(y, 0)
+        execute(&job, n_threads)
+        job.x = job.y
+        job.x_row = job.y_row
+        before, after = after, before
+    return finished(y, before, c_n)
+
+
+include "bptt.pxi"

@@ -1,0 +1,93 @@
+"""The instruction set: which the machine can run, which is used, and its kernels over arrays.
+
+``FASTSEQ_ISA`` forces one. The other compiled modules take their table of kernels from `kernels`.
+"""
+
+import os
+
+cimport numpy as cnp
+from cpython.pycapsule cimport PyCapsule_New
+
+from runtime.kernels cimport FS_ACCUMULATORS, fs_find_kernels, fs_kernels
+
+import numpy as np
+
+cnp.import_array()
+
+cdef extern from "runtime/team.h" nogil:
+    int fs_has_openmp()
+    unsigned long long fs_flush_denormals()
+    void fs_restore_denormals(unsigned long long before)
+
+NAMES = ("baseline", "avx2", "avx512")
+available = tuple(name for name in NAMES if fs_find_kernels(name.encode(), 4) != NULL)
+chosen = os.environ.get("FASTSEQ_ISA", available[-1])
+if chosen not in available:
+    raise ImportError(
+        f"FASTSEQ_ISA should be an instruction set of this machine, {' or '.join(available)}, not {chosen!r}"
+    )
+openmp = bool(fs_has_openmp())
+
+cdef const fs_kernels *float32_kernels = fs_find_kernels(chosen.encode(), 4)
+cdef const fs_kernels *float64_kernels = fs_find_kernels(chosen.encode(), 8)
+
+# By bytes in a real.
+kernels = {
+    4: PyCapsule_New(<void *> float32_kernels, "fastseq.kernels", NULL),
+    8: PyCapsule_New(<void *> float64_kernels, "fastseq.kernels", NULL),
+}
+lanes = {4: float32_kernels.lanes, 8: float64_kernels.lanes}
+
+ctypedef void (*map_function)(ptrdiff_t n, const void *x, void *y) noexcept nogil
+
+
+cdef const fs_kernels *table(cnp.ndarray x) except NULL:
+    if not cnp.PyArray_ISCARRAY_RO(x):
+        raise ValueError("x should be contiguous, aligned and in native byte order")
+    if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32:
+        return float32_kernels
+    if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64:
+        return float64_kernels
+    raise TypeError(f"x should be float32 or float64, not {x.dtype}")
+
+
+cdef cnp.ndarray map_array(map_function f, cnp.ndarray x):
+    cdef cnp.ndarray y = np.empty_like(x)
+    cdef ptrdiff_t n = x.size
+    cdef unsigned long long before
+    with nogil:
+        before = fs_flush_denormals()
+        f(n, cnp.PyArray_DATA(x), cnp.PyArray_DATA(y))
+        fs_restore_denormals(before)
+    return y
+
+
+def exp(cnp.ndarray x not None):
+    """exp(x), elementwise."""
+    return map_array(table(x).exp, x)
+
+
+def tanh(cnp.ndarray x not None):
+    """tanh(x), elementwise."""
+    return map_array(table(x).tanh, x)
+
+
+def sigmoid(cnp.ndarray x not None):
+    """1 / (1 + exp(-x)), elementwise."""
+    return map_array(table(x).sigmoid, x)
+
+
+def multiply_adds(ptrdiff_t rounds):
+    """Run float32 multiply-adds on registers alone; returns how many floating-point operations that was."""
+    with nogil:
+        float32_kernels.multiply_adds(rounds)
+    return rounds * FS_ACCUMULATORS * 2 * float32_kernels.lanes
+
+
+def read_memory(ptrdiff_t rounds, cnp.ndarray x not None):
+    """Read a float32 or float64 array some times over; returns how many bytes that was."""
+    cdef const fs_kernels *kernel = table(x)
+    cdef ptrdiff_t n = x.size
+    with nogil:
+        kernel.read_memory(rounds, n, cnp.PyArray_DATA(x))
+    return rounds * (n - n % (8 * kernel.lanes)) * kernel.item_size

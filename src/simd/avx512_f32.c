@@ -1,8 +1,0 @@
-/* AVX-512 F and DQ, float32. */
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-#define FS_SET "avx512"
-#define FS_TABLE fs_avx512_f32
-#define FS_REAL_BYTES 4
-#define FS_VECTOR_BYTES 64
-#include "leaves.inc"
-#endif

@@ -1,6 +1,0 @@
-/* 128-bit lanes: x86-64-v2, AArch64, or whatever the compiler makes of them elsewhere, float32. */
-#define FS_SET "baseline"
-#define FS_TABLE fs_baseline_f32
-#define FS_REAL_BYTES 4
-#define FS_VECTOR_BYTES 16
-#include "leaves.inc"
