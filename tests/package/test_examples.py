@@ -3,15 +3,15 @@
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from common import ROOT
 from protocol import fitted
 
 import fastseq as fs
 
-PATH = Path(__file__).parent.parent / "examples" / "pronounce.py"
+PATH = ROOT / "examples" / "pronounce.py"
 
 
 def needs(module, package):

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from common import ROOT
 
 import fastseq
 
-ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "fastseq"
 
 # Each floor, from the ground up: its modules may import from floors below theirs, and from their own package.

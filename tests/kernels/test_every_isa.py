@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from common import ROOT, child_environment, run_python
@@ -21,7 +20,7 @@ def test_every_isa(isa: str) -> None:
     compiled = "not (-reference] or [reference- or [reference])"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "every_isa", "-k", compiled]
     result = subprocess.run(
-        [*command, str(Path(__file__).parent)],
+        [*command, str(ROOT / "tests")],
         env=child_environment(FASTSEQ_ISA=isa),
         cwd=ROOT,
         capture_output=True,
