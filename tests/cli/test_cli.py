@@ -15,7 +15,9 @@ import pytest
 
 import fastseq as fs
 from fastseq import _simd, io
-from fastseq.cli import bench, cases, engines, interference, main, plot, progress, recurrent, report, roofline, worker
+from fastseq.bench import cases, engines, interference, report, roofline, runner, worker
+from fastseq.bench.cases import recurrent
+from fastseq.cli import bench, main, plot, table
 
 TINY = ("--vs", "reference", "--shape", "1,1,8,8", "--kind", "lstm", "--rounds", "1", "--threads", "1")
 
@@ -67,8 +69,8 @@ def test_bench_prints_every_case_and_engine(tiny):
     done, _ = tiny
     assert "LSTM 1×1×8×8" in done.stdout
     assert "LSTM step 1×1×8×8" in done.stdout
-    assert len(re.findall(rf"^.{{{report.TITLE}}}  fastseq  .*%$", done.stdout, re.M)) == 2
-    assert len(re.findall(rf"^.{{{report.TITLE}}}  reference  .*% .* to ", done.stdout, re.M)) == 2
+    assert len(re.findall(rf"^.{{{table.TITLE}}}  fastseq  .*%$", done.stdout, re.M)) == 2
+    assert len(re.findall(rf"^.{{{table.TITLE}}}  reference  .*% .* to ", done.stdout, re.M)) == 2
     assert "fastseq is faster in" in done.stdout
 
 
@@ -176,14 +178,14 @@ def test_bench_refuses_a_bad_thread_count_in_the_environment():
 
 def test_fastseq_wrong_ends_the_benchmark(capsys, monkeypatch):
     # No float32 result is this near, so every engine counts as wrong.
-    monkeypatch.setattr(bench, "tolerance", lambda case: 1e-12)
+    monkeypatch.setattr(runner, "tolerance", lambda case: 1e-12)
     assert main(["bench", *TINY]) == 1
     said = capsys.readouterr()
     assert said.out == "" and "LSTM 1×1×8×8 differs from the reference" in said.err
 
 
 def test_a_peer_that_is_wrong_is_left_out_and_named(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "PEER_TOLERANCE", 1e-12)
+    monkeypatch.setattr(runner, "PEER_TOLERANCE", 1e-12)
     assert main(["bench", *TINY]) == 1
     said = capsys.readouterr().out
     assert len(re.findall(r"reference  +differs from the reference", said)) == 2
@@ -222,7 +224,7 @@ def test_gradients_may_be_four_times_as_far_off(y, dx, fault):
     one = np.ones((1, 1))
     row = report.Row(recurrent.Recurrent("gru", 1, 1, 1, 1, train=True))
     workers = {"fastseq": Answers(one, one, one), "torch": Answers(one, one * y, one * dx)}
-    bench.check_parity([row], workers, Answers(one, one, one), progress.Progress(1))
+    runner.check_parity([row], workers, Answers(one, one, one), lambda doing: None)
     assert row.errors["torch"] == pytest.approx(np.inf if np.isnan(dx) else max(abs(y - 1), abs(dx - 1)))
     assert row.faults == ({} if fault is None else {"torch": f"differs from the reference by {fault}"})
 
@@ -270,7 +272,7 @@ def test_engines_train_the_same(engine, exact):
 def test_every_call_starts_from_no_gradients(engine):
     if engines.missing(engine):
         pytest.skip(f"{engine} is not installed")
-    model = recurrent.Recurrent("lstm", 2, 3, 5, 7, train=True).build(engine, 1)
+    model = engines.build(engine, recurrent.Recurrent("lstm", 2, 3, 5, 7, train=True), 1)
     first = [np.array(array) for array in model.outputs(model.call())]
     for once, again in zip(first, model.outputs(model.call()), strict=True):
         np.testing.assert_array_equal(again, once)
@@ -375,7 +377,7 @@ def test_disturbed_rows_are_named_and_left_out_of_the_summary():
     about = {"fastseq": "0", "instruction_set": "avx2", "threads": 2, "rounds": 1, "processor": None, "vs": ["torch"]}
     about |= {"versions": {"fastseq": "0", "torch": "2"}, "notes": []}
     rows = [row("lstm", 500.0, 0.9), row("gru", 2.0, 0.0), row("rnn", 2.0, None)]
-    said = report.table(report.Report(about, {2: 1e9}, {1024: 1e9}, rows))
+    said = table.table(report.Report(about, {2: 1e9}, {1024: 1e9}, rows))
     assert said.count("disturbed: others kept 0.90 processors busy") == 1
     assert "without the 1 row that others disturbed" in said
     assert "torch takes 2.00 times as long as fastseq (geometric mean: GRU 2.00, RNN 2.00), at least" in said

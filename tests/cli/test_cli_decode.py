@@ -6,9 +6,12 @@ import re
 import numpy as np
 import pytest
 
-from fastseq.cli import bench, cases, decode, engines, generate, main, plot, report, worker
-from fastseq.cli.decode import Decode, Transformer
-from fastseq.cli.generate import Beams, Sample
+from fastseq.bench import cases, engines, report, worker
+from fastseq.bench.cases import decode, generate
+from fastseq.bench.cases.decode import Decode, Transformer
+from fastseq.bench.cases.generate import Beams, Sample
+from fastseq.bench.engines import own
+from fastseq.cli import bench, main, plot, table
 
 TINY = Transformer(2, 16, 2, 11, 40)
 DECODE, SAMPLE, BEAMS = Decode(TINY, 3, 5, 20), Sample(2, 24, 13, 2, 30), Beams(TINY, 3, 5, 20)
@@ -19,7 +22,7 @@ QUICK = ("--rounds", "1", "--threads", "1", "--vs", "reference")
 @pytest.fixture(scope="module")
 def expected():
     """What the reference gives in float64, by case."""
-    built = {case: case.build("exact", 1) for case in CASES}
+    built = {case: engines.build("exact", case, 1) for case in CASES}
     return {case: model.outputs(model.call()) for case, model in built.items()}
 
 
@@ -41,7 +44,7 @@ def test_engines_choose_the_same(engine, expected):
 
 
 def test_the_text_does_not_collapse():
-    ids, margins = Decode(Transformer(4, 32, 4, 96, 64), 2, 8, 50).build("exact", 1), None
+    ids, margins = engines.build("exact", Decode(Transformer(4, 32, 4, 96, 64), 2, 8, 50), 1), None
     ids, margins = ids.outputs(ids.call())
     assert ids.shape == margins.shape == (2, 50)
     assert all(len(set(row)) > 10 for row in ids) and np.mean(ids[0] == ids[1]) < 0.5
@@ -51,10 +54,10 @@ def test_the_text_does_not_collapse():
 def test_margins_are_those_of_the_full_pass():
     import fastseq as fs
 
-    model = TINY.build(fs.reference, "float64")
+    model = own.language_model(TINY, fs.reference, "float64")
     prompts = decode.random_symbols(11, 2, 4)
     ids = model.generate(prompts, 6, temperature=0)
-    found = decode.margins(model, prompts, ids)
+    found = own.margins(model, prompts, ids)
     for row in range(2):
         for step in range(6):
             logits = model(np.concatenate([prompts[row], ids[row, :step]]))[-1]
@@ -62,7 +65,7 @@ def test_margins_are_those_of_the_full_pass():
             assert ids[row, step] == logits.argmax()
             assert found[row, step] == pytest.approx((first - second) / np.abs(logits).max(), rel=1e-9)
     # What is not the likeliest has a margin below zero.
-    assert decode.margins(model, prompts, (ids + 1) % 11).min() < 0
+    assert own.margins(model, prompts, (ids + 1) % 11).min() < 0
 
 
 def test_symbols_are_compared_up_to_a_tie():
@@ -104,11 +107,11 @@ def test_beams_are_compared_by_how_likely_their_text_is(expected):
     assert BEAMS.compare("greedy", (ids + 1,), expected[BEAMS], 1e-5).fault is not None
 
 
-def test_beams_find_what_is_likelier_than_greedy():
+def test_beams_find_what_is_likelier_than_greedy(expected):
     import fastseq as fs
 
-    model = TINY.build(fs.reference, "float64")
-    (text, log_prob), prompt = BEAMS.build("exact", 1).outputs(BEAMS.build("exact", 1).call())[:2], None
+    model = own.language_model(TINY, fs.reference, "float64")
+    (text, log_prob), prompt = expected[BEAMS][:2], None
     prompt = decode.random_symbols(11, 3, 5)[:1]
     greedy = model.generate(prompt, 20, temperature=0)
     before = model.log_prob(prompt)
@@ -149,10 +152,8 @@ def test_bench_generate(tmp_path, capsys, monkeypatch):
 
 
 def test_a_wrong_symbol_ends_the_benchmark(capsys, monkeypatch):
-    original = Decode.build
-
     def build(case, engine, threads):
-        model = original(case, engine, threads)
+        model = engines.build(engine, case, threads)
         if engine == "exact":
             return model
         return engines.Model(model.call, lambda ids: ((ids + 1) % 7,))
@@ -181,6 +182,9 @@ def test_what_is_measured_by_default():
 def test_every_engine_computes_something():
     every = [case for kind in bench.MODELS for case in bench.chosen_cases(kind, [], None)]
     assert {engine for case in every for engine in case.engines} == set(engines.NEEDS)
+    for case in every:
+        able = {engine for engine in engines.NEEDS if type(case) in engines.builders(engine)}
+        assert set(case.engines) <= able
     assert set(engines.NEEDS) < set(plot.STYLES)
 
 
@@ -254,4 +258,4 @@ def test_what_is_counted_of_an_lstm():
 def test_rows_are_told_in_their_unit():
     row = report.Row(DECODE, seconds={"fastseq": [2e-3]})
     assert row.speed("fastseq") == pytest.approx(60 / 2e-3)
-    assert report._number(12345.6) == "12,346" and report._number(12.345) == "12.3"
+    assert table._number(12345.6) == "12,346" and table._number(12.345) == "12.3"

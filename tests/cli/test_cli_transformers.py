@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 import fastseq as fs
-from fastseq.cli import attention, bench, cases, encoder, engines, language, main, minilm, plot, report, worker
-from fastseq.cli.attention import Attention
-from fastseq.cli.encoder import Encoder
-from fastseq.cli.language import Step
+from fastseq.bench import cases, engines, report, runner, worker
+from fastseq.bench.cases import attention, encoder, language, minilm
+from fastseq.bench.cases.attention import Attention
+from fastseq.bench.cases.encoder import Encoder
+from fastseq.bench.cases.language import Step
+from fastseq.bench.engines import own
+from fastseq.cli import bench, main, plot, table
 
 SMALL = minilm.Architecture(layers=2, width=32, heads=4, inner=48, vocabulary=50, positions=16)
 STEP = Step(2, 16, 2, 3, 5)
@@ -29,7 +32,7 @@ QUICK = ("--rounds", "1", "--threads", "1", "--vs", "reference")
 @pytest.fixture(scope="module")
 def expected():
     """What the reference gives in float64, by case."""
-    built = {case: case.build("exact", 1) for case in CASES}
+    built = {case: engines.build("exact", case, 1) for case in CASES}
     return {case: model.outputs(model.call()) for case, model in built.items()}
 
 
@@ -67,14 +70,8 @@ def test_only_real_tokens_are_compared(expected):
 def test_lengths_matter(expected):
     # An engine that does not mask its padding would be seen.
     mixed = CASES[4]
-    weights = minilm.weights(SMALL, None)
-    rng = np.random.default_rng([mixed.batch, mixed.time, SMALL.vocabulary])
-    ids = rng.integers(0, SMALL.vocabulary, (mixed.batch, mixed.time), np.int32)
-    real = np.arange(mixed.time) < mixed.lengths[:, None]
-    ids[~real] = 0
-    unmasked = encoder._model(fs.reference, "float64", Encoder(5, 11, architecture=SMALL), weights, ids)
-    (y,) = unmasked.outputs(unmasked.call())
-    assert cases.largest_error((y[real],), expected[mixed]) > 10 * bench.PEER_TOLERANCE
+    y = own.encoder_model(fs.reference, "float64", mixed)(mixed.ids())
+    assert cases.largest_error((y[mixed.real],), expected[mixed]) > 10 * runner.PEER_TOLERANCE
 
 
 def test_a_step_gives_loss_norm_gradients_and_parameters(expected):
@@ -134,7 +131,7 @@ def test_what_is_measured_by_default():
     assert usual["train"] == [Step(4, 128, 4, 12, 64), Step(6, 384, 6, 8, 256)]
     for kind in usual:
         named = {case.name for case in usual[kind]}
-        assert len(named) == len(usual[kind]) and max(map(len, named)) <= report.TITLE
+        assert len(named) == len(usual[kind]) and max(map(len, named)) <= table.TITLE
         assert not any("reference" in case.usual for case in usual[kind]) or kind == "attention"
 
 
@@ -204,7 +201,7 @@ def _row(case, **seconds):
 
 def test_engines_that_cannot_compute_a_case_are_not_in_its_rows():
     rows = [_row(CASES[0], fastseq=1.0, torch=2.0, openvino=8.0), _row(CASES[2], fastseq=1.0, torch=2.0)]
-    said = report.table(_report(rows))
+    said = table.table(_report(rows))
     assert "a note" in said
     assert said.count("openvino") == 3  # in a row, and twice below the table
     assert (

@@ -54,6 +54,7 @@ FLOORS = [
     ["fastseq.models"],
     ["fastseq.reference"],
     ["fastseq"],
+    ["fastseq.bench"],
     ["fastseq.cli"],
     ["fastseq.__main__"],
 ]
@@ -62,11 +63,11 @@ OUTSIDE = {
     "fastseq.io": {"safetensors"},
     "fastseq.plotting": {"matplotlib"},
     "fastseq.training": {"matplotlib", "safetensors", "tqdm"},
-    "fastseq.cli": {
+    "fastseq.cli": {"matplotlib", "safetensors"},
+    "fastseq.bench": {
         "ctranslate2",
         "gguf",
         "llama_cpp",
-        "matplotlib",
         "onnx",
         "onnxruntime",
         "openvino",

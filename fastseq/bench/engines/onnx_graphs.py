@@ -1,16 +1,71 @@
-"""Attention and a BERT encoder as ONNX files, of standard operators, or of the fused ones that ONNX Runtime has."""
+"""Cases as ONNX files, of standard operators, or of the fused ones that ONNX Runtime has."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fastseq.bench.cases import Outputs, attention, recurrent
+from fastseq.bench.cases.attention import Attention
+from fastseq.bench.cases.encoder import Encoder
+from fastseq.bench.cases.minilm import Architecture
+from fastseq.bench.cases.recurrent import Numbers, Recurrent
 from fastseq.checks import Array
-from fastseq.cli.minilm import Architecture
 
 STANDARD, FUSED = ("", 20), ("com.microsoft", 1)  # operator sets; Gelu is in the former since 20
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A case as an ONNX file.
+
+    Attributes
+    ----------
+    model : bytes
+        The file.
+    inputs : dict
+        The arrays of the case, by the names of the graph's inputs.
+    outputs : callable
+        Takes the outputs of the graph, in order, to those of a `Model`.
+    """
+
+    model: bytes
+    inputs: dict[str, Array]
+    outputs: Callable[[Sequence[Array]], Outputs]
+
+
+def of_recurrent(case: Recurrent) -> Exported:
+    """Export a recurrent layer: one node."""
+    numbers = recurrent.numbers(case)
+    inputs = {"X": np.ascontiguousarray(numbers.x.swapaxes(0, 1)), "initial_h": numbers.h[None]}
+    if numbers.c is not None:
+        inputs["initial_c"] = numbers.c[None]
+
+    def outputs(results: Sequence[Array]) -> Outputs:
+        y, *ends = results
+        return (y[:, 0].swapaxes(0, 1), *(end[0] for end in ends))
+
+    return Exported(_recurrent(case, numbers), inputs, outputs)
+
+
+def of_attention(case: Attention) -> Exported:
+    """Export attention, of standard operators."""
+    shape = case.batch, case.heads, case.time, case.width
+    inputs = dict(zip("qkv", attention.numbers(case), strict=False))
+    return Exported(_attention(shape, case.causal), inputs, tuple)
+
+
+def of_encoder(case: Encoder, fused: bool) -> Exported:
+    """Export an encoder, of the fused operators of ONNX Runtime or of standard ones."""
+    masked = case.shortest is not None
+    inputs = {"ids": case.ids()}
+    if masked:
+        inputs["mask"] = case.real.astype(np.int32)
+    model = _encoder(case.architecture, case.bert_weights(), case.batch, case.time, masked, fused)
+    return Exported(model, inputs, lambda results: (results[0][case.real],))
 
 
 class Graph:
@@ -62,7 +117,54 @@ def _value(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
 
 
-def attention(shape: tuple[int, int, int, int], causal: bool) -> bytes:
+# Where each gate of ONNX stands in PyTorch's order: i o f c in i f g o, and z r h in r z n.
+_ONNX_GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
+
+
+def _recurrent(case: Recurrent, numbers: Numbers) -> bytes:
+    """A graph of one node, time-major as the operator requires."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    order = _ONNX_GATES[case.kind]
+
+    def reordered(name: str) -> Array:
+        blocks = np.split(numbers.weights[name], len(order))
+        return np.concatenate([blocks[gate] for gate in order])
+
+    constants = {
+        "W": reordered("weight_ih_l0"),
+        "R": reordered("weight_hh_l0"),
+        "B": np.concatenate([reordered("bias_ih_l0"), reordered("bias_hh_l0")]),
+    }
+    parts = ["h", "c"] if case.kind == "lstm" else ["h"]
+    state = [1, case.batch, case.hidden]
+    settings: dict[str, Any] = {"hidden_size": case.hidden}
+    if case.kind == "gru":
+        settings["linear_before_reset"] = 1  # PyTorch's GRU, not the paper's
+    node = helper.make_node(
+        case.kind.upper(),
+        ["X", "W", "R", "B", "", *(f"initial_{part}" for part in parts)],
+        ["Y", *(f"Y_{part}" for part in parts)],
+        **settings,
+    )
+
+    def value(name: str, shape: list[int]) -> Any:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+    graph = helper.make_graph(
+        [node],
+        case.kind,
+        [value("X", [case.time, case.batch, case.inputs]), *(value(f"initial_{part}", state) for part in parts)],
+        [value("Y", [case.time, 1, case.batch, case.hidden]), *(value(f"Y_{part}", state) for part in parts)],
+        [numpy_helper.from_array(array[None], name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def _attention(shape: tuple[int, int, int, int], causal: bool) -> bytes:
     """Attention of q, k and v of one shape (B, heads, T, D).
 
     Of standard operators of old: Attention of operator set 23 took as long or longer in both runtimes.
@@ -110,7 +212,7 @@ class _Weights:
         )
 
 
-def encoder(
+def _encoder(
     architecture: Architecture, weights: Mapping[str, Array], batch: int, time: int, masked: bool, fused: bool
 ) -> bytes:
     """A BERT encoder of ids (B, T) int32, and with padding a mask (B, T) int32, 1 where a token is real."""

@@ -1,4 +1,7 @@
-"""What is benchmarked: what every row of the table can say of itself, whatever it computes."""
+"""Cases of the benchmark: what each row of the table computes, on which numbers, and how its results are compared.
+
+A case knows no engine except by name; `fastseq.bench.engines` builds it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastseq.bench import UsageError
 from fastseq.checks import Array
-from fastseq.cli import UsageError
-from fastseq.cli.engines import Model, Outputs
+
+Outputs = tuple[Array, ...]
 
 ITEM = 4  # bytes in a float32
 OF_GRADIENTS = 4  # how many times as far off gradients may be: they are sums over what was rounded on the way there
@@ -45,27 +49,27 @@ class Case:
 
     @property
     def group(self) -> str:
-        """For people: the rows that a geometric mean is taken over, and that share a panel of the plot."""
+        """Rows that share a geometric mean and a panel of the plot."""
         raise NotImplementedError
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Display name of the case, e.g. "LSTM 1×100×64×128"."""
         raise NotImplementedError
 
     @property
     def label(self) -> str:
-        """For people: which of its group it is."""
+        """Display name of the case within its group."""
         raise NotImplementedError
 
     @property
     def axes(self) -> str:
-        """For people: what the numbers in the name are."""
+        """Names of the numbers in the label, e.g. "B×T×I×H"."""
         raise NotImplementedError
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For people: what else there is to know."""
+        """Lines printed above the table."""
         return ()
 
     @property
@@ -85,7 +89,7 @@ class Case:
 
     @property
     def outputs(self) -> int:
-        """How many arrays, of those that `build` gives, are the forward's. What comes after is gradients."""
+        """How many of the arrays that an engine returns are the forward's; those after them are gradients."""
         return 1
 
     def needs(self, engine: str) -> tuple[str, ...]:
@@ -99,7 +103,7 @@ class Case:
         ----------
         engine : str
         outputs, expected : tuple of arrays
-            What `build` gives, of the engine and of ``"exact"``.
+            The arrays of the engine and of ``"exact"``.
         allowed : float
             How far from it results may be, over the largest magnitude.
         """
@@ -136,7 +140,7 @@ class Case:
 
     @property
     def unit(self) -> str:
-        """For people: in what speed is told, one for all cases of a kind."""
+        """Unit of speed, one for all cases of a kind."""
         return "GFLOP/s"
 
     @property
@@ -166,11 +170,7 @@ class Case:
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """For programs: its kind and its numbers."""
-        raise NotImplementedError
-
-    def build(self, engine: str, threads: int) -> Model:
-        """The case in an engine, in the engine's own process."""
+        """Kind and sizes of the case, for JSON."""
         raise NotImplementedError
 
 

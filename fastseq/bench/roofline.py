@@ -10,8 +10,8 @@ from time import perf_counter
 import numpy as np
 
 from fastseq import _simd
+from fastseq.bench.worker import EngineError
 from fastseq.checks import Array
-from fastseq.cli.worker import EngineError
 
 BURST = 0.004  # seconds: long beside waking a thread, short beside the seconds in which a shared machine changes
 TRIES = 3

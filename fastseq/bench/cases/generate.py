@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fastseq.bench.cases import ITEM, Case, Outputs, Verdict, compare_symbols, decode, shapes
+from fastseq.bench.cases.decode import Decode, Transformer
 from fastseq.checks import Array
-from fastseq.cli import decode, engines
-from fastseq.cli.cases import ITEM, Case, Verdict, compare_symbols, shapes
-from fastseq.cli.decode import Decode, Transformer
-from fastseq.cli.engines import Model, Outputs
 
 AXES = "layers,hidden,V,B,symbols"
 SHAPES = ((2, 256, 96, 1, 1000),)
 BEAMS, SEARCHED = 4, Transformer(4, 128, 4, 96, 256)
+GREEDY = "greedy"  # the engine that decodes as many rows greedily
 PROMPT, COMPARED = 32, 128
-Weights = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
@@ -46,27 +44,27 @@ class Sample(Case):
 
     @property
     def group(self) -> str:
-        """For people."""
+        """Rows that share a geometric mean and a panel of the plot."""
         return "sample LSTM"
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Display name of the case."""
         return f"sample {self.label}"
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Display name of the case within its group."""
         return f"LSTM {self.layers}×{self.hidden}, batch {self.batch}"
 
     @property
     def axes(self) -> str:
-        """For people."""
+        """Names of the numbers in the label."""
         return "layers×width"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For people."""
+        """Lines printed above the table."""
         return (
             f"sample {self.label}: {self.new} symbols, drawn at temperature 1 out of {self.symbols}; compared are"
             f" {self.compared} that are chosen greedily",
@@ -75,7 +73,7 @@ class Sample(Case):
     @property
     def engines(self) -> tuple[str, ...]:
         """Those that can compute it."""
-        return ("reference", *_PEERS)
+        return ("reference", "torch")
 
     def compare(self, engine: str, outputs: Outputs, expected: Outputs, allowed: float) -> Verdict:
         """All greedy symbols have to be the same, up to where two are as good as equally likely."""
@@ -89,7 +87,7 @@ class Sample(Case):
 
     @property
     def unit(self) -> str:
-        """For people."""
+        """Unit of speed."""
         return "symbols/s"
 
     @property
@@ -123,7 +121,7 @@ class Sample(Case):
         return (engines * ITEM + 2 * ITEM) * (weights + self.batch * (PROMPT * 16 * self.hidden + self.new))
 
     def describe(self) -> dict[str, Any]:
-        """For programs."""
+        """Kind and sizes of the case, for JSON."""
         return {
             "kind": "generate",
             "train": self.train,
@@ -157,25 +155,18 @@ class Sample(Case):
             "output.bias": normal(0.1, self.symbols),
         }
 
+    def prompts(self) -> Array:
+        """The prompts, (B, T); they depend on the sizes alone."""
+        return decode.random_symbols(self.symbols, self.batch, PROMPT)
+
+    def prompts_with_begin(self) -> Array:
+        """The prompts behind a begin symbol, which is what peers are given."""
+        return decode.with_begin(self.prompts(), self.symbols)
+
     @property
     def compared(self) -> int:
         """How many symbols are compared."""
         return min(self.new, COMPARED)
-
-    def build(self, engine: str, threads: int) -> Model:
-        """The case in an engine; its output is what is chosen greedily, and of exact the margins of it."""
-        weights, prompts = self.weights(), decode.random_symbols(self.symbols, self.batch, PROMPT)
-        if engine not in engines.OURS:
-            return _PEERS[engine](self, weights, prompts, threads)
-        module, dtype = engines.ours(engine, threads)
-        model = module.models.RecurrentLM(self.symbols, self.hidden, self.hidden, self.layers, dtype=dtype)
-        model.load_state_dict(weights)
-
-        def outputs(drawn: Array) -> Outputs:
-            ids = model.generate(prompts, self.compared, temperature=0)
-            return (ids, decode.margins(model, prompts, ids)) if engine == "exact" else (ids,)
-
-        return Model(lambda: model.generate(prompts, self.new, seed=0), outputs)
 
 
 @dataclass(frozen=True)
@@ -186,26 +177,31 @@ class Beams(Decode):
     ----------
     model, batch, prompt, new
         As of `Decode`; `batch` is the number of beams.
+
+    Notes
+    -----
+    Outputs are the best text (1, new) and its log-probability (1,); of the float64 reference also those of `Decode`,
+    which are what `greedy` has.
     """
 
     @property
     def group(self) -> str:
-        """For people."""
+        """Rows that share a geometric mean and a panel of the plot."""
         return "beams"
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Display name of the case."""
         return f"{self.batch} beams {self.model.label}"
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Display name of the case within its group."""
         return f"{self.model.label}, {self.batch} beams"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For people."""
+        """Lines printed above the table."""
         m = self.model
         return (
             f"{self.name}: vocabulary {m.symbols}, {self.new} symbols after {self.prompt}; greedy: fastseq,"
@@ -215,7 +211,7 @@ class Beams(Decode):
     @property
     def engines(self) -> tuple[str, ...]:
         """fastseq, in both ways."""
-        return ("reference", engines.GREEDY)
+        return ("reference", GREEDY)
 
     def needs(self, engine: str) -> tuple[str, ...]:
         """Nothing."""
@@ -224,7 +220,7 @@ class Beams(Decode):
     def compare(self, engine: str, outputs: Outputs, expected: Outputs, allowed: float) -> Verdict:
         """The best text has to be as likely as that of the reference, and of greedy rows all symbols the same."""
         text, log_prob, ids, margins = expected
-        if engine == engines.GREEDY:
+        if engine == GREEDY:
             return compare_symbols(outputs[0], ids, margins, allowed)
         verdict = super(Decode, self).compare(engine, outputs[1:], (log_prob,), allowed)
         if outputs[0].shape != text.shape:
@@ -237,62 +233,11 @@ class Beams(Decode):
         return self.model.flops(1, 0, self.prompt + 1) + 2 * self.model.output_weights
 
     def describe(self) -> dict[str, Any]:
-        """For programs."""
+        """Kind and sizes of the case, for JSON."""
         return {**super().describe(), "kind": "beams"}
-
-    def build(self, engine: str, threads: int) -> Model:
-        """The case in an engine; its outputs are the best text (1, new) and its log-probability (1,).
-
-        Of exact also those of `Decode`, which are what greedy has.
-        """
-        prompts = decode.random_symbols(self.model.symbols, self.batch, self.prompt)
-        greedy = super().build(engine, threads)
-        if engine == engines.GREEDY:
-            return greedy
-        model = self.model.build(*engines.ours(engine, threads))
-
-        def outputs(result: Any) -> Outputs:
-            ids, log_probs = result
-            more = greedy.outputs(greedy.call()) if engine == "exact" else ()
-            return (ids, log_probs.sum(axis=1), *more)
-
-        settings: dict[str, Any] = {"num_beams": self.batch, "return_log_probs": True}
-        return Model(lambda: model.generate(prompts[:1], self.new, **settings), outputs)
 
 
 def chosen(texts: Sequence[str]) -> list[Case]:
     """The cases that the values of --shape ask for, of the LSTM alone, or the usual ones."""
     cases: list[Case] = [Sample(*shape) for shape in shapes(texts, AXES) or SHAPES]
     return cases if texts else [*cases, Beams(SEARCHED, BEAMS)]
-
-
-def _torch(case: Sample, weights: Weights, prompts: Array, threads: int) -> Model:
-    """The loop that one writes by hand."""
-    torch = engines.torch(threads)
-    embedding = torch.nn.Embedding(case.symbols + 1, case.hidden)
-    lstm = torch.nn.LSTM(case.hidden, case.hidden, case.layers, batch_first=True)
-    output = torch.nn.Linear(case.hidden, case.symbols)
-    parts = torch.nn.ModuleDict({"embedding": embedding, "recurrent": lstm, "output": output}).eval()
-    parts.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
-    begin = np.full((case.batch, 1), case.symbols)
-    tokens = torch.from_numpy(np.concatenate([begin, prompts], axis=1))
-
-    def loop(new: int, choose: Callable[[Any], Any]) -> Any:
-        with torch.inference_mode():
-            y, state = lstm(embedding(tokens))
-            symbols = [choose(output(y[:, -1]))]
-            for _ in range(1, new):
-                y, state = lstm(embedding(symbols[-1]), state)
-                symbols.append(choose(output(y[:, -1])))
-            return torch.cat(symbols, 1)
-
-    def draw(logits: Any) -> Any:
-        return torch.multinomial(torch.softmax(logits, 1), 1)
-
-    def likeliest(logits: Any) -> Any:
-        return logits.argmax(1, keepdim=True)
-
-    return Model(lambda: loop(case.new, draw), lambda drawn: (loop(case.compared, likeliest).numpy(),))
-
-
-_PEERS: dict[str, Callable[[Sample, Weights, Array, int], Model]] = {"torch": _torch}

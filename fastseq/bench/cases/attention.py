@@ -1,17 +1,15 @@
-"""Softmax attention over heads: full, causal, and causal forward and backward, in every engine."""
+"""Softmax attention over heads: full, causal, and causal forward and backward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fastseq.bench.cases import ITEM, Case, shapes
 from fastseq.checks import Array
-from fastseq.cli import engines, graphs
-from fastseq.cli.cases import ITEM, Case, shapes
-from fastseq.cli.engines import Model, Outputs
 
 AXES = "B,heads,T,D"
 SHAPES = ((1, 12, 128, 64), (8, 8, 128, 64), (1, 12, 1024, 64), (2, 12, 1024, 64))
@@ -28,7 +26,7 @@ class Attention(Case):
     causal : bool
         Whether each query attends only to the keys up to its own.
     train : bool
-        Whether it is forward and backward: the gradients of queries, keys and values.
+        Whether it is forward and backward: the gradients of queries, keys and values follow the output.
     """
 
     batch: int
@@ -40,28 +38,28 @@ class Attention(Case):
 
     @property
     def group(self) -> str:
-        """For people."""
+        """Rows that share a geometric mean and a panel of the plot."""
         return f"{'causal' if self.causal else 'full'}{' train' if self.train else ''}"
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Display name of the case."""
         return f"{self.group} {self.label}"
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Display name of the case within its group."""
         return f"{self.batch}×{self.heads}×{self.time}×{self.width}"
 
     @property
     def axes(self) -> str:
-        """For people."""
+        """Names of the numbers in the label."""
         return "B×heads×T×D"
 
     @property
     def engines(self) -> tuple[str, ...]:
         """Those that can compute it: a graph does not train."""
-        return ("reference", "torch") if self.train else ("reference", *_PEERS)
+        return ("reference", "torch") if self.train else ("reference", "torch", "onnxruntime", "openvino")
 
     @property
     def usual(self) -> tuple[str, ...]:
@@ -107,7 +105,7 @@ class Attention(Case):
         return (engines * ITEM + 2 * ITEM) * ((10 if self.train else 4) * self._size + 2 * scores)
 
     def describe(self) -> dict[str, Any]:
-        """For programs."""
+        """Kind and sizes of the case, for JSON."""
         return {
             "kind": "attention",
             "causal": self.causal,
@@ -118,13 +116,6 @@ class Attention(Case):
             "width": self.width,
             "bytes_read": self.bytes_read,
         }
-
-    def build(self, engine: str, threads: int) -> Model:
-        """The case in an engine; its outputs are those of attention, in training with the gradients of q, k and v."""
-        given = numbers(self)
-        if engine in engines.OURS:
-            return _function(*engines.ours(engine, threads), self, given)
-        return _PEERS[engine](self, given, threads)
 
 
 def chosen(texts: Sequence[str]) -> list[Case]:
@@ -140,53 +131,3 @@ def numbers(case: Attention) -> Array:
     """Queries, keys, values, and the gradient of the outputs, float32; they depend on the shape alone."""
     shape = case.batch, case.heads, case.time, case.width
     return np.random.default_rng(shape).standard_normal((4, *shape), np.float32)
-
-
-def _function(module: Any, dtype: str, case: Attention, numbers: Array) -> Model:
-    q, k, v, dout = numbers.astype(dtype)
-    if not case.train:
-        return Model(lambda: module.attention(q, k, v, causal=case.causal), lambda out: (out,))
-
-    def call() -> Outputs:
-        out, tape = module.attention_forward(q, k, v, causal=case.causal)
-        return (out, *module.attention_backward(dout, tape))
-
-    return Model(call, lambda result: result)
-
-
-def _torch(case: Attention, numbers: Array, threads: int) -> Model:
-    torch = engines.torch(threads)
-    attention = torch.nn.functional.scaled_dot_product_attention
-    q, k, v, dout = map(torch.from_numpy, numbers)
-
-    def infer() -> Any:
-        with torch.inference_mode():
-            return attention(q, k, v, is_causal=case.causal)
-
-    def train() -> Any:
-        for leaf in (q, k, v):
-            leaf.grad = None
-        out = attention(q, k, v, is_causal=case.causal)
-        out.backward(dout)
-        return out
-
-    if not case.train:
-        return Model(infer, lambda out: (out.numpy(),))
-    for leaf in (q, k, v):
-        leaf.requires_grad_()
-    return Model(train, lambda out: (out.detach().numpy(), *(leaf.grad.numpy() for leaf in (q, k, v))))
-
-
-def _graph(run: Callable[..., Model]) -> Callable[[Attention, Array, int], Model]:
-    def build(case: Attention, numbers: Array, threads: int) -> Model:
-        shape = case.batch, case.heads, case.time, case.width
-        return run(graphs.attention(shape, case.causal), dict(zip("qkv", numbers, strict=False)), threads, tuple)
-
-    return build
-
-
-_PEERS: dict[str, Callable[[Attention, Array, int], Model]] = {
-    "torch": _torch,
-    "onnxruntime": _graph(engines.onnxruntime),
-    "openvino": _graph(engines.openvino),
-}

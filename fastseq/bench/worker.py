@@ -1,4 +1,4 @@
-"""One engine in a process of its own, stopped but for its turn.
+"""Run one engine in its own process; it is stopped (SIGSTOP) except while it is being timed.
 
 Idle threads of an engine spin for a while, some for as long as they live, and two engines that are awake at once
 disturb each other many times over. So only the process whose turn it is runs; all others are stopped by signal.
@@ -23,8 +23,8 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from fastseq.cli import engines
-from fastseq.cli.cases import Case
+from fastseq.bench import engines
+from fastseq.bench.cases import Case, Outputs
 
 # Every name by which an engine or its matrix products may take the number of threads.
 THREAD_VARIABLES = (
@@ -41,7 +41,7 @@ BLOCK = 50e-6  # seconds: calls shorter than this are timed several at once
 
 
 class EngineError(Exception):
-    """An engine that failed: it could not start, build, run, or stay alive."""
+    """An engine failed: it could not start, build, run, or stay alive."""
 
 
 class Worker:
@@ -56,7 +56,7 @@ class Worker:
     """
 
     # The path is handed over as it is, because -c and -m put the current directory in front of it.
-    _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fastseq.cli import worker; worker.main()"
+    _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fastseq.bench import worker; worker.main()"
 
     def __init__(self, engine: str, threads: int) -> None:
         self.engine = engine
@@ -86,9 +86,9 @@ class Worker:
         """The id of the process."""
         return self._process.pid
 
-    def check(self, case: Case) -> engines.Outputs:
+    def check(self, case: Case) -> Outputs:
         """Build a case, call it once, return its outputs and let go of it."""
-        outputs: engines.Outputs = self._ask("check", case)
+        outputs: Outputs = self._ask("check", case)
         return outputs
 
     def build(self, case: Case) -> None:
@@ -147,7 +147,7 @@ def main() -> None:
             assert model is not None
             return timed(model.call)
         model = None
-        model = case.build(engine, threads)
+        model = engines.build(engine, case, threads)
         if request == "build":
             return None
         outputs, model = model.outputs(model.call()), None

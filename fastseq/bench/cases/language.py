@@ -1,17 +1,16 @@
-"""A whole step of training a character Transformer: forward, backward, clipping and AdamW, in fastseq and PyTorch."""
+"""A whole step of training a character Transformer: forward, backward, clipping and AdamW."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fastseq.bench import UsageError
+from fastseq.bench.cases import ITEM, Case, shapes
 from fastseq.checks import Array
-from fastseq.cli import UsageError, engines
-from fastseq.cli.cases import ITEM, Case, shapes
-from fastseq.cli.engines import Model, Outputs
 
 AXES = "layers,width,heads,B,T"
 SHAPES = ((4, 128, 4, 12, 64), (6, 384, 6, 8, 256))
@@ -33,6 +32,11 @@ class Step(Case):
         The feed-forward is four times as wide within.
     batch, time : int
         Of symbols; there are as many positions as time steps.
+
+    Notes
+    -----
+    Outputs are loss and norm, then the clipped gradients of the first step and the parameters after three, in the order
+    of the weights.
     """
 
     layers: int
@@ -43,22 +47,22 @@ class Step(Case):
 
     @property
     def group(self) -> str:
-        """For people."""
+        """Rows that share a geometric mean and a panel of the plot."""
         return "step"
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Display name of the case."""
         return f"step {self.label}"
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Display name of the case within its group."""
         return f"{self.layers}×{self.width}×{self.heads}, {self.batch}×{self.time}"
 
     @property
     def axes(self) -> str:
-        """For people."""
+        """Names of the numbers in the label."""
         return "layers×width×heads, B×T"
 
     @property
@@ -69,7 +73,7 @@ class Step(Case):
     @property
     def engines(self) -> tuple[str, ...]:
         """Those that train."""
-        return ("reference", *_PEERS)
+        return ("reference", "torch")
 
     @property
     def outputs(self) -> int:
@@ -109,7 +113,7 @@ class Step(Case):
         return (engines * ITEM + 2 * ITEM) * (7 * self.weights + self.batch * self.time * of_token)
 
     def describe(self) -> dict[str, Any]:
-        """For programs."""
+        """Kind and sizes of the case, for JSON."""
         return {
             "kind": "train",
             "train": True,
@@ -121,16 +125,6 @@ class Step(Case):
             "symbols": SYMBOLS,
             "weight_bytes_read": self.bytes_read,
         }
-
-    def build(self, engine: str, threads: int) -> Model:
-        """A step in an engine; its outputs are loss and norm, then the clipped gradients and the parameters later.
-
-        The gradients are those of the first step, the parameters those after three, by the names of the weights.
-        """
-        given = numbers(self)
-        if engine in engines.OURS:
-            return _model(*engines.ours(engine, threads), self, given)
-        return _PEERS[engine](self, given, threads)
 
 
 def chosen(texts: Sequence[str]) -> list[Case]:
@@ -218,89 +212,3 @@ def weights(
         }
         result[f"{layer}.self_attn.in_proj_weight"][: 2 * width] *= np.float32(sharpness)
     return result | norm("encoder.norm")
-
-
-def _outputs(
-    call: Callable[[], Any], gradients: Callable[[], Iterable[Array]], parameters: Callable[[], Iterable[Array]]
-) -> Callable[[Any], Outputs]:
-    """All of the first step, which was taken, and the parameters some steps later."""
-
-    def outputs(result: Any) -> Outputs:
-        first = [np.array(array) for array in (*result, *gradients())]
-        for _ in range(1, STEPS_COMPARED):
-            call()
-        return (*first, *map(np.array, parameters()))
-
-    return outputs
-
-
-def _model(module: Any, dtype: str, case: Step, numbers: Numbers) -> Model:
-    from fastseq import training
-
-    model = module.models.TransformerLM(
-        SYMBOLS, case.width, case.heads, case.layers, context=case.time, dropout=0.0, dtype=dtype
-    )
-    model.load_state_dict(numbers.weights)
-    optimiser = training.AdamW(model, **SETTINGS)
-    batch = training.Batch(numbers.inputs, numbers.targets)
-
-    def call() -> tuple[float, float]:
-        loss, _, tape, *_ = model.training_forward(batch)
-        model.zero_grad()
-        model.training_backward(tape)
-        norm = training.clip_grad_norm(model, MAX_NORM)
-        optimiser.step()
-        return loss, norm
-
-    def named(arrays: Any) -> list[Array]:
-        return [arrays[name] for name in numbers.weights]
-
-    return Model(call, _outputs(call, lambda: named(model.grads), lambda: named(model.parameters)))
-
-
-def _torch(case: Step, numbers: Numbers, threads: int) -> Model:
-    torch = engines.torch(threads)
-    functional = torch.nn.functional
-    w = {name: torch.from_numpy(array).requires_grad_() for name, array in numbers.weights.items()}
-    layers = [f"encoder.layers.{i}" for i in range(case.layers)]
-    # Fused is the fastest it has.
-    optimiser = torch.optim.AdamW(w.values(), **SETTINGS, fused=True)
-    inputs, targets = torch.from_numpy(numbers.inputs), torch.from_numpy(numbers.targets).flatten()
-
-    def linear(x: Any, name: str) -> Any:
-        return functional.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-
-    def normed(x: Any, name: str) -> Any:
-        return functional.layer_norm(x, (case.width,), w[f"{name}.weight"], w[f"{name}.bias"])
-
-    def attended(x: Any, name: str) -> Any:
-        projected = functional.linear(x, w[f"{name}.in_proj_weight"], w[f"{name}.in_proj_bias"])
-        q, k, v = projected.unflatten(2, (3, case.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return linear(out.transpose(1, 2).flatten(2), f"{name}.out_proj")
-
-    def call() -> tuple[float, float]:
-        x = functional.embedding(inputs, w["embedding.weight"]) + w["positions.weight"]
-        for layer in layers:
-            x = x + attended(normed(x, f"{layer}.norm1"), f"{layer}.self_attn")
-            inner = functional.gelu(linear(normed(x, f"{layer}.norm2"), f"{layer}.linear1"), approximate="tanh")
-            x = x + linear(inner, f"{layer}.linear2")
-        # The output is tied to the embedding, but for the begin.
-        logits = functional.linear(normed(x, "encoder.norm"), w["embedding.weight"][:SYMBOLS])
-        loss = functional.cross_entropy(logits.flatten(0, 1), targets)
-        optimiser.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(w.values(), MAX_NORM)
-        optimiser.step()
-        return loss.item(), norm.item()
-
-    def gradients() -> Iterable[Array]:
-        return (parameter.grad.numpy() for parameter in w.values())
-
-    def parameters() -> Iterable[Array]:
-        return (parameter.detach().numpy() for parameter in w.values())
-
-    return Model(call, _outputs(call, gradients, parameters))
-
-
-_PEERS: dict[str, Callable[[Step, Numbers, int], Model]] = {"torch": _torch}

@@ -10,6 +10,7 @@ References
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class Architecture:
 
     @property
     def weights(self) -> int:
-        """How many there are in all, but for biases and norms."""
+        """How many there are in all, without biases and norms."""
         return self.weights_of_layers + self.width * (self.vocabulary + self.positions + 2)
 
 
@@ -113,4 +114,21 @@ def weights(architecture: Architecture, source: Path | None) -> dict[str, Array]
         elif not name.startswith("embeddings."):
             array *= 2 / shape[1] ** 0.5  # so that attention is not the same for all keys
         result[name] = array
+    return result
+
+
+def pytorch_weights(architecture: Architecture, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Weights of the layers by the names of PyTorch's Transformer."""
+    result: dict[str, Array] = {}
+    for i, layer in enumerate(architecture.layer_names):
+        for part in ("weight", "bias"):
+            projections = [weights[f"{layer}.attention.self.{name}.{part}"] for name in ("query", "key", "value")]
+            result |= {
+                f"layers.{i}.self_attn.in_proj_{part}": np.concatenate(projections),
+                f"layers.{i}.self_attn.out_proj.{part}": weights[f"{layer}.attention.output.dense.{part}"],
+                f"layers.{i}.linear1.{part}": weights[f"{layer}.intermediate.dense.{part}"],
+                f"layers.{i}.linear2.{part}": weights[f"{layer}.output.dense.{part}"],
+                f"layers.{i}.norm1.{part}": weights[f"{layer}.attention.output.LayerNorm.{part}"],
+                f"layers.{i}.norm2.{part}": weights[f"{layer}.output.LayerNorm.{part}"],
+            }
     return result

@@ -1,17 +1,15 @@
-"""Recurrent layers, one in one direction, inference and training: their shapes, their numbers, and every engine."""
+"""Recurrent layers, one in one direction, inference and training: their shapes and their numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fastseq.bench.cases import ITEM, Case, shapes
 from fastseq.checks import Array
-from fastseq.cli import engines
-from fastseq.cli.cases import ITEM, Case, shapes
-from fastseq.cli.engines import Model, Outputs
 
 KINDS = ("lstm", "gru", "rnn")
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
@@ -47,6 +45,11 @@ class Recurrent(Case):
         Whether fastseq and the reference run it through ``layer.step``. Other engines have nothing but the call.
     train : bool
         Whether it is forward and backward: the gradients of the inputs, of the initial state and of all parameters.
+
+    Notes
+    -----
+    Outputs are y (B, T, H), h (B, H) and, for LSTM, c (B, H); in training then the gradients of x, of the initial
+    state, and of the parameters in the order of the weights.
     """
 
     kind: str
@@ -59,33 +62,33 @@ class Recurrent(Case):
 
     @property
     def group(self) -> str:
-        """For people."""
+        """Rows that share a geometric mean and a panel of the plot."""
         return self.kind.upper()
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Display name of the case."""
         return f"{self.kind.upper()}{' step' if self.step else ' train' if self.train else ''} {self.shape}"
 
     @property
     def shape(self) -> str:
-        """For people: batch, time, inputs, hidden."""
+        """Batch, time, inputs and hidden units as text."""
         return f"{self.batch}×{self.time}×{self.inputs}×{self.hidden}"
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Display name of the case within its group."""
         return f"{'step ' if self.step else ''}{self.shape}"
 
     @property
     def axes(self) -> str:
-        """For people."""
+        """Names of the numbers in the label."""
         return "B×T×I×H"
 
     @property
     def engines(self) -> tuple[str, ...]:
         """Those that can compute it: most do not train."""
-        return ("reference", "torch") if self.train else ("reference", *_PEERS)
+        return ("reference", "torch") if self.train else ("reference", "torch", "onnxruntime", "openvino")
 
     @property
     def usual(self) -> tuple[str, ...]:
@@ -179,7 +182,7 @@ class Recurrent(Case):
         return (engines * ITEM + 2 * ITEM) * (copies * weights + self.batch * self.time * width)
 
     def describe(self) -> dict[str, Any]:
-        """For programs."""
+        """Kind and sizes of the case, for JSON."""
         return {
             "kind": self.kind,
             "step": self.step,
@@ -190,16 +193,6 @@ class Recurrent(Case):
             "hidden": self.hidden,
             "weight_bytes_read": self.bytes_read,
         }
-
-    def build(self, engine: str, threads: int) -> Model:
-        """The case in an engine; its outputs are those of the forward, y (B, T, H), h (B, H) and, for LSTM, c (B, H).
-
-        In training also the gradients of x, of the initial state, and of the parameters in the order of the weights.
-        """
-        given = numbers(self)
-        if engine in engines.OURS:
-            return _layer(*engines.ours(engine, threads), self, given)
-        return _PEERS[engine](self, given, threads)
 
 
 def chosen(kinds: Sequence[str], texts: Sequence[str], named: str | None, train: bool) -> list[Case]:
@@ -259,153 +252,3 @@ def numbers(case: Recurrent) -> Numbers:
     c = uniform(1.0, case.batch, case.hidden) if case.kind == "lstm" else None
     dy = rng.standard_normal((case.batch, case.time, case.hidden), np.float32) if case.train else None
     return Numbers(weights, x, h, c, dy)
-
-
-def _layer(module: Any, dtype: str, case: Recurrent, numbers: Numbers) -> Model:
-    layer = getattr(module, case.kind.upper())(case.inputs, case.hidden, dtype=dtype)
-    layer.load_state_dict(numbers.weights)
-    x = numbers.x.astype(dtype)
-    states = [array[:, None].astype(dtype) for array in (numbers.h, numbers.c) if array is not None]
-    state = module.LSTMState(*states) if case.kind == "lstm" else module.State(*states)
-    if numbers.dy is not None:
-        return _training_layer(layer, x, state, numbers.dy.astype(dtype))
-    if not case.step:
-        return Model(lambda: layer(x, state), lambda result: (result[0], *(part[:, 0] for part in result[1])))
-    x_t, out = x[:, 0], np.empty((case.batch, case.hidden), dtype)
-    return Model(
-        lambda: layer.step(x_t, state, out=out),
-        lambda result: (result[0][:, None], *(part[:, 0] for part in result[1])),
-    )
-
-
-def _training_layer(layer: Any, x: Array, state: Any, dy: Array) -> Model:
-    def call() -> Any:
-        layer.zero_grad()
-        y, end, tape = layer.forward(x, state)
-        return y, end, layer.backward(dy, tape)
-
-    def outputs(result: Any) -> Outputs:
-        y, end, (dx, start) = result
-        return (y, *(part[:, 0] for part in end), dx, *(part[:, 0] for part in start), *layer.grads.values())
-
-    return Model(call, outputs)
-
-
-def _torch(case: Recurrent, numbers: Numbers, threads: int) -> Model:
-    torch = engines.torch(threads)
-    kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[case.kind]
-    layer = kind(case.inputs, case.hidden, batch_first=True)
-    layer.load_state_dict({name: torch.from_numpy(array) for name, array in numbers.weights.items()})
-    layer.train(case.train)
-    x = torch.from_numpy(numbers.x)
-    states = tuple(torch.from_numpy(array[None]) for array in (numbers.h, numbers.c) if array is not None)
-    state = states if case.kind == "lstm" else states[0]
-    if numbers.dy is not None:
-        return _training_torch(layer, x, state, torch.from_numpy(numbers.dy))
-
-    def call() -> Any:
-        with torch.inference_mode():
-            return layer(x, state)
-
-    return Model(call, _torch_outputs)
-
-
-def _training_torch(layer: Any, x: Any, state: Any, dy: Any) -> Model:
-    states = state if isinstance(state, tuple) else (state,)
-    leaves = [x, *states, *layer.parameters()]
-    for leaf in leaves:
-        leaf.requires_grad_()
-
-    def call() -> Any:
-        for leaf in leaves:
-            leaf.grad = None
-        result = layer(x, state)
-        result[0].backward(dy)
-        return result
-
-    def outputs(result: Any) -> Outputs:
-        dx, *gradients = (leaf.grad.numpy() for leaf in leaves)
-        n = len(states)
-        return (*_torch_outputs(result), dx, *(part[0] for part in gradients[:n]), *gradients[n:])
-
-    return Model(call, outputs)
-
-
-def _torch_outputs(result: Any) -> Outputs:
-    y, ends = result
-    ends = ends if isinstance(ends, tuple) else (ends,)
-    return (y.detach().numpy(), *(end[0].detach().numpy() for end in ends))
-
-
-# Where each gate of ONNX stands in PyTorch's order: i o f c in i f g o, and z r h in r z n.
-_ONNX_GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
-
-
-def onnx_model(case: Recurrent, numbers: Numbers) -> bytes:
-    """A case as an ONNX file of one node, time-major as the operator wants it."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    order = _ONNX_GATES[case.kind]
-
-    def reordered(name: str) -> Array:
-        blocks = np.split(numbers.weights[name], len(order))
-        return np.concatenate([blocks[gate] for gate in order])
-
-    constants = {
-        "W": reordered("weight_ih_l0"),
-        "R": reordered("weight_hh_l0"),
-        "B": np.concatenate([reordered("bias_ih_l0"), reordered("bias_hh_l0")]),
-    }
-    parts = ["h", "c"] if case.kind == "lstm" else ["h"]
-    state = [1, case.batch, case.hidden]
-    settings: dict[str, Any] = {"hidden_size": case.hidden}
-    if case.kind == "gru":
-        settings["linear_before_reset"] = 1  # PyTorch's GRU, not the paper's
-    node = helper.make_node(
-        case.kind.upper(),
-        ["X", "W", "R", "B", "", *(f"initial_{part}" for part in parts)],
-        ["Y", *(f"Y_{part}" for part in parts)],
-        **settings,
-    )
-
-    def value(name: str, shape: list[int]) -> Any:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-
-    graph = helper.make_graph(
-        [node],
-        case.kind,
-        [value("X", [case.time, case.batch, case.inputs]), *(value(f"initial_{part}", state) for part in parts)],
-        [value("Y", [case.time, 1, case.batch, case.hidden]), *(value(f"Y_{part}", state) for part in parts)],
-        [numpy_helper.from_array(array[None], name) for name, array in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
-
-
-def _onnx_inputs(numbers: Numbers) -> dict[str, Array]:
-    inputs = {"X": np.ascontiguousarray(numbers.x.swapaxes(0, 1)), "initial_h": numbers.h[None]}
-    if numbers.c is not None:
-        inputs["initial_c"] = numbers.c[None]
-    return inputs
-
-
-def _onnx_outputs(results: Sequence[Array]) -> Outputs:
-    y, *ends = results
-    return (y[:, 0].swapaxes(0, 1), *(end[0] for end in ends))
-
-
-def _onnxruntime(case: Recurrent, numbers: Numbers, threads: int) -> Model:
-    return engines.onnxruntime(onnx_model(case, numbers), _onnx_inputs(numbers), threads, _onnx_outputs)
-
-
-def _openvino(case: Recurrent, numbers: Numbers, threads: int) -> Model:
-    return engines.openvino(onnx_model(case, numbers), _onnx_inputs(numbers), threads, _onnx_outputs)
-
-
-_PEERS: dict[str, Callable[[Recurrent, Numbers, int], Model]] = {
-    "torch": _torch,
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
-}
