@@ -282,7 +282,7 @@ def symbols(name: str, value: Any, lengths: Any, vocab_size: int, lengths_name: 
 class SymbolModel(Model):
     """A model of sequences of symbols 0..V-1: the chain rule, and what follows from it."""
 
-    _decoding: ClassVar[Any] = _decoding
+    _decoding: ClassVar[decoding.Searches] = _decoding
 
     vocab_size: int
 
@@ -334,6 +334,7 @@ class SymbolModel(Model):
         with np.errstate(over="ignore"):
             return float(np.exp2(self.bits_per_symbol(sequences, lengths)))
 
+    @decoding.documented
     def generate(
         self,
         prompt: Any,
@@ -351,41 +352,15 @@ class SymbolModel(Model):
         seed: Any = None,
         return_log_probs: bool = False,
     ) -> Any:
-        """Choose one symbol after another: drawn, the likeliest, or by beam search.
+        """Continue each prompt by sampling, greedy decoding or beam search.
 
         Parameters
         ----------
         prompt : list of sequences of ids, or array of shape (B, T), or (T,) for one
             What to go on from; an empty prompt goes on from the begin symbol.
-        max_new : int
-            How many symbols; at most, with `stop`.
         lengths : array of shape (B,), optional
             The real symbols of each row of the prompt.
-        temperature : float, 0 or more
-            Logits are divided by it; at 0 the likeliest symbol is taken, of equals that of the lowest id.
-        top_k : int, optional
-            Draw from the k likeliest only [1]_; of equals, the lower id is likelier.
-        top_p : float in [0, 1], optional
-            Draw from the smallest set of the likeliest whose probability, after `top_k`, reaches p [2]_; that is one
-            symbol at least.
-        repetition_penalty : float, more than 0
-            The logit of every symbol of the prompt and of what was chosen is divided by it if it is above 0, else
-            multiplied by it [3]_; before all else, and once for a symbol that stands there often.
-        num_beams : int
-            Above 1, so many hypotheses of each row are followed side by side, the likeliest; needs `temperature` 0 or
-            1, and no `top_k` or `top_p`. The repetition penalty changes what is likely.
-        length_penalty : float, 0 or more
-            Hypotheses of beam search are ranked by log P / n ** length_penalty, n their symbols [4]_.
-        num_results : int
-            Above 1, so many results of each row: the best hypotheses, or draws as if the prompt stood there that often.
-        stop : int, list of ints, or list of sequences of ints, optional
-            Symbols, or sequences of them, that end a row. The last is part of the result. A sequence counts only where
-            all of it was chosen, not where it began in the prompt.
-        seed : int, or array of shape (B,) of ints, optional
-            Fixes what is drawn. A row's result depends on its prompt and its seed, not on the rows beside it; of rows
-            with the same prompt and one seed, each draws numbers of its own.
-        return_log_probs : bool
-            Whether to return the log-probabilities of what was chosen, too.
+        {options}
 
         Returns
         -------
@@ -403,29 +378,25 @@ class SymbolModel(Model):
 
         References
         ----------
-        .. [1] A. Fan, M. Lewis and Y. Dauphin, "Hierarchical neural story generation", ACL 2018.
-        .. [2] A. Holtzman, J. Buys, L. Du, M. Forbes and Y. Choi, "The curious case of neural text degeneration", ICLR
-           2020.
-        .. [3] N. S. Keskar, B. McCann, L. R. Varshney, C. Xiong and R. Socher, "CTRL: a conditional transformer
-           language model for controllable generation", 2019.
-        .. [4] Y. Wu et al., "Google's neural machine translation system", 2016; without its offset and its coverage.
+        {references}
         """
-        return decoding.generated(
-            self,
-            self._given(prompt, lengths),
+        given = self._given(prompt, lengths)
+        options = decoding.Options(
             max_new,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            num_beams=num_beams,
-            length_penalty=length_penalty,
-            num_results=num_results,
-            stop=stop,
-            seed=seed,
-            return_log_probs=return_log_probs,
+            temperature,
+            top_k,
+            top_p,
+            repetition_penalty,
+            num_beams,
+            length_penalty,
+            num_results,
+            stop,
+            seed,
+            return_log_probs,
         )
+        return decoding.generated(given, options)
 
+    @decoding.documented
     def stream(
         self,
         prompt: Any,
@@ -439,35 +410,35 @@ class SymbolModel(Model):
         stop: Any = None,
         seed: Any = None,
     ) -> Iterator[Any]:
-        """The symbols of `generate`, one after another, each as soon as it is chosen and none before it is asked for.
+        """Yield the symbols of `generate` one by one, each computed when it is asked for.
+
+        Arguments are checked by the call, not when the first symbol is asked for.
 
         Parameters
         ----------
-        prompt, max_new, lengths, temperature, top_k, top_p, repetition_penalty, stop, seed
-            As of `generate`; looked at by the call, not when the first symbol is asked for.
+        prompt, lengths
+            As of `generate`.
+        {options}
 
         Returns
         -------
         iterator of int, for a prompt (T,); else of ndarrays of shape (B,)
             int64; -1 where a row had ended before.
+
+        References
+        ----------
+        {references}
         """
-        return decoding.streamed(
-            self,
-            self._given(prompt, lengths),
-            max_new,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            stop=stop,
-            seed=seed,
-        )
+        given = self._given(prompt, lengths)
+        options = decoding.Options(max_new, temperature, top_k, top_p, repetition_penalty, stop=stop, seed=seed)
+        return decoding.streamed(given, options)
 
     def _given(self, prompt: Any, lengths: Any) -> decoding.Given:
-        """The prompts, looked at."""
+        """Check the prompts."""
         rows = symbols("prompt", prompt, lengths, self.vocab_size).split()
         unbatched = not is_list_of_rows(prompt) and np.ndim(prompt) == 1
-        return decoding.Given(rows, functools.partial(self._decoder, rows), unbatched)
+        begin = functools.partial(self._decoder, rows)
+        return decoding.Given(rows, begin, unbatched, self.vocab_size, self._decoding)
 
 
 def real_steps(lengths: Array, time: int) -> Array:

@@ -72,7 +72,7 @@ class SequencePairModel(Model):
     """
 
     _losses: ClassVar[Any] = losses
-    _decoding: ClassVar[Any] = _decoding
+    _decoding: ClassVar[decoding.Searches] = _decoding
 
     source_vocab_size: int
     target_vocab_size: int
@@ -242,6 +242,7 @@ class SequencePairModel(Model):
         """The logits (B, V + 1) of the first symbol said of each source, and a decoder whose rows stand there."""
         raise NotImplementedError
 
+    @decoding.documented
     def generate(
         self,
         source: Any,
@@ -259,20 +260,17 @@ class SequencePairModel(Model):
         seed: Any = None,
         return_log_probs: bool = False,
     ) -> Any:
-        """Say a target of each source: drawn, the likeliest symbol after symbol, or by beam search.
+        """Generate a target for each source, by sampling, greedy decoding or beam search.
+
+        The end counts as one of the `max_new` symbols.
 
         Parameters
         ----------
         source : array of shape (B, S), (S,) for one sequence, or list of sequences
             Ids in 0..S-1; no source may be empty.
-        max_new : int
-            How many symbols at most, the end among them.
         lengths : array of shape (B,), optional
             The real symbols of each row of source.
-        temperature, top_k, top_p, num_beams, length_penalty, num_results, stop, seed, return_log_probs
-            As of `fastseq.models.TransformerLM.generate`.
-        repetition_penalty : float
-            As there; what the source holds does not count.
+        {options}
 
         Returns
         -------
@@ -286,23 +284,28 @@ class SequencePairModel(Model):
         TypeError, ValueError
             Naming the argument, what it was and what it should be; of a source and a step at which logits are NaN, or
             nothing is left to choose from.
-        """
-        return decoding.generated(
-            self,
-            self._given(source, lengths, max_new),
-            max_new,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            num_beams=num_beams,
-            length_penalty=length_penalty,
-            num_results=num_results,
-            stop=stop,
-            seed=seed,
-            return_log_probs=return_log_probs,
-        )
 
+        References
+        ----------
+        {references}
+        """
+        given = self._given(source, lengths, max_new)
+        options = decoding.Options(
+            max_new,
+            temperature,
+            top_k,
+            top_p,
+            repetition_penalty,
+            num_beams,
+            length_penalty,
+            num_results,
+            stop,
+            seed,
+            return_log_probs,
+        )
+        return decoding.generated(given, options)
+
+    @decoding.documented
     def stream(
         self,
         source: Any,
@@ -316,36 +319,36 @@ class SequencePairModel(Model):
         stop: Any = None,
         seed: Any = None,
     ) -> Iterator[Any]:
-        """The symbols of `generate`, one after another, each as soon as it is chosen and none before it is asked for.
+        """Yield the symbols of `generate` one by one, each computed when it is asked for.
+
+        Arguments are checked by the call, not when the first symbol is asked for.
 
         Parameters
         ----------
-        source, max_new, lengths, temperature, top_k, top_p, repetition_penalty, stop, seed
-            As of `generate`; looked at by the call, not when the first symbol is asked for.
+        source, lengths
+            As of `generate`.
+        {options}
 
         Returns
         -------
         iterator of int, for a source (S,); else of ndarrays of shape (B,)
             int64; -1 where a row has ended.
+
+        References
+        ----------
+        {references}
         """
-        return decoding.streamed(
-            self,
-            self._given(source, lengths, max_new),
-            max_new,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            stop=stop,
-            seed=seed,
-        )
+        given = self._given(source, lengths, max_new)
+        options = decoding.Options(max_new, temperature, top_k, top_p, repetition_penalty, stop=stop, seed=seed)
+        return decoding.streamed(given, options)
 
     def _given(self, source: Any, lengths: Any, max_new: Any) -> decoding.Given:
-        """The sources, looked at, and how many symbols are asked for."""
+        """Check the sources, and how many symbols are asked for."""
         given = self._source("source", source, "lengths", lengths)
         self._check_new(max_new)
         sequences = [given.ids[first:last] for first, last in itertools.pairwise(given.rows.starts)]
-        return decoding.Given(sequences, functools.partial(self._decoder, given), given.unbatched, self.end)
+        begin = functools.partial(self._decoder, given)
+        return decoding.Given(sequences, begin, given.unbatched, self.target_vocab_size, self._decoding, self.end)
 
     def _check_new(self, max_new: Any) -> None:
         """Refuse more new symbols than a target can have."""
