@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 
 from fastseq import _decoding
-from fastseq.models.base import SymbolModel
+from fastseq.models.symbol_model import SymbolModel
 from fastseq.reference import decoding as numpy_decoding
 
 STEP = ctypes.CFUNCTYPE(

@@ -11,20 +11,9 @@ import numpy as np
 from fastseq import _autoregression, checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.base import seeds_of
-from fastseq.models.base import (
-    BATCH_SIZE,
-    ScaledModel,
-    Series,
-    bounded,
-    check_extent,
-    gaussian,
-    held_out,
-    is_data,
-    last_part,
-    no_targets,
-    row_sums,
-    series_of,
-)
+from fastseq.models.forms import BATCH_SIZE, held_out, is_data, last_part, no_targets
+from fastseq.models.series import ScaledModel, Series, check_extent, gaussian, series_of
+from fastseq.models.sums import bounded, row_sums
 from fastseq.training import Batch, History
 
 _CRITERIA = ("bic", "aic")

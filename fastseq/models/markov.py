@@ -10,8 +10,11 @@ import numpy as np
 
 from fastseq import _markov, checks
 from fastseq.checks import Array
-from fastseq.models.base import SymbolModel, Symbols, ids_array, no_targets, sums, symbols
 from fastseq.models.decoding import Decoder
+from fastseq.models.forms import no_targets
+from fastseq.models.sums import sums
+from fastseq.models.symbol_model import SymbolModel
+from fastseq.models.symbols import Symbols, ids_array, symbols
 from fastseq.training import History
 
 _SMOOTHINGS = ("witten_bell", "kneser_ney")

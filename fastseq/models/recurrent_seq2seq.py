@@ -11,11 +11,11 @@ from fastseq.checks import Array
 from fastseq.layers.additive_attention import AllSteps
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
-from fastseq.models.base import ids_array
+from fastseq.models.base import ParameterCache
 from fastseq.models.decoding import Decoder, StateDecoder
-from fastseq.models.recurrent import CELLS, OfParameters, Reader, recurrent_layer
-from fastseq.models.seq2seq import Pairs, SequencePairModel
-from fastseq.models.transformer import _Tokens
+from fastseq.models.recurrent_parts import CELLS, Reader, recurrent_layer
+from fastseq.models.sequence_pairs import Pairs, SequencePairModel
+from fastseq.models.symbols import TokenRows, ids_array
 from fastseq.state import Seq2SeqState, State, adopt, adopt_pair
 
 ATTENTIONS = ("additive", "multiplicative")
@@ -217,7 +217,7 @@ class Seq2Seq(SequencePairModel):
         self._source_reader = Reader(self._source_embedding, self._encoder_layer)
         # Not with additive attention, with which the decoder is given more than a symbol.
         self._target_reader = Reader(self._target_embedding, self._decoder_layer)
-        self._for_decoders = OfParameters(*(layer for layer in walked if layer is not None))
+        self._for_decoders = ParameterCache(*(layer for layer in walked if layer is not None))
 
     def _states(self) -> str:
         """The names of the arrays of a recurrent state."""
@@ -225,7 +225,7 @@ class Seq2Seq(SequencePairModel):
 
     # The encoder and the bridge.
 
-    def _read(self, source: _Tokens) -> _Read:
+    def _read(self, source: TokenRows) -> _Read:
         """What the decoder has of the sources; inference."""
         rows = source.rows
         y, state = self._source_reader(rows.scatter(source.ids[:, None])[:, :, 0], None, rows.lengths)
@@ -233,7 +233,7 @@ class Seq2Seq(SequencePairModel):
             state = self._crossed([self._tanh(bridge(x)) for bridge, x in self._ends(state)])
         return _Read(rows.gather(y), state)
 
-    def _read_forward(self, source: _Tokens, seeds: tuple[int, int]) -> tuple[_Read, _KeptRead]:
+    def _read_forward(self, source: TokenRows, seeds: tuple[int, int]) -> tuple[_Read, _KeptRead]:
         """`_read` for training."""
         rows, entering = source.rows, None
         x, of_embedding = self._source_embedding.forward(source.ids)
@@ -250,7 +250,7 @@ class Seq2Seq(SequencePairModel):
         return _Read(rows.gather(y), state), kept
 
     def _read_backward(
-        self, dkeys: Array | None, dstate: State, source: _Tokens, kept: _KeptRead, targets: dict[str, Any]
+        self, dkeys: Array | None, dstate: State, source: TokenRows, kept: _KeptRead, targets: dict[str, Any]
     ) -> None:
         """`_read_forward`, from its end."""
         rows = source.rows
@@ -482,7 +482,7 @@ class Seq2Seq(SequencePairModel):
         """
         return adopt_pair(*self._begun(self._source("source", source, "lengths", lengths)))
 
-    def _begun(self, source: _Tokens) -> tuple[Array | None, ...]:
+    def _begun(self, source: TokenRows) -> tuple[Array | None, ...]:
         """The arrays of the state before the first symbol."""
         read, rows = self._read(source), source.rows
         h, c = read.state.h, getattr(read.state, "c", None)
@@ -560,7 +560,7 @@ class Seq2Seq(SequencePairModel):
                 h = self._tanh(self._combine(np.concatenate([context, h], axis=1)))
         return self._output(h), adopt_pair(after.h, getattr(after, "c", None), keys, projected, lengths)
 
-    def _decoder(self, source: _Tokens, copies: int) -> tuple[Array, Decoder]:
+    def _decoder(self, source: TokenRows, copies: int) -> tuple[Array, Decoder]:
         begun = self._begun(source)
         decoder: Any
         if self._decoders is None:

@@ -184,7 +184,7 @@ class Draws:
                 scores = top_p(scores, settings.top_p)
             symbol = draw(scores, number)
         chosen.append(symbol)
-        if settings.log_probs:
+        if settings.return_log_probs:
             self._log_probs[row.number].append(log_softmax(logits)[symbol])
 
     def _ended(self, number: int) -> bool:
@@ -196,7 +196,7 @@ class Draws:
 
     def results(self) -> list[list[tuple[Array, Array | None]]]:
         """For each prompt a list of what was chosen: ids, and their log P or None."""
-        wanted = self._settings.log_probs
+        wanted = self._settings.return_log_probs
         found: list[tuple[Array, Array | None]] = [
             (np.array(ids, np.int64), np.array(log_probs, np.float64) if wanted else None)
             for ids, log_probs in zip(self._chosen, self._log_probs, strict=True)
@@ -296,7 +296,7 @@ class Beams:
 
     def results(self) -> list[list[tuple[Array, Array | None]]]:
         """For each prompt a list of the best hypotheses: ids, and their log P or None."""
-        wanted = self._settings.log_probs
+        wanted = self._settings.return_log_probs
         return [
             [
                 (np.array(one.symbols, np.int64), np.array(one.log_probs, np.float64) if wanted else None)
@@ -319,7 +319,7 @@ def search(decoder: Any, logits: Array, prompts: list[Array], keys: Array | None
         B of them; what the repetition penalty counts as seen.
     keys : uint64 array of shape (B * num_results,), or None where nothing is drawn
         Of the random numbers of each row; the rows of a prompt stand together.
-    settings : Settings
+    settings : Options
         Checked. Of equal symbols that end a row, or that a penalty is on, nothing is counted twice.
 
     Raises

@@ -288,7 +288,7 @@ cdef class Search:
         self.active = self.rows = len(prompts)
         self.max_new = settings.max_new
         self.told = True
-        self.with_log_probs = settings.log_probs
+        self.with_log_probs = settings.return_log_probs
         self.penalty = settings.repetition_penalty
         cdef cnp.ndarray held = np.empty((max_rows, self.vocab), dtype)
         held[:self.rows] = logits

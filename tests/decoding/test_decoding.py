@@ -1,8 +1,11 @@
 """`generate` and `stream`: the searches, compiled and in NumPy, against enumeration, distributions and each other."""
 
 import concurrent.futures
+import dataclasses
 import functools
+import inspect
 import itertools
+import re
 import signal
 import subprocess
 import sys
@@ -98,7 +101,7 @@ def test_draws_are_those_of_the_filtered_distribution(engine, settings, shape, v
     dtype = "float32" if vocab == 40 else "float64"
     model = Whim(vocab, dtype=dtype, engine=engine, shape=SHAPES[shape])
     drawn = model.generate(PROMPTS, 6, seed=4, **settings)
-    keys = decoding.keys([np.array(p, np.int64) for p in PROMPTS], 4, decoding.Settings(1))
+    keys = decoding.keys([np.array(p, np.int64) for p in PROMPTS], decoding.Options(1, seed=4))
     for prompt, row, key in zip(PROMPTS, drawn, keys, strict=True):
         history = list(prompt)
         for t, symbol in enumerate(row):
@@ -694,7 +697,34 @@ def test_logits_of_another_kind_than_the_decoder_gives():
     spy = model._decoder([np.zeros(1, np.int64)], 1)[1]
     for wrong in np.zeros((1, 5), np.float32), np.zeros((2, 5)), np.zeros((1, 4)):
         with pytest.raises(ValueError, match="logits should be of float64 and of shape"):
-            fs._decoding.search(spy, wrong, [np.zeros(1, np.int64)], np.zeros(1, np.uint64), decoding.Settings(3))
+            fs._decoding.search(
+                spy, wrong, [np.zeros(1, np.int64)], np.zeros(1, np.uint64), decoding.Options(3, stop=())
+            )
+
+
+# The options, declared and documented once
+
+
+@pytest.mark.parametrize("verb", ["generate", "stream"])
+@pytest.mark.parametrize("kind", ["MarkovChain", "RecurrentLM", "TransformerLM", "Seq2Seq", "TransformerSeq2Seq"])
+def test_generate_and_stream_take_the_options(kind, verb):
+    function = getattr(getattr(fs.models, kind), verb)
+    taken = dict(list(inspect.signature(function).parameters.items())[2:])
+    assert taken.pop("lengths").default is None
+    fields = {field.name: field for field in dataclasses.fields(decoding.Options)}
+    if verb == "generate":
+        assert list(taken) == list(fields)
+    assert [name for name in fields if name in taken] == list(taken)
+    for name, parameter in taken.items():
+        default = fields[name].default
+        assert parameter.default is (inspect.Parameter.empty if default is dataclasses.MISSING else default)
+        assert re.search(rf"^{name} : ", inspect.getdoc(function), re.MULTILINE)
+    assert "{" not in function.__doc__
+
+
+def test_options_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        decoding.Options(3).temperature = 0.0
 
 
 # Bad input

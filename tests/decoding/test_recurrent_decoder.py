@@ -14,7 +14,7 @@ from decoders import AGAIN, DONE, Struct
 import fastseq as fs
 from fastseq import _recurrent, _recurrent_decoder
 from fastseq.models.decoding import StateDecoder
-from fastseq.models.recurrent import Reader
+from fastseq.models.recurrent_parts import Reader
 
 pytestmark = pytest.mark.every_isa
 

@@ -703,8 +703,8 @@ def test_lm_rows_have_the_same_bits_alone_padded_and_step_by_step(cell, dtype, m
         if half:
             _, middle = model.step(row[half - 1 : half], model.forward(row[None, : half - 1])[1] if half > 1 else None)
             assert_same_bits(model(row[None, half:], middle)[0], logits[half : len(row)])
-    monkeypatch.setattr("fastseq.models.recurrent._CHUNK", 7)
-    monkeypatch.setattr("fastseq.models.recurrent._ROWS", 2)
+    monkeypatch.setattr("fastseq.models.recurrent_lm._CHUNK", 7)
+    monkeypatch.setattr("fastseq.models.recurrent_lm._ROWS", 2)
     assert_same_bits(model.log_prob(rows), p)
 
 

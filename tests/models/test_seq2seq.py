@@ -13,7 +13,8 @@ from protocol import check_gradients, log_softmax, random_ids
 
 import fastseq as fs
 from fastseq.layers.rows import Rows
-from fastseq.models import seq2seq
+from fastseq.models import TransformerSeq2Seq
+from fastseq.models.sequence_pairs import SequencePairModel
 from fastseq.training import Batch
 
 ENGINES = pytest.mark.parametrize("engine", [fs, fs.reference], ids=["compiled", "reference"])
@@ -170,7 +171,7 @@ def test_logits_probabilities_and_gradients_are_pytorchs(kind, dtype):
 
 
 def without_source_lengths(monkeypatch):
-    whole = seq2seq.TransformerSeq2Seq._context
+    whole = TransformerSeq2Seq._context
 
     def context(pairs, memory):  # each target may look at the source of the row before, too
         made = whole(pairs, memory)
@@ -178,14 +179,14 @@ def without_source_lengths(monkeypatch):
         starts = np.maximum(keys.starts - np.r_[0, np.ones(len(keys.starts) - 1, int)], 0)
         return made._replace(memory_frame=made.memory_frame._replace(keys=keys._replace(starts=starts)))
 
-    monkeypatch.setattr(seq2seq.TransformerSeq2Seq, "_context", staticmethod(context))
+    monkeypatch.setattr(TransformerSeq2Seq, "_context", staticmethod(context))
 
 
 def boundary_is(begin, end):
     """The boundary exchanged for an id of a symbol."""
 
     def plant(monkeypatch):
-        whole = seq2seq.SequencePairModel._pairs
+        whole = SequencePairModel._pairs
 
         def made(self, *args):
             pairs = whole(self, *args)
@@ -193,15 +194,15 @@ def boundary_is(begin, end):
             begun = pairs.begun._replace(ids=np.where(begun == TARGETS, begin, begun))
             return pairs._replace(begun=begun, following=np.where(following == TARGETS, end, following))
 
-        monkeypatch.setattr(seq2seq.SequencePairModel, "_pairs", made)
+        monkeypatch.setattr(SequencePairModel, "_pairs", made)
 
     return plant
 
 
 def a_decoder_that_looks_ahead(monkeypatch):
-    whole = seq2seq.TransformerSeq2Seq._context
+    whole = TransformerSeq2Seq._context
     monkeypatch.setattr(
-        seq2seq.TransformerSeq2Seq,
+        TransformerSeq2Seq,
         "_context",
         staticmethod(lambda pairs, memory: whole(pairs, memory)._replace(causal=False)),
     )
@@ -217,21 +218,21 @@ def positions_that_begin_at_one(monkeypatch):
 
 
 def embeddings_not_scaled(monkeypatch):
-    whole = seq2seq.TransformerSeq2Seq._embedded
+    whole = TransformerSeq2Seq._embedded
 
     def embedded(self, embedding, positions, ids, rows):
         return whole(self, lambda ids: embedding(ids) / self._scale, positions, ids, rows)
 
-    monkeypatch.setattr(seq2seq.TransformerSeq2Seq, "_embedded", embedded)
+    monkeypatch.setattr(TransformerSeq2Seq, "_embedded", embedded)
 
 
 def gradients_not_scaled(monkeypatch):
-    whole = seq2seq.TransformerSeq2Seq._entered_backward
+    whole = TransformerSeq2Seq._entered_backward
 
     def entered(self, side, embedding, positions, dx, kept, targets):
         whole(self, side, embedding, positions, dx / self._scale, kept, targets)
 
-    monkeypatch.setattr(seq2seq.TransformerSeq2Seq, "_entered_backward", entered)
+    monkeypatch.setattr(TransformerSeq2Seq, "_entered_backward", entered)
 
 
 def no_gradient_of_the_memory(monkeypatch):
@@ -242,19 +243,19 @@ def no_gradient_of_the_memory(monkeypatch):
 
 
 def a_tied_matrix_that_learns_as_output_alone(monkeypatch):
-    whole = seq2seq.TransformerSeq2Seq._entered_backward
+    whole = TransformerSeq2Seq._entered_backward
 
     def entered(self, side, *args):
         if side == "source":
             whole(self, side, *args)
 
-    monkeypatch.setattr(seq2seq.TransformerSeq2Seq, "_entered_backward", entered)
+    monkeypatch.setattr(TransformerSeq2Seq, "_entered_backward", entered)
 
 
 def targets_of_the_next_row(monkeypatch):
-    whole = seq2seq.SequencePairModel._source
+    whole = SequencePairModel._source
     monkeypatch.setattr(
-        seq2seq.SequencePairModel,
+        SequencePairModel,
         "_source",
         lambda self, name, source, lengths_name, lengths: whole(
             self, name, np.roll(source, 1, 0), lengths_name, np.roll(lengths, 1)
@@ -376,10 +377,10 @@ def test_pairs_have_the_same_bits_alone_and_padded(kind, dtype, monkeypatch):
     order = [3, 0, 4, 2, 1]
     shuffled = model([rows[0][i] for i in order], [rows[1][i] for i in order])
     assert_same_bits(shuffled, logits[order])
-    monkeypatch.setattr(seq2seq, "_TOKENS", 5)
+    monkeypatch.setattr("fastseq.models.sequence_pairs._TOKENS", 5)
     assert_same_bits(model(*rows), logits)
     assert_same_bits(model.log_prob(*rows), p)
-    monkeypatch.setattr(seq2seq, "_LOGITS", 1)
+    monkeypatch.setattr("fastseq.models.sequence_pairs._LOGITS", 1)
     assert_same_bits(model.log_prob(*rows), p)
     with threads(2):
         assert_same_bits(model(source, target, **lengths()), logits)

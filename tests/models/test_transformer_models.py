@@ -173,8 +173,8 @@ def test_lm_rows_have_the_same_bits_alone_and_padded(kind, dtype, monkeypatch):
         assert_same_bits(model.log_prob(row), one[None])
     short = np.minimum(lengths, 11)
     assert_same_bits(model.forward(padded, lengths=short)[0], model(padded, lengths=short))
-    monkeypatch.setattr("fastseq.models.transformer._TOKENS", 7)
-    monkeypatch.setattr("fastseq.models.transformer._LOGITS", 9)
+    monkeypatch.setattr("fastseq.models.transformer_lm._TOKENS", 7)
+    monkeypatch.setattr("fastseq.models.transformer_lm._LOGITS", 9)
     assert_same_bits(model.log_prob(rows), p)
     with threads(2):
         assert_same_bits(model(padded, lengths=lengths), y)

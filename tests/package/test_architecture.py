@@ -38,6 +38,7 @@ FLOORS = [
         "fastseq.threads",
         "fastseq.plotting",
         "fastseq.io",
+        "fastseq.convert",
         "fastseq.over_time",
         "fastseq.reference.operations",
         "fastseq.reference.optimisers",

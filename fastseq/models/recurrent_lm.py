@@ -1,103 +1,45 @@
-"""Latent autoregressive models: the past in the state of a recurrent layer."""
+"""The language model over recurrent layers."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _recurrent_decoder, checks, layers, losses, threads, training
+from fastseq import (
+    _recurrent_decoder,
+    checks,
+    layers,
+    losses,
+    threads,
+    training,
+)
 from fastseq.checks import Array
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
-from fastseq.layers.recurrent import advice_on_dropout
-from fastseq.models.base import (
+from fastseq.models.base import ParameterCache
+from fastseq.models.decoding import Decoder, StateDecoder
+from fastseq.models.forms import (
     BATCH_SIZE,
-    ScaledModel,
-    Series,
-    SymbolModel,
-    Symbols,
     batched_already,
-    gaussian,
-    held_out,
-    ids_array,
     is_data,
-    last_part,
-    log_softmax_at,
     no_targets,
     padded_pair,
+)
+from fastseq.models.recurrent_parts import CELLS, Reader, recurrent_layer
+from fastseq.models.symbol_model import SymbolModel
+from fastseq.models.symbols import (
+    Symbols,
+    ids_array,
+    log_softmax_at,
     real_steps,
-    series_of,
     symbols,
     text_split,
     whole_sequences,
 )
-from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.training import Batch, History
 
-CELLS = ("rnn", "lstm", "gru")
-_ROWS, _CHUNK = 32, 512  # sequences, and steps of them, that `log_prob` looks at together
+_ROWS, _CHUNK = 32, 512  # sequences, and steps of them, that `log_prob` computes together
 _CHUNKS = 16  # of each stream in an epoch, at least, before there is another stream beside it
-
-
-def recurrent_layer(kinds: Any, cell: str, *sizes: int, **settings: Any) -> Any:
-    """A recurrent layer by the name of its cell."""
-    return {"rnn": kinds.RNN, "lstm": kinds.LSTM, "gru": kinds.GRU}[cell](*sizes, **settings)
-
-
-class OfParameters:
-    """What was made of the parameters of some layers, as long as they stay what they are."""
-
-    def __init__(self, *layers: Any) -> None:
-        self._layers = layers
-        self._kept: tuple[list[Mapping[str, Array]], Any] | None = None
-
-    def get(self, make: Callable[[], Any]) -> Any:
-        """What there is, or what `make` makes."""
-        arrays, kept = [layer._arrays for layer in self._layers], self._kept
-        if kept is None or any(map(operator.is_not, kept[0], arrays)):
-            kept = self._kept = arrays, make()
-        return kept[1]
-
-
-class Reader:
-    """An embedding and the recurrent layer over it, in inference.
-
-    What the first layer makes of a symbol, before it looks at its state, is looked up: a table has it of all symbols,
-    unless that would be large.
-
-    Parameters
-    ----------
-    embedding, layer
-        The layers.
-    """
-
-    def __init__(self, embedding: Any, layer: Any) -> None:
-        self._embedding, self._layer = embedding, layer
-        self._tables = OfParameters(embedding, layer)
-
-    def tables(self) -> tuple[Array, ...] | None:
-        """One for each direction; None where there are none."""
-        tables: tuple[Array, ...] | None = self._tables.get(self._make)
-        return tables
-
-    def _make(self) -> tuple[Array, ...] | None:
-        operations, n_threads = self._layer._operations, threads.get_num_threads()
-        if not hasattr(operations, "input_table"):
-            return None
-        weight = self._embedding._arrays["weight"]
-        tables = [operations.input_table(cell, weight, n_threads) for cell in self._layer._cells()[0]]
-        return None if any(table is None for table in tables) else tuple(tables)
-
-    def __call__(self, ids: Array, state: Any = None, lengths: Array | None = None) -> tuple[Array, Any]:
-        """Outputs (B, T, D * H) and state after symbols (B, T), all as the layer has them; ids are checked."""
-        tables = self.tables()
-        if tables is None:
-            outputs: tuple[Array, Any] = self._layer(self._embedding(ids), state, lengths=lengths)
-            return outputs
-        read: tuple[Array, Any] = self._layer._read(np.ascontiguousarray(ids), tables, state, lengths)
-        return read
 
 
 class _Kept(NamedTuple):
@@ -194,7 +136,7 @@ class RecurrentLM(SymbolModel):
         self._output: Any = self._children["output"]
         self._drop = kinds.Dropout(self.dropout, **of_type)
         self._reader = Reader(self._embedding, self._recurrent)
-        self._for_decoders = OfParameters(self._embedding, self._recurrent, self._output)
+        self._for_decoders = ParameterCache(self._embedding, self._recurrent, self._output)
 
     @property
     def begin(self) -> int:
@@ -522,354 +464,3 @@ class RecurrentLM(SymbolModel):
         return self._decoders.Weights(
             self._embedding._arrays["weight"], cells[0], tables and tables[0], cells, self._output._weights()
         )
-
-
-def rollout(recurrent: Any, output: Any, x: Array, state: Any, steps: int) -> Array:
-    """Go on from `x` (B, I), each output taken for the next input: (B, steps, I)."""
-    weight, bias = output.parameters["weight"], output.parameters["bias"]
-    h, c = state.h, getattr(state, "c", None)
-    y: Array
-    y, _, _ = recurrent._operations.rollout(
-        recurrent._cells(), weight, bias, np.ascontiguousarray(x), h, c, steps, threads.get_num_threads()
-    )
-    return y
-
-
-class RecurrentForecaster(ScaledModel):
-    """The latent autoregressive model of series: x_{t+1} = W h_t + b + e_t, h_t = f(x_t, h_{t-1}), e_t Gaussian.
-
-    Inputs and outputs of the layers are standardised by mean and deviation of what was fitted; what comes in and goes
-    out of the model is not. That is done in float64, and what goes out has the wider dtype of the model's and of what
-    came in.
-
-    Parameters
-    ----------
-    input_size : int
-        I, values a step. Where it is 1, the axis of values may be left out.
-    hidden_size, num_layers : int
-        Of the recurrent layer.
-    cell : {"lstm", "gru", "rnn"}
-        Which recurrent layer.
-    dropout : float in [0, 1)
-        Share of the outputs between layers that training drops; of two layers or more.
-    dtype : {"float32", "float64"}
-        Of parameters and states.
-    seed : int, optional
-        Fixes the initial parameters.
-
-    Attributes
-    ----------
-    sigma2 : ndarray of shape (I,)
-        The variance of e, the mean of the squared residuals of what was fitted.
-    """
-
-    _layers: ClassVar[Any] = layers
-    _losses: ClassVar[Any] = losses
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
-    _measured = ("mean", "deviation", "sigma2")
-
-    input_size: int
-    hidden_size: int
-    num_layers: int
-    cell: str
-    dropout: float
-    seed: int | None
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        cell: str = "lstm",
-        dropout: float = 0.0,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        self.input_size = checks.size("input_size", input_size, 1)
-        self.hidden_size = checks.size("hidden_size", hidden_size, 1)
-        self.num_layers = checks.size("num_layers", num_layers, 1)
-        self.cell = checks.choice("cell", cell, CELLS)
-        self.dropout = checks.fraction("dropout", dropout)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
-        self.seed = checks.seed("seed", seed)
-        first, second = seeds_of(self.seed, 2)
-        config = {
-            "input_size": self.input_size,
-            "hidden_size": self.hidden_size,
-            "num_layers": self.num_layers,
-            "cell": self.cell,
-            "dropout": self.dropout,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
-        sizes = self.input_size, self.hidden_size, self.num_layers
-        kinds, of_type = self._layers, {"dtype": self.dtype}
-        self._start(
-            config,
-            recurrent=recurrent_layer(kinds, self.cell, *sizes, dropout=self.dropout, seed=first, **of_type),
-            output=kinds.Linear(self.hidden_size, self.input_size, seed=second, **of_type),
-        )
-        self._recurrent: Any = self._children["recurrent"]
-        self._output: Any = self._children["output"]
-
-    def _advice(self) -> str | None:
-        return advice_on_dropout(self.dropout, self.num_layers)
-
-    @property
-    def sigma2(self) -> Array:  # noqa: D102  see the class
-        return self._needs_fit()["sigma2"]
-
-    def _check_fitted(self, given: Mapping[str, Any]) -> dict[str, Array]:
-        fitted = {name: np.array(checks.real_array(name, given[name], np.dtype(np.float64))) for name in given}
-        for name, array in fitted.items():
-            if array.shape != (self.input_size,):
-                raise ValueError(f"{name} should be of shape ({self.input_size},), not {array.shape}")
-        return fitted
-
-    def _given(self, name: str, series: Any, lengths: Any) -> Series:
-        return series_of(name, series, lengths, self.dtype, self.input_size)
-
-    def __call__(self, x: Any, state: Any = None, *, lengths: Any = None) -> Array:
-        """The value expected next, at every step.
-
-        Parameters
-        ----------
-        x : array of shape (B, T, I), or (T, I) for one series, or list of arrays
-            Real floating numbers. If I is 1, the last axis may be left out.
-        state : state, optional
-            Where each row goes on; zeros by default.
-        lengths : array of shape (B,), optional
-            The real steps of each row.
-
-        Returns
-        -------
-        ndarray of the shape of x
-            At step t the expectation of x_{t+1}; 0 past the end of a row.
-        """
-        self._needs_units()
-        given = self._given("x", x, lengths)
-        return given.like(self._predict(given, state)[0])
-
-    def _predict(self, given: Series, state: Any = None) -> tuple[Array, Any]:
-        """What a call returns, (B, T, I), in float64, and where each row ends."""
-        y, state = self._recurrent(self._standard(given.values), state, lengths=given.lengths)
-        predicted = self._raw(self._output(y))
-        predicted[~given.real()] = 0
-        return predicted, state
-
-    def step(self, x_t: Any, state: Any = None) -> tuple[Array, Any]:
-        """The value expected after x_t (B, I), of the same shape, and the state for the next step."""
-        self._needs_units()
-        if np.shape(checks.as_array("x_t", x_t))[1:] != (self.input_size,):
-            raise ValueError(f"x_t should be of shape (B, {self.input_size}), not {np.shape(x_t)}")
-        # Rows of one step each; of one value a step, the axis of values stands for time.
-        given = series_of("x_t", x_t, None, self.dtype)
-        y, state = self._recurrent.step(self._standard(given.values), state)
-        return given.like(self._raw(self._output(y))), state
-
-    def forward(
-        self, x: Any, state: Any = None, *, lengths: Any = None, seed: int | None = None
-    ) -> tuple[Array, Any, Tape]:
-        """Call for training: with dropout, and what `backward` needs; also the state each row ends in.
-
-        What is predicted past the end of a row is not 0 here, but means nothing.
-        """
-        given = self._given("x", x, lengths)
-        z, state, tapes = self._through(given.values, state, given.lengths, seed)
-        y = given.like(self._raw(z))
-        return y, state, Tape(self, (tapes, given, y.shape))
-
-    def _through(
-        self, values: Array, state: Any, lengths: Array | None, seed: int | None
-    ) -> tuple[Array, Any, tuple[Tape, Tape]]:
-        """All layers, forward; the outputs as they come from the last."""
-        y, state, recurrent = self._recurrent.forward(self._standard(values), state, lengths=lengths, seed=seed)
-        z, output = self._output.forward(y)
-        return z, state, (recurrent, output)
-
-    def backward(
-        self, dy: Any, tape: Tape, *, dstate: Any = None, truncate: int | None = None, grads: Any = None
-    ) -> tuple[Array, Any]:
-        """Add the gradients of all parameters; return those of x and of the state that was given."""
-        tapes, given, shape = self._kept(tape)
-        dy = checks.like("dy", dy, given.values.dtype, shape).reshape(given.values.shape)
-        _, deviation = self._units()
-        with np.errstate(all="ignore"):
-            dz = (dy * deviation).astype(self.dtype)
-        dx, dstate = self._back(dz, tapes, dstate, truncate, grads)
-        return given.like(dx / deviation), dstate
-
-    def _back(
-        self, dz: Array, tapes: tuple[Tape, Tape], dstate: Any, truncate: int | None, grads: Any
-    ) -> tuple[Array, Any]:
-        """All layers, in the reverse order of `_through`."""
-        targets = self._child_targets(grads)
-        recurrent, output = tapes
-        dy = self._output.backward(dz, output, grads=targets["output"])
-        result: tuple[Array, Any] = self._recurrent.backward(
-            dy, recurrent, dstate=dstate, truncate=truncate, grads=targets["recurrent"]
-        )
-        return result
-
-    def training_forward(self, batch: Batch, state: Any = None, seed: int | None = None) -> tuple[float, int, Any, Any]:
-        """The mean squared error of a batch in units of the deviation, for `fastseq.training.fit`.
-
-        A batch without targets holds whole series, each step of which is the target of the step before.
-        """
-        inputs, targets, lengths = self._batch(batch)
-        z, state, tapes = self._through(inputs, state, lengths, seed)
-        loss, gradient = self._losses.mean_squared_error(z, self._standard(targets), lengths=lengths)
-        return loss, int(lengths.sum()), (gradient, tapes), state
-
-    def _batch(self, batch: Batch) -> tuple[Array, Array, Array]:
-        """Inputs, targets and lengths of a batch."""
-        given = self._given("inputs", batch.inputs, batch.lengths)
-        if batch.targets is None:
-            return given.values[:, :-1], given.values[:, 1:], np.maximum(given.lengths - 1, 0)
-        targets = self._given("targets", batch.targets, batch.lengths).values
-        if targets.shape != given.values.shape:
-            raise ValueError(f"targets should be of shape {given.values.shape}, as inputs, not {targets.shape}")
-        return given.values, targets, given.lengths
-
-    def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
-        """Loss, count and state as of `training_forward`, without dropout."""
-        inputs, targets, lengths = self._batch(batch)
-        y, state = self._recurrent(self._standard(inputs), state, lengths=lengths)
-        loss, _ = self._losses.mean_squared_error(self._output(y), self._standard(targets), lengths=lengths)
-        return loss, int(lengths.sum()), state
-
-    def training_backward(self, tape: Any, grads: Any = None, *, truncate: int | None = None) -> None:
-        """Add the gradients of the loss that `training_forward` returned; `truncate` as of the recurrent layers."""
-        gradient, tapes = tape
-        self._back(gradient, tapes, None, truncate, grads)
-
-    @checks.short_traceback
-    def fit(
-        self,
-        series: Any,
-        lengths: Any = None,
-        *,
-        window: int | None = None,
-        batch_size: int | None = None,
-        seed: int | None = 0,
-        validation_split: float | None = None,
-        **settings: Any,
-    ) -> History:
-        """Train, and measure what is left: `sigma2`. Where this fails, the model is as it was.
-
-        Parameters
-        ----------
-        series : array of shape (S, T, I), or (T, I) for one, or list of arrays
-            Finite real numbers, of which `fastseq.training.Windows` are made. If I is 1, the last axis may be left
-            out.
-        lengths : array of shape (S,), optional
-            The real steps of each series.
-        window : int, optional
-            Steps of a window, 64 by default; a shorter series is a window as it is.
-        batch_size : int, optional
-            Windows in a batch; 32 by default.
-        seed : int, optional
-            Fixes the order of the windows and what dropout drops.
-        validation_split : float in (0, 1), optional
-            The share of the series, drawn by the seed, that the model is validated on; of one series the last part.
-        **settings
-            As of `fastseq.training.fit`: ``epochs``, ``validation``, which may be raw, as `series`, or a tuple of a
-            padded array and lengths, ... The optimiser is Adam with a learning rate of 0.01, unless another is given.
-            A validation loss is the mean squared error of the predictions that a call makes, in units of the
-            deviation.
-
-        Returns
-        -------
-        History
-        """
-        no_targets("series", series, lengths)
-        given = self._given("series", series, lengths)
-        given.check_finite("series")
-        settings["seed"] = seed
-        size = BATCH_SIZE if batch_size is None else checks.size("batch_size", batch_size, 1)
-        steps = 64 if window is None else checks.size("window", window, 1)
-        validation: Series | None = None
-        if validation_split is not None:
-            if settings.get("validation") is not None:
-                raise ValueError("validation_split should not be given with validation")
-            given, validation = self._split(given, validation_split, seed)
-        elif settings.get("validation") is not None and not is_data(settings["validation"]):
-            raw, counts = padded_pair(settings["validation"])
-            validation = self._given("validation", raw, counts)
-            validation.check_finite("validation")
-        if validation is not None:
-            whole = self._predictable("validation", validation)
-            inputs, targets = [row[:-1] for row in whole], [row[1:] for row in whole]
-            settings["validation"] = training.PaddedBatches(inputs, targets, batch_size=size, shuffle=False)
-        rows = self._predictable("series", given)
-        steps = min(steps, max(map(len, rows)) - 1)  # a series that is shorter is a window as it is
-        data = training.Windows(rows, steps=steps, batch_size=size, seed=seed)
-        self._optimised(settings)
-        return self._learn(given, "series", data, {}, settings)
-
-    def _split(self, given: Series, share: Any, seed: int | None) -> tuple[Series, Series]:
-        """What is learnt from, and what is validated on."""
-        if len(given.values) > 1:
-            learnt, out = held_out(len(given.values), share, seed)
-            return given.some(learnt), given.some(out)
-        length = int(given.lengths.sum())
-        cut = last_part(length, share, 2)
-        return given.steps(0, cut), given.steps(cut, length)
-
-    @staticmethod
-    def _predictable(name: str, given: Series) -> list[Array]:
-        """The series one by one, all but those in which nothing comes after anything."""
-        rows = [row for row in given.rows() if len(row) > 1]
-        if not rows:
-            raise ValueError(f"{name} should have at least 2 steps, not {given.lengths.max(initial=0)}")
-        return rows
-
-    def _variance(self, given: Series) -> Array:
-        residuals, counts = self._residuals(given)
-        squares = np.square(residuals[real_steps(counts, residuals.shape[1])], dtype=np.float64)
-        return np.asarray(squares.mean(axis=0))
-
-    def _residuals(self, given: Series) -> tuple[Array, Array]:
-        """What was predicted less what came, (S, T - 1, I), and how many steps of each series that is."""
-        predicted, _ = self._predict(given)
-        return given.values[:, 1:] - predicted[:, :-1], np.maximum(given.lengths - 1, 0)
-
-    def log_prob(self, series: Any, lengths: Any = None) -> Array:
-        """The Gaussian log-density of each series given its first step; arguments as of a call.
-
-        Returns
-        -------
-        ndarray of shape (S,)
-            float64.
-        """
-        given = self._given("series", series, lengths)
-        sigma2 = self.sigma2
-        residuals, counts = self._residuals(given)
-        parts = [gaussian(residuals[..., i], counts, sigma2[i : i + 1]) for i in range(self.input_size)]
-        return np.asarray(sum(parts))
-
-    def forecast(self, series: Any, horizon: int, *, lengths: Any = None) -> Array:
-        """Go on from the end of each series, each prediction taken for a value.
-
-        Parameters
-        ----------
-        series, lengths
-            As of a call; at least one step each.
-        horizon : int
-            How many steps.
-
-        Returns
-        -------
-        ndarray of shape (S, horizon, I), or in the form the series were given in
-        """
-        self._needs_units()
-        given = self._given("series", series, lengths)
-        horizon = checks.size("horizon", horizon)
-        given.check_lengths("series", 1)
-        if horizon == 0:
-            return given.like(np.empty((len(given.values), 0, self.input_size)))
-        y, state = self._recurrent(self._standard(given.values), lengths=given.lengths)
-        x = self._output(y[np.arange(len(y)), given.lengths - 1])
-        later = rollout(self._recurrent, self._output, x, state, horizon - 1)
-        return given.like(self._raw(np.concatenate([x[:, None], later], axis=1)))
