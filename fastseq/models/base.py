@@ -7,11 +7,11 @@ import functools
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import _decoding, checks, io, training
+from fastseq import checks, io, training
 from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Composite
 from fastseq.models import decoding
@@ -281,8 +281,6 @@ def symbols(name: str, value: Any, lengths: Any, vocab_size: int, lengths_name: 
 
 class SymbolModel(Model):
     """A model of sequences of symbols 0..V-1: the chain rule, and what follows from it."""
-
-    _decoding: ClassVar[Any] = _decoding
 
     vocab_size: int
 

@@ -3,20 +3,20 @@
 A model of symbols begins with ``begin(copies)``: the logits (B, V) of what follows each of B prompts, and a `Decoder`
 whose rows stand there; `copies` says how many rows each prompt may be forked to. A compiled decoder has a method
 ``capsule`` (src/decoding/decoder.h), and what goes on from it runs compiled; any other is driven by
-`fastseq.reference.decoding`.
+the searches of `fastseq.reference`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from fastseq import checks
+from fastseq import backend, checks
 from fastseq.checks import Array
-from fastseq.reference import decoding as numpy_decoding
+from fastseq.splitmix import mixed
 
 
 class Decoder(Protocol):
@@ -28,6 +28,15 @@ class Decoder(Protocol):
 
     def choose(self, rows: Array) -> None:
         """The rows become these of the rows there were: forked, in another order, without some."""
+        ...
+
+
+@runtime_checkable
+class CompiledDecoder(Protocol):
+    """A decoder that a compiled search drives."""
+
+    def capsule(self) -> Any:
+        """A capsule with its `fs_decoder` (src/decoding/decoder.h)."""
         ...
 
 
@@ -185,7 +194,7 @@ def keys(prompts: list[Array], seed: Any, settings: Settings) -> Array | None:
             seen[symbols] = seen.get(symbols, 0) + 1
             digest = hashlib.blake2b(symbols + seen[symbols].to_bytes(8, "little"), digest_size=8).digest()
             result[i, copy] = int.from_bytes(digest, "little")
-    return numpy_decoding.mixed(of_rows[:, None] + numpy_decoding.mixed(result)).reshape(-1)
+    return mixed(of_rows[:, None] + mixed(result)).reshape(-1)
 
 
 def generated(model: Any, given: Given, max_new: Any, *, seed: Any, **settings: Any) -> Any:
@@ -194,7 +203,7 @@ def generated(model: Any, given: Given, max_new: Any, *, seed: Any, **settings: 
     Parameters
     ----------
     model : Model
-        With the set of operations `_decoding`.
+        Its backend has the search.
     given : Given
     max_new, seed, **settings
         As of `generate`.
@@ -240,7 +249,7 @@ def _begun(model: Any, given: Given, max_new: Any, seed: Any, settings: Mapping[
     if not of_search.max_new or not prompts:
         return of_search, None
     logits, decoder = given.begin(of_search.copies)
-    operations = model._decoding if hasattr(decoder, "capsule") else numpy_decoding
+    operations = (model._backend if isinstance(decoder, CompiledDecoder) else backend.general()).decoding
     histories = prompts if end is None else [np.empty(0, np.int64)] * len(prompts)
     return of_search, operations.search(decoder, logits, histories, of_rows, of_search)
 

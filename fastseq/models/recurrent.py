@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import _recurrent_decoder, checks, layers, losses, threads, training
+from fastseq import checks, layers, losses, threads, training
+from fastseq.backend import Backend, RecurrentDecoder
 from fastseq.checks import Array
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.recurrent import advice_on_dropout
@@ -41,9 +42,10 @@ _ROWS, _CHUNK = 32, 512  # sequences, and steps of them, that `log_prob` looks a
 _CHUNKS = 16  # of each stream in an epoch, at least, before there is another stream beside it
 
 
-def recurrent_layer(kinds: Any, cell: str, *sizes: int, **settings: Any) -> Any:
+def recurrent_layer(backend: Backend, cell: str, *sizes: int, **settings: Any) -> Any:
     """A recurrent layer by the name of its cell."""
-    return {"rnn": kinds.RNN, "lstm": kinds.LSTM, "gru": kinds.GRU}[cell](*sizes, **settings)
+    classes: dict[str, Any] = {"rnn": layers.RNN, "lstm": layers.LSTM, "gru": layers.GRU}
+    return backend.of(classes[cell])(*sizes, **settings)
 
 
 class OfParameters:
@@ -83,9 +85,7 @@ class Reader:
         return tables
 
     def _make(self) -> tuple[Array, ...] | None:
-        operations, n_threads = self._layer._operations, threads.get_num_threads()
-        if not hasattr(operations, "input_table"):
-            return None
+        operations, n_threads = self._layer._backend.recurrent, threads.get_num_threads()
         weight = self._embedding._arrays["weight"]
         tables = [operations.input_table(cell, weight, n_threads) for cell in self._layer._cells()[0]]
         return None if any(table is None for table in tables) else tuple(tables)
@@ -137,11 +137,6 @@ class RecurrentLM(SymbolModel):
     .. [1] W. Zaremba, I. Sutskever and O. Vinyals, "Recurrent neural network regularization", arXiv:1409.2329, 2014.
     """
 
-    _layers: ClassVar[Any] = layers
-    _losses: ClassVar[Any] = losses
-    _decoders: ClassVar[Any] = _recurrent_decoder  # None: a decoder takes `step`
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
-
     vocab_size: int
     embedding_dim: int
     hidden_size: int
@@ -168,10 +163,11 @@ class RecurrentLM(SymbolModel):
         self.num_layers = checks.size("num_layers", num_layers, 1)
         self.cell = checks.choice("cell", cell, CELLS)
         self.dropout = checks.fraction("dropout", dropout)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         first, second, third = seeds_of(self.seed, 3)
-        kinds, of_type = self._layers, {"dtype": self.dtype}
+        of = self._backend.of
+        of_type: dict[str, Any] = {"dtype": self.dtype}
         config = {
             "vocab_size": self.vocab_size,
             "embedding_dim": self.embedding_dim,
@@ -185,14 +181,14 @@ class RecurrentLM(SymbolModel):
         sizes = self.embedding_dim, self.hidden_size, self.num_layers
         self._start(
             config,
-            embedding=kinds.Embedding(self.vocab_size + 1, self.embedding_dim, seed=first, **of_type),
-            recurrent=recurrent_layer(kinds, self.cell, *sizes, dropout=self.dropout, seed=second, **of_type),
-            output=kinds.Linear(self.hidden_size, self.vocab_size, seed=third, **of_type),
+            embedding=of(layers.Embedding)(self.vocab_size + 1, self.embedding_dim, seed=first, **of_type),
+            recurrent=recurrent_layer(self._backend, self.cell, *sizes, dropout=self.dropout, seed=second, **of_type),
+            output=of(layers.Linear)(self.hidden_size, self.vocab_size, seed=third, **of_type),
         )
         self._embedding: Any = self._children["embedding"]
         self._recurrent: Any = self._children["recurrent"]
         self._output: Any = self._children["output"]
-        self._drop = kinds.Dropout(self.dropout, **of_type)
+        self._drop = of(layers.Dropout)(self.dropout, **of_type)
         self._reader = Reader(self._embedding, self._recurrent)
         self._for_decoders = OfParameters(self._embedding, self._recurrent, self._output)
 
@@ -398,7 +394,7 @@ class RecurrentLM(SymbolModel):
         """
         inputs, targets, counts = self._batch(batch, state)
         logits, state, kept = self._through(inputs, state, counts, seed)
-        loss, gradient = self._losses.softmax_cross_entropy(logits, targets, lengths=counts)
+        loss, gradient = losses.softmax_cross_entropy(logits, targets, lengths=counts, _backend=self._backend)
         return loss, targets.size if counts is None else int(counts.sum()), (gradient, kept), state
 
     def training_backward(self, tape: Any, grads: Any = None, *, truncate: int | None = None) -> None:
@@ -414,7 +410,7 @@ class RecurrentLM(SymbolModel):
             given = Symbols(targets[real_steps(lengths, targets.shape[1])], lengths)
             return -float(self._log_probs(given).sum()) / max(len(given.ids), 1), len(given.ids), None
         y, state = self._reader(inputs, state, counts)
-        loss, _ = self._losses.softmax_cross_entropy(self._output(y), targets, lengths=counts)
+        loss, _ = losses.softmax_cross_entropy(self._output(y), targets, lengths=counts, _backend=self._backend)
         return loss, targets.size if counts is None else int(counts.sum()), state
 
     @checks.short_traceback
@@ -509,17 +505,18 @@ class RecurrentLM(SymbolModel):
         ids = self._after_begin(given.padded())
         y, state = self._reader(ids, None, given.lengths + 1)
         logits = self._output(y[np.arange(len(ids)), given.lengths])
-        if self._decoders is None:
+        compiled = self._backend.recurrent_decoder
+        if compiled is None:
             return logits, StateDecoder(self, state)
+        weights = self._for_decoders.get(lambda: self._decoder_weights(compiled))
         n_threads = threads.get_num_threads()
-        weights = self._for_decoders.get(self._decoder_weights)
-        return logits, self._decoders.Decoder(weights, state.h, getattr(state, "c", None), copies, n_threads)
+        return logits, compiled.Decoder(weights, state.h, getattr(state, "c", None), copies, n_threads)
 
-    def _decoder_weights(self) -> Any:
+    def _decoder_weights(self, compiled: RecurrentDecoder) -> Any:
         """The weights as a compiled decoder wants them."""
         cells = [cell for (cell,) in self._recurrent._cells()]
         tables = self._reader.tables()
-        return self._decoders.Weights(
+        return compiled.Weights(
             self._embedding._arrays["weight"], cells[0], tables and tables[0], cells, self._output._weights()
         )
 
@@ -529,7 +526,7 @@ def rollout(recurrent: Any, output: Any, x: Array, state: Any, steps: int) -> Ar
     weight, bias = output.parameters["weight"], output.parameters["bias"]
     h, c = state.h, getattr(state, "c", None)
     y: Array
-    y, _, _ = recurrent._operations.rollout(
+    y, _, _ = recurrent._backend.recurrent.rollout(
         recurrent._cells(), weight, bias, np.ascontiguousarray(x), h, c, steps, threads.get_num_threads()
     )
     return y
@@ -563,9 +560,6 @@ class RecurrentForecaster(ScaledModel):
         The variance of e, the mean of the squared residuals of what was fitted.
     """
 
-    _layers: ClassVar[Any] = layers
-    _losses: ClassVar[Any] = losses
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _measured = ("mean", "deviation", "sigma2")
 
     input_size: int
@@ -591,7 +585,7 @@ class RecurrentForecaster(ScaledModel):
         self.num_layers = checks.size("num_layers", num_layers, 1)
         self.cell = checks.choice("cell", cell, CELLS)
         self.dropout = checks.fraction("dropout", dropout)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         first, second = seeds_of(self.seed, 2)
         config = {
@@ -604,11 +598,12 @@ class RecurrentForecaster(ScaledModel):
             "seed": self.seed,
         }
         sizes = self.input_size, self.hidden_size, self.num_layers
-        kinds, of_type = self._layers, {"dtype": self.dtype}
+        of = self._backend.of
+        of_type: dict[str, Any] = {"dtype": self.dtype}
         self._start(
             config,
-            recurrent=recurrent_layer(kinds, self.cell, *sizes, dropout=self.dropout, seed=first, **of_type),
-            output=kinds.Linear(self.hidden_size, self.input_size, seed=second, **of_type),
+            recurrent=recurrent_layer(self._backend, self.cell, *sizes, dropout=self.dropout, seed=first, **of_type),
+            output=of(layers.Linear)(self.hidden_size, self.input_size, seed=second, **of_type),
         )
         self._recurrent: Any = self._children["recurrent"]
         self._output: Any = self._children["output"]
@@ -719,7 +714,7 @@ class RecurrentForecaster(ScaledModel):
         """
         inputs, targets, lengths = self._batch(batch)
         z, state, tapes = self._through(inputs, state, lengths, seed)
-        loss, gradient = self._losses.mean_squared_error(z, self._standard(targets), lengths=lengths)
+        loss, gradient = losses.mean_squared_error(z, self._standard(targets), lengths=lengths, _backend=self._backend)
         return loss, int(lengths.sum()), (gradient, tapes), state
 
     def _batch(self, batch: Batch) -> tuple[Array, Array, Array]:
@@ -736,7 +731,9 @@ class RecurrentForecaster(ScaledModel):
         """Loss, count and state as of `training_forward`, without dropout."""
         inputs, targets, lengths = self._batch(batch)
         y, state = self._recurrent(self._standard(inputs), state, lengths=lengths)
-        loss, _ = self._losses.mean_squared_error(self._output(y), self._standard(targets), lengths=lengths)
+        loss, _ = losses.mean_squared_error(
+            self._output(y), self._standard(targets), lengths=lengths, _backend=self._backend
+        )
         return loss, int(lengths.sum()), state
 
     def training_backward(self, tape: Any, grads: Any = None, *, truncate: int | None = None) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import _additive_attention, checks, layers, losses, threads, training
+from fastseq import checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import POOLING, SEQUENCE, Layer, Tape, child_seed, mask_seed, seeds_of
@@ -202,10 +202,6 @@ class TransformerLM(SymbolModel):
     .. [2] O. Press and L. Wolf, "Using the output embedding to improve language models", EACL 2017.
     """
 
-    _layers: ClassVar[Any] = layers
-    _losses: ClassVar[Any] = losses
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
-
     vocab_size: int
     d_model: int
     nhead: int
@@ -254,11 +250,12 @@ class TransformerLM(SymbolModel):
         self.norm_first = checks.flag("norm_first", norm_first)
         self.activation = checks.choice("activation", activation, ACTIVATIONS)
         self.norm = checks.choice("norm", norm, NORMS)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         first, second, third, fourth = seeds_of(self.seed, 4)
-        kinds, of_type = self._layers, {"dtype": self.dtype}
-        encoder = kinds.TransformerEncoder(
+        of = self._backend.of
+        of_type: dict[str, Any] = {"dtype": self.dtype}
+        encoder = of(layers.TransformerEncoder)(
             num_layers,
             self.d_model,
             nhead,
@@ -297,23 +294,25 @@ class TransformerLM(SymbolModel):
             "dtype": self.dtype.name,
             "seed": self.seed,
         }
-        children = {"embedding": kinds.Embedding(self.vocab_size + 1, self.d_model, seed=second, **of_type)}
+        children: dict[str, Any] = {
+            "embedding": of(layers.Embedding)(self.vocab_size + 1, self.d_model, seed=second, **of_type)
+        }
         self._positions: Any = None
         if self.positions == "learned":
-            self._positions = kinds.LearnedPositions(self.context, self.d_model, seed=third, **of_type)
+            self._positions = of(layers.LearnedPositions)(self.context, self.d_model, seed=third, **of_type)
             children["positions"] = self._positions
         elif self.positions == "sinusoidal":
-            self._positions = kinds.SinusoidalPositions(self.d_model, **of_type)
+            self._positions = of(layers.SinusoidalPositions)(self.d_model, **of_type)
         children["encoder"] = encoder
         if not self.tied:
-            children["output"] = kinds.Linear(self.d_model, self.vocab_size, False, seed=fourth, **of_type)
+            children["output"] = of(layers.Linear)(self.d_model, self.vocab_size, False, seed=fourth, **of_type)
         self._start(config, **children)
         self._embedding: Any = children["embedding"]
         self._encoder: Any = encoder
         self._output: Any = children.get("output")
         if self.tied:
-            self._output = _Tied(self._embedding, kinds.Linear._operations, self.vocab_size)
-        self._drop = kinds.Dropout(self.dropout, **of_type)
+            self._output = _Tied(self._embedding, self._backend.dense, self.vocab_size)
+        self._drop = of(layers.Dropout)(self.dropout, **of_type)
         _initialise(self, self.num_layers, 1 / math.sqrt(2 * self.num_layers))
 
     @property
@@ -523,7 +522,7 @@ class TransformerLM(SymbolModel):
         """
         tokens, rows, following = self._batch(batch)
         logits, kept = self._through(tokens, rows, seed)
-        loss, gradient = self._losses.softmax_cross_entropy(logits, following)
+        loss, gradient = losses.softmax_cross_entropy(logits, following, _backend=self._backend)
         return loss, len(following), (gradient, kept), None
 
     def training_backward(self, tape: Any, grads: Any = None) -> None:
@@ -541,7 +540,7 @@ class TransformerLM(SymbolModel):
             return -float(self._log_probs(given).sum()) / max(len(given.ids), 1), len(given.ids), None
         tokens, rows, following = self._batch(batch)
         y, _ = _encode(self._encoder, self._embedded(tokens, rows), rows, True)
-        loss, _ = self._losses.softmax_cross_entropy(self._output(y), following)
+        loss, _ = losses.softmax_cross_entropy(self._output(y), following, _backend=self._backend)
         return loss, len(following), None
 
     @checks.short_traceback
@@ -697,10 +696,10 @@ class TransformerLM(SymbolModel):
     def _decoder(self, prompts: list[Array], copies: int) -> tuple[Array, Decoder]:
         y, state = self._prefilled([self._with_begin(row) for row in prompts])
         logits: Array = self._output(y)
-        operations = self._encoder._operations
-        if not hasattr(operations, "Decoder"):
+        compiled = self._backend.transformer_decoder
+        if compiled is None:
             return logits, StateDecoder(self, state)
-        return logits, operations.Decoder(
+        return logits, compiled(
             self._encoder._packed_blocks(self.context),
             self._encoder._final_norm(),
             self._embedding._arrays["weight"],
@@ -781,11 +780,7 @@ class TransformerEncoderModel(Model):
     .. [2] N. Reimers and I. Gurevych, "Sentence-BERT: sentence embeddings using Siamese BERT-networks", EMNLP 2019.
     """
 
-    _layers: ClassVar[Any] = layers
-    _losses: ClassVar[Any] = losses
     # The set of operations of what has no layer of its own.
-    _operations: ClassVar[Any] = _additive_attention
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
 
     vocab_size: int
     d_model: int
@@ -841,11 +836,12 @@ class TransformerEncoderModel(Model):
         self.num_labels = None if num_labels is None else checks.size("num_labels", num_labels, 1)
         if self.normalize and self.num_labels is not None:
             raise ValueError("normalize should be False where num_labels gives the model a head")
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         seeds = seeds_of(self.seed, 6)
-        kinds, of_type = self._layers, {"dtype": self.dtype}
-        encoder = kinds.TransformerEncoder(
+        of = self._backend.of
+        of_type: dict[str, Any] = {"dtype": self.dtype}
+        encoder = of(layers.TransformerEncoder)(
             num_layers,
             self.d_model,
             nhead,
@@ -880,17 +876,17 @@ class TransformerEncoderModel(Model):
             "pooler": self.pooler,
         }
         children: dict[str, Layer] = {
-            "word": kinds.Embedding(self.vocab_size, self.d_model, seed=seeds[1], **of_type),
-            "position": kinds.LearnedPositions(self.max_length, self.d_model, seed=seeds[2], **of_type),
+            "word": of(layers.Embedding)(self.vocab_size, self.d_model, seed=seeds[1], **of_type),
+            "position": of(layers.LearnedPositions)(self.max_length, self.d_model, seed=seeds[2], **of_type),
         }
         if self.type_vocab_size:
-            children["type"] = kinds.Embedding(self.type_vocab_size, self.d_model, seed=seeds[3], **of_type)
-        children["norm"] = kinds.LayerNorm(self.d_model, eps=self.layer_norm_eps, **of_type)
+            children["type"] = of(layers.Embedding)(self.type_vocab_size, self.d_model, seed=seeds[3], **of_type)
+        children["norm"] = of(layers.LayerNorm)(self.d_model, eps=self.layer_norm_eps, **of_type)
         children["encoder"] = encoder
         if self.pooler:
-            children["pooler"] = kinds.Linear(self.d_model, self.d_model, seed=seeds[5], **of_type)
+            children["pooler"] = of(layers.Linear)(self.d_model, self.d_model, seed=seeds[5], **of_type)
         if self.num_labels is not None:
-            children["head"] = kinds.Linear(self.d_model, self.num_labels, seed=seeds[4], **of_type)
+            children["head"] = of(layers.Linear)(self.d_model, self.num_labels, seed=seeds[4], **of_type)
         self._start(config, **children)
         self._word: Any = children["word"]
         self._position: Any = children["position"]
@@ -899,7 +895,7 @@ class TransformerEncoderModel(Model):
         self._encoder: Any = encoder
         self._pooler: Any = children.get("pooler")
         self._head: Any = children.get("head")
-        self._drop = kinds.Dropout(self.dropout, **of_type)
+        self._drop = of(layers.Dropout)(self.dropout, **of_type)
         _initialise(self, self.num_layers, 1.0)
 
     @property
@@ -1055,7 +1051,7 @@ class TransformerEncoderModel(Model):
             y, kept = _pooled(self.pooling, y, rows)
         if self._pooler is not None:
             z, tape = self._pooler.forward(y) if taped else (self._pooler(y), None)
-            y = self._operations.tanh_forward(z, threads.get_num_threads())
+            y = self._backend.additive_attention.tanh_forward(z, threads.get_num_threads())
             y[np.diff(rows.starts) == 0] = 0
             of_pooler = y, tape
         if not self.normalize:
@@ -1074,7 +1070,7 @@ class TransformerEncoderModel(Model):
             dy = (dy - along) / lengths
         if of_pooler is not None:
             y, tape = of_pooler
-            dz = self._operations.tanh_backward(y, np.ascontiguousarray(dy), threads.get_num_threads())
+            dz = self._backend.additive_attention.tanh_backward(y, np.ascontiguousarray(dy), threads.get_num_threads())
             dz[np.diff(rows.starts) == 0] = 0
             dy = self._pooler.backward(dz, tape, grads=targets["pooler"])
         if self.pooling is None:
@@ -1265,7 +1261,7 @@ class TransformerEncoderModel(Model):
         """
         given, types, targets = self._batch(batch)
         scores, kept = self._through(given, types, seed)
-        loss, gradient = self._losses.softmax_cross_entropy(scores, targets, ignore_index=_IGNORED)
+        loss, gradient = losses.softmax_cross_entropy(scores, targets, ignore_index=_IGNORED, _backend=self._backend)
         return loss, int((targets != _IGNORED).sum()), (gradient, given.rows, kept), None
 
     def training_backward(self, tape: Any, grads: Any = None) -> None:
@@ -1277,7 +1273,7 @@ class TransformerEncoderModel(Model):
         """Loss, count and state as of `training_forward`, without dropout."""
         given, types, targets = self._batch(batch)
         scores, _ = self._encoded(given, types)
-        loss, _ = self._losses.softmax_cross_entropy(scores, targets, ignore_index=_IGNORED)
+        loss, _ = losses.softmax_cross_entropy(scores, targets, ignore_index=_IGNORED, _backend=self._backend)
         return loss, int((targets != _IGNORED).sum()), None
 
     @checks.short_traceback
