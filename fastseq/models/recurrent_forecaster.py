@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -60,9 +60,6 @@ class RecurrentForecaster(ScaledModel):
         The variance of e, the mean of the squared residuals of what was fitted.
     """
 
-    _layers: ClassVar[Any] = layers
-    _losses: ClassVar[Any] = losses
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _measured = ("mean", "deviation", "sigma2")
 
     input_size: int
@@ -88,7 +85,7 @@ class RecurrentForecaster(ScaledModel):
         self.num_layers = checks.size("num_layers", num_layers, 1)
         self.cell = checks.choice("cell", cell, CELLS)
         self.dropout = checks.fraction("dropout", dropout)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         first, second = seeds_of(self.seed, 2)
         config = {
@@ -101,11 +98,12 @@ class RecurrentForecaster(ScaledModel):
             "seed": self.seed,
         }
         sizes = self.input_size, self.hidden_size, self.num_layers
-        kinds, of_type = self._layers, {"dtype": self.dtype}
+        of = self._backend.of
+        of_type: dict[str, Any] = {"dtype": self.dtype}
         self._start(
             config,
-            recurrent=recurrent_layer(kinds, self.cell, *sizes, dropout=self.dropout, seed=first, **of_type),
-            output=kinds.Linear(self.hidden_size, self.input_size, seed=second, **of_type),
+            recurrent=recurrent_layer(self._backend, self.cell, *sizes, dropout=self.dropout, seed=first, **of_type),
+            output=of(layers.Linear)(self.hidden_size, self.input_size, seed=second, **of_type),
         )
         self._recurrent: Any = self._children["recurrent"]
         self._output: Any = self._children["output"]
@@ -216,7 +214,7 @@ class RecurrentForecaster(ScaledModel):
         """
         inputs, targets, lengths = self._batch(batch)
         z, state, tapes = self._through(inputs, state, lengths, seed)
-        loss, gradient = self._losses.mean_squared_error(z, self._standard(targets), lengths=lengths)
+        loss, gradient = losses.mean_squared_error(z, self._standard(targets), lengths=lengths, _backend=self._backend)
         return loss, int(lengths.sum()), (gradient, tapes), state
 
     def _batch(self, batch: Batch) -> tuple[Array, Array, Array]:
@@ -233,7 +231,9 @@ class RecurrentForecaster(ScaledModel):
         """Loss, count and state as of `training_forward`, without dropout."""
         inputs, targets, lengths = self._batch(batch)
         y, state = self._recurrent(self._standard(inputs), state, lengths=lengths)
-        loss, _ = self._losses.mean_squared_error(self._output(y), self._standard(targets), lengths=lengths)
+        loss, _ = losses.mean_squared_error(
+            self._output(y), self._standard(targets), lengths=lengths, _backend=self._backend
+        )
         return loss, int(lengths.sum()), state
 
     def training_backward(self, tape: Any, grads: Any = None, *, truncate: int | None = None) -> None:

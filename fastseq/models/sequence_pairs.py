@@ -8,12 +8,11 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastseq import (
-    _decoding,
     checks,
     losses,
     training,
@@ -81,9 +80,6 @@ class SequencePairModel(Model):
     A subclass says what the layers make of pairs of sequences: rows (N, V + 1) of logits, one for each symbol that the
     decoder is given.
     """
-
-    _losses: ClassVar[Any] = losses
-    _decoding: ClassVar[decoding.Searches] = _decoding
 
     source_vocab_size: int
     target_vocab_size: int
@@ -359,7 +355,9 @@ class SequencePairModel(Model):
         self._check_new(max_new)
         sequences = [given.ids[first:last] for first, last in itertools.pairwise(given.rows.starts)]
         begin = functools.partial(self._decoder, given)
-        return decoding.Given(sequences, begin, given.unbatched, self.target_vocab_size, self._decoding, self.end)
+        return decoding.Given(
+            sequences, begin, given.unbatched, self.target_vocab_size, self._backend.decoding, self.end
+        )
 
     def _check_new(self, max_new: Any) -> None:
         """Refuse more new symbols than a target can have."""
@@ -412,7 +410,9 @@ class SequencePairModel(Model):
         """
         pairs = self._batch(batch)
         logits, kept = self._through(pairs, seed, _share("sampling", sampling))
-        loss, gradient = self._losses.softmax_cross_entropy(logits, pairs.following, label_smoothing=label_smoothing)
+        loss, gradient = losses.softmax_cross_entropy(
+            logits, pairs.following, label_smoothing=label_smoothing, _backend=self._backend
+        )
         return loss, len(pairs.following), (gradient, kept), None
 
     def training_backward(self, tape: Any, grads: Any = None) -> None:
@@ -423,7 +423,7 @@ class SequencePairModel(Model):
     def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
         """Loss, count and state as of `training_forward`, without dropout, sampling and smoothing."""
         pairs = self._batch(batch)
-        loss, _ = self._losses.softmax_cross_entropy(self._scores(pairs), pairs.following)
+        loss, _ = losses.softmax_cross_entropy(self._scores(pairs), pairs.following, _backend=self._backend)
         return loss, len(pairs.following), None
 
     @checks.short_traceback

@@ -5,13 +5,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from fastseq import (
-    _decoding,
-)
 from fastseq.checks import Array
 from fastseq.models import decoding
 from fastseq.models.base import Model
@@ -27,8 +24,6 @@ from fastseq.models.symbols import (
 
 class SymbolModel(Model):
     """A model of sequences of symbols 0..V-1: the chain rule, and what follows from it."""
-
-    _decoding: ClassVar[decoding.Searches] = _decoding
 
     vocab_size: int
 
@@ -184,4 +179,4 @@ class SymbolModel(Model):
         rows = symbols("prompt", prompt, lengths, self.vocab_size).split()
         unbatched = not is_list_of_rows(prompt) and np.ndim(prompt) == 1
         begin = functools.partial(self._decoder, rows)
-        return decoding.Given(rows, begin, unbatched, self.vocab_size, self._decoding)
+        return decoding.Given(rows, begin, unbatched, self.vocab_size, self._backend.decoding)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastseq import (
-    _additive_attention,
     checks,
     layers,
     losses,
@@ -106,11 +105,7 @@ class TransformerEncoderModel(Model):
     .. [2] N. Reimers and I. Gurevych, "Sentence-BERT: sentence embeddings using Siamese BERT-networks", EMNLP 2019.
     """
 
-    _layers: ClassVar[Any] = layers
-    _losses: ClassVar[Any] = losses
     # The set of operations of what has no layer of its own.
-    _operations: ClassVar[Any] = _additive_attention
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
 
     vocab_size: int
     d_model: int
@@ -166,11 +161,12 @@ class TransformerEncoderModel(Model):
         self.num_labels = None if num_labels is None else checks.size("num_labels", num_labels, 1)
         if self.normalize and self.num_labels is not None:
             raise ValueError("normalize should be False where num_labels gives the model a head")
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         seeds = seeds_of(self.seed, 6)
-        kinds, of_type = self._layers, {"dtype": self.dtype}
-        encoder = kinds.TransformerEncoder(
+        of = self._backend.of
+        of_type: dict[str, Any] = {"dtype": self.dtype}
+        encoder = of(layers.TransformerEncoder)(
             num_layers,
             self.d_model,
             nhead,
@@ -205,17 +201,17 @@ class TransformerEncoderModel(Model):
             "pooler": self.pooler,
         }
         children: dict[str, Layer] = {
-            "word": kinds.Embedding(self.vocab_size, self.d_model, seed=seeds[1], **of_type),
-            "position": kinds.LearnedPositions(self.max_length, self.d_model, seed=seeds[2], **of_type),
+            "word": of(layers.Embedding)(self.vocab_size, self.d_model, seed=seeds[1], **of_type),
+            "position": of(layers.LearnedPositions)(self.max_length, self.d_model, seed=seeds[2], **of_type),
         }
         if self.type_vocab_size:
-            children["type"] = kinds.Embedding(self.type_vocab_size, self.d_model, seed=seeds[3], **of_type)
-        children["norm"] = kinds.LayerNorm(self.d_model, eps=self.layer_norm_eps, **of_type)
+            children["type"] = of(layers.Embedding)(self.type_vocab_size, self.d_model, seed=seeds[3], **of_type)
+        children["norm"] = of(layers.LayerNorm)(self.d_model, eps=self.layer_norm_eps, **of_type)
         children["encoder"] = encoder
         if self.pooler:
-            children["pooler"] = kinds.Linear(self.d_model, self.d_model, seed=seeds[5], **of_type)
+            children["pooler"] = of(layers.Linear)(self.d_model, self.d_model, seed=seeds[5], **of_type)
         if self.num_labels is not None:
-            children["head"] = kinds.Linear(self.d_model, self.num_labels, seed=seeds[4], **of_type)
+            children["head"] = of(layers.Linear)(self.d_model, self.num_labels, seed=seeds[4], **of_type)
         self._start(config, **children)
         self._word: Any = children["word"]
         self._position: Any = children["position"]
@@ -224,7 +220,7 @@ class TransformerEncoderModel(Model):
         self._encoder: Any = encoder
         self._pooler: Any = children.get("pooler")
         self._head: Any = children.get("head")
-        self._drop = kinds.Dropout(self.dropout, **of_type)
+        self._drop = of(layers.Dropout)(self.dropout, **of_type)
         initialise(self, self.num_layers, 1.0)
 
     @property
@@ -342,7 +338,7 @@ class TransformerEncoderModel(Model):
             y, kept = _pooled(self.pooling, y, rows)
         if self._pooler is not None:
             z, tape = self._pooler.forward(y) if taped else (self._pooler(y), None)
-            y = self._operations.tanh_forward(z, threads.get_num_threads())
+            y = self._backend.additive_attention.tanh_forward(z, threads.get_num_threads())
             y[np.diff(rows.starts) == 0] = 0
             of_pooler = y, tape
         if not self.normalize:
@@ -361,7 +357,7 @@ class TransformerEncoderModel(Model):
             dy = (dy - along) / lengths
         if of_pooler is not None:
             y, tape = of_pooler
-            dz = self._operations.tanh_backward(y, np.ascontiguousarray(dy), threads.get_num_threads())
+            dz = self._backend.additive_attention.tanh_backward(y, np.ascontiguousarray(dy), threads.get_num_threads())
             dz[np.diff(rows.starts) == 0] = 0
             dy = self._pooler.backward(dz, tape, grads=targets["pooler"])
         if self.pooling is None:
@@ -552,7 +548,7 @@ class TransformerEncoderModel(Model):
         """
         given, types, targets = self._batch(batch)
         scores, kept = self._through(given, types, seed)
-        loss, gradient = self._losses.softmax_cross_entropy(scores, targets, ignore_index=_IGNORED)
+        loss, gradient = losses.softmax_cross_entropy(scores, targets, ignore_index=_IGNORED, _backend=self._backend)
         return loss, int((targets != _IGNORED).sum()), (gradient, given.rows, kept), None
 
     def training_backward(self, tape: Any, grads: Any = None) -> None:
@@ -564,7 +560,7 @@ class TransformerEncoderModel(Model):
         """Loss, count and state as of `training_forward`, without dropout."""
         given, types, targets = self._batch(batch)
         scores, _ = self._encoded(given, types)
-        loss, _ = self._losses.softmax_cross_entropy(scores, targets, ignore_index=_IGNORED)
+        loss, _ = losses.softmax_cross_entropy(scores, targets, ignore_index=_IGNORED, _backend=self._backend)
         return loss, int((targets != _IGNORED).sum()), None
 
     @checks.short_traceback

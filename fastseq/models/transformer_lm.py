@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -109,10 +109,6 @@ class TransformerLM(SymbolModel):
     .. [2] O. Press and L. Wolf, "Using the output embedding to improve language models", EACL 2017.
     """
 
-    _layers: ClassVar[Any] = layers
-    _losses: ClassVar[Any] = losses
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
-
     vocab_size: int
     d_model: int
     nhead: int
@@ -161,11 +157,12 @@ class TransformerLM(SymbolModel):
         self.norm_first = checks.flag("norm_first", norm_first)
         self.activation = checks.choice("activation", activation, ACTIVATIONS)
         self.norm = checks.choice("norm", norm, NORMS)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         first, second, third, fourth = seeds_of(self.seed, 4)
-        kinds, of_type = self._layers, {"dtype": self.dtype}
-        encoder = kinds.TransformerEncoder(
+        of = self._backend.of
+        of_type: dict[str, Any] = {"dtype": self.dtype}
+        encoder = of(layers.TransformerEncoder)(
             num_layers,
             self.d_model,
             nhead,
@@ -204,23 +201,23 @@ class TransformerLM(SymbolModel):
             "dtype": self.dtype.name,
             "seed": self.seed,
         }
-        children = {"embedding": kinds.Embedding(self.vocab_size + 1, self.d_model, seed=second, **of_type)}
+        children: dict[str, Any] = {"embedding": of(layers.Embedding)(self.vocab_size + 1, self.d_model, seed=second, **of_type)}
         self._positions: Any = None
         if self.positions == "learned":
-            self._positions = kinds.LearnedPositions(self.context, self.d_model, seed=third, **of_type)
+            self._positions = of(layers.LearnedPositions)(self.context, self.d_model, seed=third, **of_type)
             children["positions"] = self._positions
         elif self.positions == "sinusoidal":
-            self._positions = kinds.SinusoidalPositions(self.d_model, **of_type)
+            self._positions = of(layers.SinusoidalPositions)(self.d_model, **of_type)
         children["encoder"] = encoder
         if not self.tied:
-            children["output"] = kinds.Linear(self.d_model, self.vocab_size, False, seed=fourth, **of_type)
+            children["output"] = of(layers.Linear)(self.d_model, self.vocab_size, False, seed=fourth, **of_type)
         self._start(config, **children)
         self._embedding: Any = children["embedding"]
         self._encoder: Any = encoder
         self._output: Any = children.get("output")
         if self.tied:
-            self._output = TiedOutput(self._embedding, kinds.Linear._operations, self.vocab_size)
-        self._drop = kinds.Dropout(self.dropout, **of_type)
+            self._output = TiedOutput(self._embedding, self._backend.dense, self.vocab_size)
+        self._drop = of(layers.Dropout)(self.dropout, **of_type)
         initialise(self, self.num_layers, 1 / math.sqrt(2 * self.num_layers))
 
     @property
@@ -430,7 +427,7 @@ class TransformerLM(SymbolModel):
         """
         tokens, rows, following = self._batch(batch)
         logits, kept = self._through(tokens, rows, seed)
-        loss, gradient = self._losses.softmax_cross_entropy(logits, following)
+        loss, gradient = losses.softmax_cross_entropy(logits, following, _backend=self._backend)
         return loss, len(following), (gradient, kept), None
 
     def training_backward(self, tape: Any, grads: Any = None) -> None:
@@ -448,7 +445,7 @@ class TransformerLM(SymbolModel):
             return -float(self._log_probs(given).sum()) / max(len(given.ids), 1), len(given.ids), None
         tokens, rows, following = self._batch(batch)
         y, _ = encode(self._encoder, self._embedded(tokens, rows), rows, True)
-        loss, _ = self._losses.softmax_cross_entropy(self._output(y), following)
+        loss, _ = losses.softmax_cross_entropy(self._output(y), following, _backend=self._backend)
         return loss, len(following), None
 
     @checks.short_traceback
@@ -604,10 +601,10 @@ class TransformerLM(SymbolModel):
     def _decoder(self, prompts: list[Array], copies: int) -> tuple[Array, Decoder]:
         y, state = self._prefilled([self._with_begin(row) for row in prompts])
         logits: Array = self._output(y)
-        operations = self._encoder._operations
-        if not hasattr(operations, "Decoder"):
+        compiled = self._backend.transformer_decoder
+        if compiled is None:
             return logits, StateDecoder(self, state)
-        return logits, operations.Decoder(
+        return logits, compiled(
             self._encoder._packed_blocks(self.context),
             self._encoder._final_norm(),
             self._embedding._arrays["weight"],

@@ -12,7 +12,8 @@ from common import Array, assert_close, assert_same_bits, inputs, strange, threa
 
 import fastseq as fs
 from fastseq import _attention
-from fastseq.reference import attention_operations, dense
+from fastseq.reference import _attention as in_numpy
+from fastseq.reference import _dense as dense
 
 pytestmark = pytest.mark.every_isa
 
@@ -361,7 +362,7 @@ def ragged(dense_heads: Array, lengths: Array) -> Array:
     return np.concatenate([own[:, :n].swapaxes(0, 1) for own, n in zip(dense_heads, lengths, strict=True)])
 
 
-@pytest.mark.parametrize("operations", [_attention, attention_operations], ids=["compiled", "reference"])
+@pytest.mark.parametrize("operations", [_attention, in_numpy], ids=["compiled", "reference"])
 @DTYPES
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", ["plain", "causal", "mask", "additive", "window"])
@@ -408,7 +409,7 @@ def test_sequences_one_after_another(kind: str, dropout: float, dtype: str, oper
                 assert_close(gradient[ends].swapaxes(0, 1), expected[0], 1e-4 if dtype == "float32" else 1e-12)
 
 
-@pytest.mark.parametrize("operations", [_attention, attention_operations], ids=["compiled", "reference"])
+@pytest.mark.parametrize("operations", [_attention, in_numpy], ids=["compiled", "reference"])
 @DTYPES
 def test_dropout(dtype: str, operations: Any) -> None:
     """Weights are dropped as `dense.dropout` drops the elements of (B, H, Tq, Tk), forward and backward."""
@@ -636,7 +637,7 @@ def test_bad_options(module: Any) -> None:
 
 def test_the_six_steps_can_be_read() -> None:
     """The notes walk through attention in six steps; they stand in the reference under their names, in order."""
-    source = inspect.getsource(attention_operations.attend)
+    source = inspect.getsource(in_numpy.attend)
     lines = [line.strip() for line in source.splitlines() if " = " in line and '"""' not in line]
     starts = ("queries, keys, values = ", "scores = ", "scaled = ", "weights, ", "weighted = ", "out = ")
     steps = [line for line in lines if line.startswith(starts)]

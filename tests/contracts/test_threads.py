@@ -422,7 +422,7 @@ def test_other_python_threads_run_during_every_long_call() -> None:
 # Ctrl-C
 
 LONG = """
-import itertools, signal, sys
+import dataclasses, itertools, signal, sys
 import numpy as np, fastseq as fs
 from common import assert_same_bits, example, inputs, make, random_state, train
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -439,7 +439,8 @@ class Watched:
 
 {setting}
 expected = use()
-layer._operations = watched = Watched(layer._operations)
+watched = Watched(layer._backend.recurrent)
+layer._backend = dataclasses.replace(layer._backend, recurrent=watched)
 for word in ("ready", "again"):
     del watched.ended[:]
     print(word, flush=True)

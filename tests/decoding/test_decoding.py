@@ -19,7 +19,7 @@ from protocol import fitted, log_softmax, random_ids, random_sequences
 
 import fastseq as fs
 from fastseq.models import decoding
-from fastseq.reference import decoding as numpy_decoding
+from fastseq.reference import _decoding as numpy_decoding
 
 ENGINES = pytest.mark.parametrize("engine", ["compiled", "reference"])
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])

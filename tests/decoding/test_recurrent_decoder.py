@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,7 @@ def functions_of(decoder: Any) -> tuple[Any, Any]:
 
 def test_a_search_asks_again() -> None:
     model, in_python = (fs.models.RecurrentLM(10, 8, 384, 2, seed=1) for _ in range(2))
-    in_python._decoders = None
+    in_python._backend = replace(in_python._backend, recurrent_decoder=None)
     prompts = np.arange(1400).reshape(700, 2) % 10
     found, expected = (one.generate(prompts, 3, seed=1, return_log_probs=True) for one in (model, in_python))
     assert_alike(found, expected)
@@ -236,7 +237,7 @@ def test_a_decoder_keeps_what_it_needs() -> None:
 def test_generate_is_what_steps_in_python_generate(cell: str, dtype: str) -> None:
     model = fs.models.RecurrentLM(20, 8, 30, 2, cell=cell, dtype=dtype, seed=1)
     in_python = fs.models.RecurrentLM(20, 8, 30, 2, cell=cell, dtype=dtype, seed=1)
-    in_python._decoders = None
+    in_python._backend = replace(in_python._backend, recurrent_decoder=None)
     prompts = [[1, 2, 3], [], [4], [1, 2, 3]]
     for settings in (
         {"seed": 1},
@@ -306,7 +307,7 @@ def test_threads_change_no_bit_of_what_attends(attention: str | None, n_threads:
 def test_what_is_said_of_a_source_is_what_steps_in_python_say(attention: str | None) -> None:
     model = fs.models.Seq2Seq(9, 7, 5, 17, 2, attention=attention, seed=1)
     in_python = fs.models.Seq2Seq(9, 7, 5, 17, 2, attention=attention, seed=1)
-    in_python._decoders = None
+    in_python._backend = replace(in_python._backend, recurrent_decoder=None)
     sources = [[1, 2, 3], [4], [1, 2, 3], [8, 7, 6, 5, 4, 3]]
     for settings in (
         {"seed": 1},
@@ -353,7 +354,7 @@ def test_new_parameters_are_seen(layer: str) -> None:
     """In the table of inputs too, which is of two layers."""
     model = fs.models.RecurrentLM(20, 8, 30, seed=1)
     in_python = fs.models.RecurrentLM(20, 8, 30, seed=1)
-    in_python._decoders = None
+    in_python._backend = replace(in_python._backend, recurrent_decoder=None)
     before = model.generate([1], 40, temperature=0, return_log_probs=True)
     for each in (model, in_python):
         each.parameters[layer] = -each.parameters[layer][::-1]

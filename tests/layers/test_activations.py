@@ -15,7 +15,7 @@ from common import Array, assert_close, assert_same_bits, inputs, strange, threa
 
 import fastseq as fs
 from fastseq import _attention
-from fastseq.reference import attention_operations
+from fastseq.reference import _attention as in_numpy
 
 pytestmark = pytest.mark.every_isa
 
@@ -371,7 +371,7 @@ def test_positions_that_are_given(case: str, module: Any) -> None:
         assert np.isfinite(far).all()
 
 
-@pytest.mark.parametrize("operations", [_attention, attention_operations], ids=["compiled", "reference"])
+@pytest.mark.parametrize("operations", [_attention, in_numpy], ids=["compiled", "reference"])
 @DTYPES
 def test_the_operation_of_rotary_positions(operations: Any, dtype: str) -> None:
     """Heads that lie side by side in a longer row; back again; any part of a head, in any order."""
@@ -386,7 +386,7 @@ def test_the_operation_of_rotary_positions(operations: Any, dtype: str) -> None:
             y = operations.rotary(x, cos, sin, positions, interleaved, False, 2)
             assert y.flags.c_contiguous and y.shape == x.shape and y.dtype == dtype
             wide = (array.astype("longdouble") for array in (x, cos, sin))
-            expected = attention_operations.rotary(*wide, positions, interleaved, False, 1)
+            expected = in_numpy.rotary(*wide, positions, interleaved, False, 1)
             assert_close(y, expected, tolerance(dtype, 2, 1))
             back = operations.rotary(y, cos, sin, positions, interleaved, True, 1)
             assert_close(back, np.ascontiguousarray(x), 2 * tolerance(dtype, 2, 1))

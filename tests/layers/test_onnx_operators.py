@@ -19,7 +19,8 @@ from onnx.backend.test.loader import load_model_tests
 
 import fastseq as fs
 from fastseq import _attention, _dense
-from fastseq.reference import attention_operations, dense
+from fastseq.reference import _attention as in_numpy
+from fastseq.reference import _dense as dense
 
 pytestmark = pytest.mark.every_isa
 
@@ -133,7 +134,7 @@ def rotary(module: Any, given: dict[str, Array], settings: dict[str, Any]) -> li
     else:
         cos, sin = (table.reshape(len(positions), -1) for table in (cos, sin))
     rows = np.ascontiguousarray(x.swapaxes(1, 2)).reshape(len(positions), x.shape[1], x.shape[3])
-    operations = _attention if module is fs else attention_operations
+    operations = _attention if module is fs else in_numpy
     y = operations.rotary(rows, cos, sin, positions, bool(settings.get("interleaved", 0)), False, 1)
     y = y.reshape(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
     return [y.reshape(given["input"].shape) if merged else y.swapaxes(1, 2)]

@@ -13,7 +13,7 @@ from protocol import check_generate, check_gradients, fitted, log_softmax, rando
 
 import fastseq as fs
 from fastseq import _autoregression
-from fastseq.reference import autoregression
+from fastseq.reference import _autoregression as autoregression
 
 SMOOTHINGS = [1.0, 0.3, "witten_bell", "kneser_ney"]
 needs_statsmodels = pytest.mark.skipif(

@@ -13,7 +13,7 @@ from learners import Several
 import fastseq as fs
 from fastseq import _optimisers
 from fastseq.layers.base import Composite
-from fastseq.reference import optimisers as equations
+from fastseq.reference import _optimisers as equations
 from fastseq.training import SGD, Adam, AdamW, RMSProp, clip_grad_norm, clip_grad_value
 
 pytestmark = pytest.mark.every_isa

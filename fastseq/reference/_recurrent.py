@@ -403,6 +403,7 @@ def run(
     lengths: Array | None,
     resets: Array | None,
     n_threads: int,
+    tables: None = None,
 ) -> tuple[Array, Array, Array | None]:
     """Whole sequences through all layers and directions.
 
@@ -414,6 +415,8 @@ def run(
         Where each row starts; c is None but for the LSTM.
     lengths, resets, n_threads
         As `forward` takes them.
+    tables : None
+        What `input_table` gives.
 
     Returns
     -------
@@ -457,6 +460,10 @@ def rollout(
         out, h, c = step(cells, x, h, c, None, n_threads)
         y[:, t] = x = out @ weight.T + bias
     return y, *_read_only(h, c)
+
+
+def input_table(cell: Cell, embedding: Array, n_threads: int) -> None:
+    """A table of the input parts of pre-activations. Here there is none: the layer is called on the embeddings."""
 
 
 def fits(cells: Cells, x: object, dims: int, state: object, out: object) -> bool:

@@ -13,7 +13,6 @@ References
    for controllable generation", 2019: the repetition penalty.
 .. [4] Y. Wu et al., "Google's neural machine translation system", 2016: beams whose finished hypotheses are ranked by
    log P over a power of their length. Its offset of the length and its coverage penalty are not used here.
-.. [5] G. L. Steele, D. Lea and C. H. Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastseq.checks import Array
+from fastseq.splitmix import uniform
 
 # The share of top_p that counts as all of it: a sum of float64 is that exact.
 _REACHED = 1 - 1e-11
@@ -78,22 +78,6 @@ def log_softmax(logits: Array) -> Array:
     scores = logits - logits.max()
     result: Array = scores - np.log(np.exp(scores).sum())
     return result
-
-
-def mixed(x: Array) -> Array:
-    """The output function of SplitMix64, after one step of its counter [5]_."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    result: Array = x ^ (x >> np.uint64(31))
-    return result
-
-
-def uniform(keys: Array, step: int) -> Array:
-    """Random numbers in [0, 1) of one step, one for each key: they depend on nothing else."""
-    # 52 bits, so that the largest number times any total is less than the total.
-    numbers: Array = (mixed(keys + mixed(np.array([step], np.uint64))) >> np.uint64(12)) * 2.0**-52
-    return numbers
 
 
 def ends_with(symbols: Sequence[int], stop: Sequence[tuple[int, ...]]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastseq.checks import Array
-from fastseq.reference.operations import sigmoid
+from fastseq.reference._recurrent import sigmoid
 
 
 @np.errstate(all="ignore")

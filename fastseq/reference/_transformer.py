@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastseq.checks import Array
-from fastseq.reference.attention_operations import attention, rotary
-from fastseq.reference.dense import activation_forward, layer_norm_forward, linear_forward, rms_norm_forward
+from fastseq.reference._attention import attention, rotary
+from fastseq.reference._dense import activation_forward, layer_norm_forward, linear_forward, rms_norm_forward
 
 FinalNorm = tuple[str, float, Array | None, Array | None] | None
 PAGE = 64  # tokens that are let go of together, once they are out of the window

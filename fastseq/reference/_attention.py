@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastseq.checks import Array
-from fastseq.reference.dense import dropout as dropped
+from fastseq.reference._dense import dropout as dropped
 
 Spans = tuple[Array, Array]
 
@@ -205,7 +205,7 @@ def attention_forward(
     scale : float
         What scores are multiplied by.
     dropout, seed
-        Weight (b, h, i, j) is dropped as element ((b H + h) Tq + i) Tk + j is by `fastseq.reference.dense.dropout`.
+        Weight (b, h, i, j) is dropped as element ((b H + h) Tq + i) Tk + j is by `fastseq.reference._dense.dropout`.
     n_threads : int
         For the compiled operation.
     """
