@@ -174,7 +174,7 @@ class TransformerLM(SymbolModel):
         The most tokens that are looked at together.
     dropout : float in [0, 1)
         Share that training drops: of what enters the first layer, and in the layers as `TransformerEncoder` has it.
-    activation : {"gelu_tanh", "gelu", "relu"}
+    activation : {"gelu_tanh", "gelu", "relu", "swiglu", "geglu"}
         Between the two linear maps.
     norm : {"layer", "rms"}
         `LayerNorm` or `RMSNorm`.
@@ -754,7 +754,7 @@ class TransformerEncoderModel(Model):
     dropout : float in [0, 1)
         Share that training drops: of the embeddings, in the layers as `TransformerEncoder` has it, and of what enters
         the head.
-    activation : {"gelu", "gelu_tanh", "relu"}
+    activation : {"gelu", "gelu_tanh", "relu", "swiglu", "geglu"}
         Between the two linear maps.
     norm_first : bool
         Whether norms stand before attention and feed-forward, and one after the last layer; else after each sum.
