@@ -146,7 +146,7 @@ ROOMS = {
     "recurrent": ["_recurrent"],
     "dense": ["_dense"],
     "attention": ["_attention", "_additive_attention"],
-    "transformer": ["_transformer"],
+    "transformer": ["_schedule", "_kv_pages", "_transformer"],
     "training": ["_losses", "_optimisers"],
     "autoregression": ["_autoregression", "_markov"],
     "decoding": ["_decoding", "_recurrent_decoder"],

@@ -15,6 +15,7 @@ def attention(
     want_weights: bool,
     n_threads: int,
 ) -> tuple[Array, Array | None]: ...
+def usual_attention(q: Any, k: Any, v: Any, causal: bool, n_threads: int) -> Array | None: ...
 def attention_forward(
     q: Array,
     k: Array,

@@ -195,6 +195,9 @@ class Attention(Protocol):
     ) -> tuple[Array, Array | None]:
         """The outputs and, if wanted, the attention weights."""
 
+    def usual_attention(self, q: Any, k: Any, v: Any, causal: bool, n_threads: int, /) -> Array | None:
+        """The outputs without masks, where the arguments are known to need no check; else None."""
+
     def attention_forward(
         self,
         q: Array,

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastseq import checks, threads
 from fastseq.checks import Array
-from fastseq.layers.activation import GELU, ReLU
+from fastseq.layers.activation import GELU, ReLU, SiLU
 from fastseq.layers.attention import Frame, MultiheadAttention, batched, head_dim, kv_heads, rotary_base
 from fastseq.layers.base import SEQUENCE, Composite, Layer, Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.dropout import Dropout
@@ -22,7 +22,8 @@ from fastseq.layers.norm import LayerNorm, RMSNorm
 from fastseq.layers.rows import Rows, cut, padded, rows_of
 from fastseq.state import AttentionState, attention_state, pages_for
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh")
+GATED = ("swiglu", "geglu")  # activations that multiply linear1's results with those of linear3
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", *GATED)
 NORMS = ("layer", "rms")
 MAX_LAYERS = 1024  # nobody stacks more, and each is some Python objects
 
@@ -556,8 +557,130 @@ class Decodes(Runs):
         return dx, dmemory
 
 
+class Sublayer:
+    """One part of a block, which computes f of x = norm(x + f(x)), or where norms stand first of x = x + f(norm(x)).
+
+    The list of them is the description of a block: training goes through it, and `block_pack` makes of it what
+    inference follows.
+    """
+
+    kind: ClassVar[str]  # as `block_pack` knows it
+
+    def __init__(self, norm_name: str, norm: Any, drop: Any) -> None:
+        self.norm_name = norm_name
+        self.norm = norm
+        self._drop = drop  # of f's result
+
+    def parts(self) -> dict[str, Any]:
+        """The weights by their names in `block_pack`."""
+        raise NotImplementedError
+
+    def forward(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
+        """The result f(x) in training, and what `backward` needs."""
+        raise NotImplementedError
+
+    def backward(self, dout: Array, kept: Any, targets: Mapping[str, Any]) -> tuple[Array, Array | None]:
+        """Gradients of x and, where there is one, of the memory; those of parameters are added to the targets."""
+        raise NotImplementedError
+
+
+class SelfAttention(Sublayer):
+    """Attention of the tokens to each other."""
+
+    kind = "self_attention"
+
+    def __init__(self, norm_name: str, norm: Any, drop: Any, attention: Any) -> None:
+        super().__init__(norm_name, norm, drop)
+        self._attention = attention
+
+    def parts(self) -> dict[str, Any]:  # noqa: D102
+        return {"qkv": self._attention._weights("in"), "out": self._attention._weights("out")}
+
+    def forward(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:  # noqa: D102
+        first = child_seed(seed, 0)
+        out, kept = self._attention._run_forward((x,), context.frame, context.mask, context.causal, first)
+        out, dropped = self._drop.forward(out, child_seed(seed, 1))
+        return out, (kept, dropped)
+
+    def backward(self, dout: Array, kept: Any, targets: Mapping[str, Any]) -> tuple[Array, Array | None]:  # noqa: D102
+        of_attention, dropped = kept
+        dout = self._drop.backward(dout, dropped)
+        own = self._attention._targets(targets["self_attn"])
+        (dx,) = self._attention._run_backward(dout, of_attention, own)
+        return dx, None
+
+
+class CrossAttention(Sublayer):
+    """Attention of the tokens to a memory."""
+
+    kind = "cross_attention"
+
+    def __init__(self, norm_name: str, norm: Any, drop: Any, attention: Any) -> None:
+        super().__init__(norm_name, norm, drop)
+        self._attention = attention
+
+    def parts(self) -> dict[str, Any]:  # noqa: D102
+        return {part: self._attention._weights(part) for part in ("q", "kv", "out")}
+
+    def forward(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:  # noqa: D102
+        sources, first = (x, context.memory), child_seed(seed, 0)
+        out, kept = self._attention._run_forward(sources, context.memory_frame, context.memory_mask, False, first)
+        out, dropped = self._drop.forward(out, child_seed(seed, 1))
+        return out, (kept, dropped)
+
+    def backward(self, dout: Array, kept: Any, targets: Mapping[str, Any]) -> tuple[Array, Array | None]:  # noqa: D102
+        of_attention, dropped = kept
+        dout = self._drop.backward(dout, dropped)
+        own = self._attention._targets(targets["multihead_attn"])
+        dx, dmemory = self._attention._run_backward(dout, of_attention, own)
+        return dx, dmemory
+
+
+class FeedForward(Sublayer):
+    """Two linear maps with an activation between them; gated, the activation is multiplied with a third map of x.
+
+    y = W_2 f(W_1 x + b_1) + b_2;  gated y = W_2 (f(W_1 x + b_1) * (W_3 x + b_3)) + b_2
+    """
+
+    kind = "feed_forward"
+
+    def __init__(self, norm_name: str, norm: Any, drop: Any, linears: Mapping[str, Any], activation: Any) -> None:
+        super().__init__(norm_name, norm, drop)
+        self._linears = linears  # linear1, linear2; gated, linear3
+        self._activation = activation
+
+    def parts(self) -> dict[str, Any]:  # noqa: D102
+        return {name: linear._weights() for name, linear in self._linears.items()}
+
+    def forward(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:  # noqa: D102
+        hidden, of_first = self._linears["linear1"].forward(x)
+        active, of_active = self._activation.forward(hidden)
+        of_gate = None
+        if "linear3" in self._linears:
+            gated, of_third = self._linears["linear3"].forward(x)
+            active, of_gate = active * gated, (active, gated, of_third)
+        active, dropped_inside = self._drop.forward(active, child_seed(seed, 0))
+        out, of_second = self._linears["linear2"].forward(active)
+        out, dropped = self._drop.forward(out, child_seed(seed, 1))
+        return out, (of_first, of_active, of_gate, dropped_inside, of_second, dropped)
+
+    def backward(self, dout: Array, kept: Any, targets: Mapping[str, Any]) -> tuple[Array, Array | None]:  # noqa: D102
+        of_first, of_active, of_gate, dropped_inside, of_second, dropped = kept
+        dout = self._drop.backward(dout, dropped)
+        dactive = self._linears["linear2"].backward(dout, of_second, grads=targets["linear2"])
+        dactive = self._drop.backward(dactive, dropped_inside)
+        if of_gate is None:
+            dhidden = self._activation.backward(dactive, of_active)
+            dx: Array = self._linears["linear1"].backward(dhidden, of_first, grads=targets["linear1"])
+            return dx, None
+        active, gated, of_third = of_gate
+        dhidden = self._activation.backward(dactive * gated, of_active)
+        dx = self._linears["linear1"].backward(dhidden, of_first, grads=targets["linear1"])
+        return dx + self._linears["linear3"].backward(dactive * active, of_third, grads=targets["linear3"]), None
+
+
 class Block(Runs):
-    """What the layers of encoder and decoder share: attention and feed-forward, each with a sum and a norm."""
+    """What the layers of encoder and decoder share: a list of sublayers, each with a sum and a norm."""
 
     _cross: ClassVar[bool]  # whether it attends to a memory, too
 
@@ -566,38 +689,48 @@ class Block(Runs):
     linear2: Any
 
     def _start(self, config: dict[str, Any], **more: Any) -> None:
-        """Make the children."""
+        """Make the children, and the sublayers of them."""
         self._config = {**config, "seed": self.seed}
         of, dtype = self._backend.of, self.dtype
-        of_attention: dict[str, Any] = {
-            "num_kv_heads": self.num_kv_heads,
-            "bias": self.bias,
-            "dropout": self.dropout,
-            "dtype": dtype,
-        }
-        # Each has the seed of its place among the children.
+        # Each child with parameters has the seed of its place.
         seeds = iter(seeds_of(self.seed, 8))
-        children: dict[str, Any] = {
-            "self_attn": of(MultiheadAttention)(
-                self.d_model, self.nhead, rotary=self.rotary, window=self.window, seed=next(seeds), **of_attention
-            )
-        }
+        attentions = {"self_attn": self._attention_layer(next(seeds), rotary=self.rotary, window=self.window)}
         if self._cross:
-            children["multihead_attn"] = of(MultiheadAttention)(
-                self.d_model, self.nhead, seed=next(seeds), **of_attention
-            )
-        width, inner = self.d_model, self.dim_feedforward
-        children["linear1"] = of(Linear)(width, inner, self.bias, seed=next(seeds), dtype=dtype)
-        children["linear2"] = of(Linear)(inner, width, self.bias, seed=next(seeds), dtype=dtype)
-        self._norms = [self._norm_layer() for _ in range(3 if self._cross else 2)]
-        children |= {f"norm{i + 1}": norm for i, norm in enumerate(self._norms)}
-        self._children = children
-        self.self_attn, self.linear1, self.linear2 = (children[n] for n in ("self_attn", "linear1", "linear2"))
-        self._cross_attn: Any = children.get("multihead_attn")
-        self._drop = of(Dropout)(self.dropout, dtype=dtype)
-        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-        self._activate = of(ReLU)(dtype=dtype) if self.activation == "relu" else of(GELU)(approximate, dtype=dtype)
+            attentions["multihead_attn"] = self._attention_layer(next(seeds))
+        inner = self.d_model, self.dim_feedforward
+        linears = {"linear1": inner, "linear2": inner[::-1]} | ({"linear3": inner} if self.activation in GATED else {})
+        linears = {n: of(Linear)(*size, self.bias, seed=next(seeds), dtype=dtype) for n, size in linears.items()}
+        norms = {f"norm{i + 1}": self._norm_layer() for i in range(3 if self._cross else 2)}
+        self._children = {**attentions, **linears, **norms}
+        self.self_attn, self.linear1, self.linear2 = (self._children[n] for n in ("self_attn", "linear1", "linear2"))
+        drop = of(Dropout)(self.dropout, dtype=dtype)
+        named = iter(norms.items())
+        self._sublayers: list[Sublayer] = [SelfAttention(*next(named), drop, attentions["self_attn"])]
+        if self._cross:
+            self._sublayers.append(CrossAttention(*next(named), drop, attentions["multihead_attn"]))
+        self._sublayers.append(FeedForward(*next(named), drop, linears, self._activation_layer()))
         self._packed: tuple[list[Any], Any] | None = None
+
+    def _attention_layer(self, seed: Any, **more: Any) -> Any:
+        """Attention of this block's sizes."""
+        return self._backend.of(MultiheadAttention)(
+            self.d_model,
+            self.nhead,
+            num_kv_heads=self.num_kv_heads,
+            bias=self.bias,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            seed=seed,
+            **more,
+        )
+
+    def _activation_layer(self) -> Any:
+        """What follows linear1."""
+        if self.activation == "relu":
+            return self._backend.of(ReLU)(dtype=self.dtype)
+        if self.activation == "swiglu":
+            return self._backend.of(SiLU)(dtype=self.dtype)
+        return self._backend.of(GELU)("tanh" if self.activation == "gelu_tanh" else "none", dtype=self.dtype)
 
     def _blocks(self) -> tuple[Block, ...]:
         return (self,)
@@ -607,7 +740,7 @@ class Block(Runs):
         return returned if weights is None else (returned[0], returned[1][0])
 
     def _packed_for(self, longest: int) -> Any:
-        """All weights as `run_blocks` wants them, for sequences up to a length."""
+        """The description with all weights as `run_blocks` wants it, for sequences up to a length."""
         turns = None if self.self_attn._turns is None else self.self_attn._turns.up_to(longest)
         made_of = [child._arrays for child in self._children.values()]
         made_of += [] if turns is None else [turns]
@@ -622,108 +755,44 @@ class Block(Runs):
             "norm_first": self.norm_first,
             "norm": self.norm,
             "eps": self.layer_norm_eps,
-            "cross": self._cross,
             "window": self.window,
             "rotary": None if turns is None else (*turns, False),
         }
-        parts = {
-            "in_proj": self.self_attn._weights("in"),
-            "out_proj": self.self_attn._weights("out"),
-            "linear1": self.linear1._weights(),
-            "linear2": self.linear2._weights(),
-        }
-        if self._cross:
-            parts["cross_q"] = self._cross_attn._weights("q")
-            parts["cross_kv"] = self._cross_attn._weights("kv")
-            parts["cross_out"] = self._cross_attn._weights("out")
-        for i, norm in enumerate(self._norms):
-            parts[f"norm{i + 1}"] = norm._arrays.get("weight"), norm._arrays.get("bias")
-        block = self._backend.transformer.block_pack(settings, parts)
+        sublayers = [
+            (sublayer.kind, sublayer.parts(), tuple(map(sublayer.norm._arrays.get, ("weight", "bias"))))
+            for sublayer in self._sublayers
+        ]
+        block = self._backend.transformer.block_pack(settings, sublayers)
         self._packed = (made_of, block)
         return block
 
-    def _sublayers(self) -> list[tuple[Any, Any]]:
-        """The forward and the backward of what there is a norm for."""
-        cross = [(self._cross_forward, self._cross_backward)] if self._cross else []
-        return [
-            (self._self_forward, self._self_backward),
-            *cross,
-            (self._feed_forward, self._feed_backward),
-        ]
-
     def _forward_rows(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
         kept = []
-        for i, ((forward, _), norm) in enumerate(zip(self._sublayers(), self._norms, strict=True)):
+        for i, sublayer in enumerate(self._sublayers):
             own = child_seed(seed, i)
             if self.norm_first:
-                normed, of_norm = norm.forward(x)  # type: ignore[attr-defined]
-                more, of_sublayer = forward(normed, context, own)
+                normed, of_norm = sublayer.norm.forward(x)
+                more, of_sublayer = sublayer.forward(normed, context, own)
                 x = x + more
             else:
-                more, of_sublayer = forward(x, context, own)
-                x, of_norm = norm.forward(x + more)  # type: ignore[attr-defined]
+                more, of_sublayer = sublayer.forward(x, context, own)
+                x, of_norm = sublayer.norm.forward(x + more)
             kept.append((of_norm, of_sublayer))
         return x, kept
 
     def _backward_rows(self, dy: Array, kept: Any, grads: Mapping[str, Array] | None) -> tuple[Array, Array | None]:
-        targets, dx = self._child_targets(grads), dy
-        dmemory = None
-        steps = list(enumerate(zip(self._sublayers(), self._norms, kept, strict=True)))
-        for i, ((_, backward), norm, (of_norm, of_sublayer)) in reversed(steps):
-            own: Any = norm
-            of_own = targets[f"norm{i + 1}"]
+        targets, dx, dmemory = self._child_targets(grads), dy, None
+        for sublayer, (of_norm, of_sublayer) in reversed(list(zip(self._sublayers, kept, strict=True))):
+            of_own = targets[sublayer.norm_name]
             if self.norm_first:
-                dnormed, of_memory = backward(dx, of_sublayer, targets)
-                dx = dx + own.backward(dnormed, of_norm, grads=of_own)
+                dnormed, of_memory = sublayer.backward(dx, of_sublayer, targets)
+                dx = dx + sublayer.norm.backward(dnormed, of_norm, grads=of_own)
             else:
-                dsum = own.backward(dx, of_norm, grads=of_own)
-                dmore, of_memory = backward(dsum, of_sublayer, targets)
+                dsum = sublayer.norm.backward(dx, of_norm, grads=of_own)
+                dmore, of_memory = sublayer.backward(dsum, of_sublayer, targets)
                 dx = dsum + dmore
             dmemory = of_memory if dmemory is None else dmemory
         return dx, dmemory
-
-    def _self_forward(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
-        out, kept = self.self_attn._run_forward((x,), context.frame, context.mask, context.causal, child_seed(seed, 0))
-        out, dropped = self._drop.forward(out, child_seed(seed, 1))
-        return out, (kept, dropped)
-
-    def _self_backward(self, dout: Array, kept: Any, targets: Mapping[str, Any]) -> tuple[Array, None]:
-        of_attention, dropped = kept
-        dout = self._drop.backward(dout, dropped)
-        (dx,) = self.self_attn._run_backward(dout, of_attention, self.self_attn._targets(targets["self_attn"]))
-        return dx, None
-
-    def _cross_forward(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
-        sources = (x, context.memory)
-        out, kept = self._cross_attn._run_forward(
-            sources, context.memory_frame, context.memory_mask, False, child_seed(seed, 0)
-        )
-        out, dropped = self._drop.forward(out, child_seed(seed, 1))
-        return out, (kept, dropped)
-
-    def _cross_backward(self, dout: Array, kept: Any, targets: Mapping[str, Any]) -> tuple[Array, Array]:
-        of_attention, dropped = kept
-        dout = self._drop.backward(dout, dropped)
-        own = self._cross_attn._targets(targets["multihead_attn"])
-        dx, dmemory = self._cross_attn._run_backward(dout, of_attention, own)
-        return dx, dmemory
-
-    def _feed_forward(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
-        hidden, of_first = self.linear1.forward(x)
-        active, of_active = self._activate.forward(hidden)
-        active, dropped_inside = self._drop.forward(active, child_seed(seed, 0))
-        out, of_second = self.linear2.forward(active)
-        out, dropped = self._drop.forward(out, child_seed(seed, 1))
-        return out, (of_first, of_active, dropped_inside, of_second, dropped)
-
-    def _feed_backward(self, dout: Array, kept: Any, targets: Mapping[str, Any]) -> tuple[Array, None]:
-        of_first, of_active, dropped_inside, of_second, dropped = kept
-        dout = self._drop.backward(dout, dropped)
-        dactive = self.linear2.backward(dout, of_second, grads=targets["linear2"])
-        dactive = self._drop.backward(dactive, dropped_inside)
-        dhidden = self._activate.backward(dactive, of_active)
-        dx: Array = self.linear1.backward(dhidden, of_first, grads=targets["linear1"])
-        return dx, None
 
 
 class Tower(Runs):
@@ -800,8 +869,9 @@ class TransformerEncoderLayer(Encodes, Block):
     dropout : float in [0, 1)
         Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
         the tokens.
-    activation : {"relu", "gelu", "gelu_tanh"}
-        Between the two linear maps; "gelu" is the form with erf.
+    activation : {"relu", "gelu", "gelu_tanh", "swiglu", "geglu"}
+        Between the two linear maps; "gelu" is the form with erf. "swiglu" and "geglu" are gated [3]_:
+        linear2(silu(linear1(x)) * linear3(x)), and the same with "gelu"; `linear3` has the shape of `linear1`.
     norm_first : bool
         Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
     layer_norm_eps : float
@@ -825,6 +895,7 @@ class TransformerEncoderLayer(Encodes, Block):
     ----------
     .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
     .. [2] R. Xiong et al., "On layer normalization in the Transformer architecture", ICML 2020.
+    .. [3] N. Shazeer, "GLU variants improve Transformer", arXiv:2002.05202, 2020.
     """
 
     _cross: ClassVar[bool] = False
@@ -878,8 +949,9 @@ class TransformerDecoderLayer(Decodes, Block):
     dropout : float in [0, 1)
         Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
         the tokens.
-    activation : {"relu", "gelu", "gelu_tanh"}
-        Between the two linear maps; "gelu" is the form with erf.
+    activation : {"relu", "gelu", "gelu_tanh", "swiglu", "geglu"}
+        Between the two linear maps; "gelu" is the form with erf. "swiglu" and "geglu" are gated [3]_:
+        linear2(silu(linear1(x)) * linear3(x)), and the same with "gelu"; `linear3` has the shape of `linear1`.
     norm_first : bool
         Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
     layer_norm_eps : float
@@ -903,6 +975,7 @@ class TransformerDecoderLayer(Decodes, Block):
     ----------
     .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
     .. [2] R. Xiong et al., "On layer normalization in the Transformer architecture", ICML 2020.
+    .. [3] N. Shazeer, "GLU variants improve Transformer", arXiv:2002.05202, 2020.
     """
 
     _cross: ClassVar[bool] = True
@@ -958,8 +1031,9 @@ class TransformerEncoder(Encodes, Tower):
     dropout : float in [0, 1)
         Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
         the tokens.
-    activation : {"relu", "gelu", "gelu_tanh"}
-        Between the two linear maps; "gelu" is the form with erf.
+    activation : {"relu", "gelu", "gelu_tanh", "swiglu", "geglu"}
+        Between the two linear maps; "gelu" is the form with erf. "swiglu" and "geglu" are gated [3]_:
+        linear2(silu(linear1(x)) * linear3(x)), and the same with "gelu"; `linear3` has the shape of `linear1`.
     norm_first : bool
         Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
     layer_norm_eps : float
@@ -985,6 +1059,7 @@ class TransformerEncoder(Encodes, Tower):
     ----------
     .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
     .. [2] R. Xiong et al., "On layer normalization in the Transformer architecture", ICML 2020.
+    .. [3] N. Shazeer, "GLU variants improve Transformer", arXiv:2002.05202, 2020.
     """
 
     _block = TransformerEncoderLayer
@@ -1042,8 +1117,9 @@ class TransformerDecoder(Decodes, Tower):
     dropout : float in [0, 1)
         Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
         the tokens.
-    activation : {"relu", "gelu", "gelu_tanh"}
-        Between the two linear maps; "gelu" is the form with erf.
+    activation : {"relu", "gelu", "gelu_tanh", "swiglu", "geglu"}
+        Between the two linear maps; "gelu" is the form with erf. "swiglu" and "geglu" are gated [3]_:
+        linear2(silu(linear1(x)) * linear3(x)), and the same with "gelu"; `linear3` has the shape of `linear1`.
     norm_first : bool
         Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
     layer_norm_eps : float
@@ -1069,6 +1145,7 @@ class TransformerDecoder(Decodes, Tower):
     ----------
     .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
     .. [2] R. Xiong et al., "On layer normalization in the Transformer architecture", ICML 2020.
+    .. [3] N. Shazeer, "GLU variants improve Transformer", arXiv:2002.05202, 2020.
     """
 
     _block = TransformerDecoderLayer
@@ -1126,8 +1203,9 @@ class Transformer(Stack):
     dropout : float in [0, 1)
         Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
         the tokens.
-    activation : {"relu", "gelu", "gelu_tanh"}
-        Between the two linear maps; "gelu" is the form with erf.
+    activation : {"relu", "gelu", "gelu_tanh", "swiglu", "geglu"}
+        Between the two linear maps; "gelu" is the form with erf. "swiglu" and "geglu" are gated [3]_:
+        linear2(silu(linear1(x)) * linear3(x)), and the same with "gelu"; `linear3` has the shape of `linear1`.
     norm_first : bool
         Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
     layer_norm_eps : float
@@ -1151,6 +1229,7 @@ class Transformer(Stack):
     ----------
     .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
     .. [2] R. Xiong et al., "On layer normalization in the Transformer architecture", ICML 2020.
+    .. [3] N. Shazeer, "GLU variants improve Transformer", arXiv:2002.05202, 2020.
     """
 
     num_encoder_layers: int

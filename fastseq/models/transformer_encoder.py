@@ -78,7 +78,7 @@ class TransformerEncoderModel(Model):
     dropout : float in [0, 1)
         Share that training drops: of the embeddings, in the layers as `TransformerEncoder` has it, and of what enters
         the head.
-    activation : {"gelu", "gelu_tanh", "relu"}
+    activation : {"gelu", "gelu_tanh", "relu", "swiglu", "geglu"}
         Between the two linear maps.
     norm_first : bool
         Whether norms stand before attention and feed-forward, and one after the last layer; else after each sum.

@@ -81,7 +81,7 @@ class TransformerLM(SymbolModel):
         The most tokens that are looked at together.
     dropout : float in [0, 1)
         Share that training drops: of what enters the first layer, and in the layers as `TransformerEncoder` has it.
-    activation : {"gelu_tanh", "gelu", "relu"}
+    activation : {"gelu_tanh", "gelu", "relu", "swiglu", "geglu"}
         Between the two linear maps.
     norm : {"layer", "rms"}
         `LayerNorm` or `RMSNorm`.
@@ -201,7 +201,9 @@ class TransformerLM(SymbolModel):
             "dtype": self.dtype.name,
             "seed": self.seed,
         }
-        children: dict[str, Any] = {"embedding": of(layers.Embedding)(self.vocab_size + 1, self.d_model, seed=second, **of_type)}
+        children: dict[str, Any] = {
+            "embedding": of(layers.Embedding)(self.vocab_size + 1, self.d_model, seed=second, **of_type)
+        }
         self._positions: Any = None
         if self.positions == "learned":
             self._positions = of(layers.LearnedPositions)(self.context, self.d_model, seed=third, **of_type)

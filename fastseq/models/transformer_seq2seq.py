@@ -58,7 +58,7 @@ class TransformerSeq2Seq(SequencePairModel):
         The most symbols of a source, and of a target with the boundary.
     dropout : float in [0, 1)
         Share that training drops: of what enters the first layers, and in the layers as `TransformerEncoder` has it.
-    activation : {"gelu_tanh", "gelu", "relu"}
+    activation : {"gelu_tanh", "gelu", "relu", "swiglu", "geglu"}
         Between the two linear maps.
     norm : {"layer", "rms"}
         `LayerNorm` or `RMSNorm`.

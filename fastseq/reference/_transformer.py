@@ -24,11 +24,24 @@ FinalNorm = tuple[str, float, Array | None, Array | None] | None
 PAGE = 64  # tokens that are let go of together, once they are out of the window
 
 
+class Sublayer(NamedTuple):
+    """One part of a block: its kind, its weights by the names they have in it, and weight and bias of its norm."""
+
+    kind: str
+    parts: Mapping[str, Any]
+    norm: tuple[Array | None, Array | None]
+
+
 class Block(NamedTuple):
-    """The settings of a block, and its weights by the names they have in it."""
+    """The settings of a block, and its sublayers in order."""
 
     settings: Mapping[str, Any]
-    parts: Mapping[str, Any]
+    sublayers: list[Sublayer]
+
+    @property
+    def attends_memory(self) -> bool:
+        """Whether there is attention to a memory among the sublayers."""
+        return any(sublayer.kind == "cross_attention" for sublayer in self.sublayers)
 
 
 class Run(NamedTuple):
@@ -44,19 +57,20 @@ class Run(NamedTuple):
     want_weights: bool
 
 
-def block_pack(settings: Mapping[str, Any], parts: Mapping[str, Any]) -> Block:
+def block_pack(settings: Mapping[str, Any], sublayers: list[tuple[str, Mapping[str, Any], Any]]) -> Block:
     """A block as `run_blocks` wants it.
 
     Parameters
     ----------
     settings : mapping
-        heads, kv_heads, head_dim; activation; norm_first, norm, eps; cross, whether it attends to a memory; window, and
-        rotary: None, or (cos, sin, interleaved).
-    parts : mapping
-        in_proj (rows q, k, v), out_proj, linear1, linear2; with a memory cross_q, cross_kv (rows k, v) and cross_out:
-        each what `linear_pack` returned. norm1, norm2, with a memory norm3: pairs (weight, bias), either may be None.
+        heads, kv_heads, head_dim; activation; norm_first, norm, eps; window, and rotary: None, or
+        (cos, sin, interleaved).
+    sublayers : list of (kind, parts, (weight, bias))
+        In order, each with its norm, whose weight and bias may be None. Parts are what `linear_pack` returned:
+        of "self_attention" qkv (rows q, k, v) and out; of "cross_attention" q, kv (rows k, v) and out; of
+        "feed_forward" linear1 and linear2, and where the activation is gated linear3.
     """
-    return Block(dict(settings), dict(parts))
+    return Block(dict(settings), [Sublayer(*sublayer) for sublayer in sublayers])
 
 
 def run_blocks(
@@ -73,33 +87,34 @@ def run_blocks(
     want_weights: bool,
     n_threads: int,
 ) -> tuple[Array, list[Any] | None]:
-    """One block after another, and a norm after the last if there is one.
+    """All blocks in order, and a norm after the last if there is one.
 
-    Post-norm:  x = norm1(x + self(x));  x = norm2(x + cross(x));  x = norm3(x + feed_forward(x))
-    Pre-norm:   x = x + self(norm1(x));  x = x + cross(norm2(x));  x = x + feed_forward(norm3(x))
-
-    Without a memory there is no cross, and the last norm is norm2. Masks are those of the ragged form of `attention`.
+    Masks are those of the ragged form of `attention`.
     """
     run = Run(starts, positions, causal, mask, memory, memory_starts, memory_mask, want_weights)
     weights = []
+    ways = {"self_attention": self_attention, "cross_attention": cross_attention, "feed_forward": feed_forward}
     for block in blocks:
-        sublayers = [self_attention, *([cross_attention] if block.settings["cross"] else []), feed_forward]
-        x, maps = through(block, x, [partial(sublayer, block, run=run) for sublayer in sublayers])
-        weights.append((maps[0], maps[1]) if block.settings["cross"] else maps[0])
+        x, maps = through(block, x, {kind: partial(way, block, run=run) for kind, way in ways.items()})
+        weights.append((maps[0], maps[1]) if block.attends_memory else maps[0])
     return ended(final_norm, x), weights if want_weights else None
 
 
-def through(block: Block, x: Array, sublayers: list[Any]) -> tuple[Array, list[Any]]:
-    """A block: each sublayer with its sum and its norm; and what each sublayer gives besides."""
+def through(block: Block, x: Array, ways: Mapping[str, Any]) -> tuple[Array, list[Any]]:
+    """A block, with a way to compute each kind of sublayer; and what each sublayer gives besides.
+
+    Post-norm:  x = norm(x + sublayer(x))
+    Pre-norm:   x = x + sublayer(norm(x))
+    """
     others = []
-    for i, sublayer in enumerate(sublayers):
-        weight_and_bias = block.parts[f"norm{i + 1}"]
+    for sublayer in block.sublayers:
+        compute = partial(ways[sublayer.kind], sublayer.parts)
         if block.settings["norm_first"]:
-            more, other = sublayer(normed(block, weight_and_bias, x))
+            more, other = compute(normed(block, sublayer.norm, x))
             x = x + more
         else:
-            more, other = sublayer(x)
-            x = normed(block, weight_and_bias, x + more)
+            more, other = compute(x)
+            x = normed(block, sublayer.norm, x + more)
         others.append(other)
     return x, others
 
@@ -112,10 +127,10 @@ def ended(final_norm: FinalNorm, x: Array) -> Array:
     return norm(kind, eps, weight, bias, x)
 
 
-def heads_of(block: Block, x: Array, positions: Array | None) -> list[Array]:
+def heads_of(block: Block, parts: Mapping[str, Any], x: Array, positions: Array | None) -> list[Array]:
     """[q k v] = W_in x + b_in as heads (N, heads, D); q and k turned by their positions, where that is wanted."""
     heads, kv_heads, size = (block.settings[name] for name in ("heads", "kv_heads", "head_dim"))
-    projected = linear_forward(block.parts["in_proj"], x, 1).reshape(len(x), heads + 2 * kv_heads, size)
+    projected = linear_forward(parts["qkv"], x, 1).reshape(len(x), heads + 2 * kv_heads, size)
     q, k, v = np.split(projected, [heads, heads + kv_heads], axis=1)
     if block.settings["rotary"] is not None:
         cos, sin, interleaved = block.settings["rotary"]
@@ -129,32 +144,36 @@ def joined(heads: Array) -> Array:
     return heads.reshape(len(heads), heads.shape[1] * heads.shape[2])
 
 
-def self_attention(block: Block, x: Array, run: Run) -> tuple[Array, Array | None]:
+def self_attention(block: Block, parts: Mapping[str, Any], x: Array, run: Run) -> tuple[Array, Array | None]:
     """[q k v] = W_in x + b_in;  y = W_out attention(q, k, v) + b_out"""
-    q, k, v = heads_of(block, x, run.positions)
+    q, k, v = heads_of(block, parts, x, run.positions)
     spans = run.starts, run.starts
     scale, window = 1 / np.sqrt(block.settings["head_dim"]), block.settings["window"]
     out, weights = attention(q, k, v, spans, None, run.mask, run.causal, window, scale, run.want_weights, 1)
-    return linear_forward(block.parts["out_proj"], joined(out), 1), weights
+    return linear_forward(parts["out"], joined(out), 1), weights
 
 
-def cross_attention(block: Block, x: Array, run: Run) -> tuple[Array, Array | None]:
+def cross_attention(block: Block, parts: Mapping[str, Any], x: Array, run: Run) -> tuple[Array, Array | None]:
     """q = W_q x + b_q;  [k v] = W_kv memory + b_kv;  y = W_out attention(q, k, v) + b_out"""
     heads, kv_heads, size = (block.settings[name] for name in ("heads", "kv_heads", "head_dim"))
     memory: Any = run.memory
-    q = linear_forward(block.parts["cross_q"], x, 1).reshape(len(x), heads, size)
-    projected = linear_forward(block.parts["cross_kv"], memory, 1).reshape(len(memory), 2 * kv_heads, size)
+    q = linear_forward(parts["q"], x, 1).reshape(len(x), heads, size)
+    projected = linear_forward(parts["kv"], memory, 1).reshape(len(memory), 2 * kv_heads, size)
     k, v = np.split(projected, 2, axis=1)
     spans: Any = (run.starts, run.memory_starts)
     scale = 1 / np.sqrt(size)
     out, weights = attention(q, k, v, spans, None, run.memory_mask, False, None, scale, run.want_weights, 1)
-    return linear_forward(block.parts["cross_out"], joined(out), 1), weights
+    return linear_forward(parts["out"], joined(out), 1), weights
 
 
-def feed_forward(block: Block, x: Array, run: Run | None = None) -> tuple[Array, None]:
-    """y = W_2 f(W_1 x + b_1) + b_2"""
-    hidden = linear_forward(block.parts["linear1"], x, 1)
-    return linear_forward(block.parts["linear2"], activation_forward(hidden, block.settings["activation"], 1), 1), None
+def feed_forward(block: Block, parts: Mapping[str, Any], x: Array, run: Run | None = None) -> tuple[Array, None]:
+    """y = W_2 f(W_1 x + b_1) + b_2;  gated y = W_2 (f(W_1 x + b_1) * (W_3 x + b_3)) + b_2"""
+    kind = block.settings["activation"]
+    plain = {"swiglu": "silu", "geglu": "gelu"}.get(kind, kind)
+    hidden = activation_forward(linear_forward(parts["linear1"], x, 1), plain, 1)
+    if kind != plain:
+        hidden = hidden * linear_forward(parts["linear3"], x, 1)
+    return linear_forward(parts["linear2"], hidden, 1), None
 
 
 def normed(block: Block, weight_and_bias: tuple[Array | None, Array | None], x: Array) -> Array:
@@ -261,9 +280,10 @@ def memory_pages(blocks: list[Block], memory: Array, starts: Array, n_threads: i
     """
     pages = no_pages(blocks, memory.dtype, len(starts) - 1)
     kv_heads, size = blocks[0].settings["kv_heads"], blocks[0].settings["head_dim"]
+    weights = [s.parts["kv"] for block in blocks for s in block.sublayers if s.kind == "cross_attention"]
     made = [
-        np.split(linear_forward(block.parts["cross_kv"], memory, 1).reshape(len(memory), 2 * kv_heads, size), 2, axis=1)
-        for block in blocks
+        np.split(linear_forward(packed, memory, 1).reshape(len(memory), 2 * kv_heads, size), 2, axis=1)
+        for packed in weights
     ]
     return appended(pages, starts, made, 0)
 
@@ -317,28 +337,32 @@ def run_cached(
     made: list[Any] = []
     positions = np.arange(len(x)) + np.repeat(pages.lengths - starts[:-1], np.diff(starts))
 
-    def attend_self(block: Block, x: Array) -> tuple[Array, None]:
-        q, k, v = heads_of(block, x, positions)
+    def attend_self(block: Block, parts: Mapping[str, Any], x: Array) -> tuple[Array, None]:
+        q, k, v = heads_of(block, parts, x, positions)
         made.append((k, v))
-        window = block.settings["window"]
         own = appended(pages, starts, made, 0)
-        return attended(block, "out_proj", q, starts, own, len(made) - 1, True, window), None
+        return attended(block, parts, q, starts, own, len(made) - 1, True, block.settings["window"]), None
 
-    def attend_memory(block: Block, x: Array) -> tuple[Array, None]:
-        q = linear_forward(block.parts["cross_q"], x, 1).reshape(
-            len(x), block.settings["heads"], block.settings["head_dim"]
-        )
+    def attend_memory(block: Block, parts: Mapping[str, Any], x: Array) -> tuple[Array, None]:
+        q = linear_forward(parts["q"], x, 1).reshape(len(x), block.settings["heads"], block.settings["head_dim"])
         others: Any = memory
-        return attended(block, "cross_out", q, starts, others, len(made) - 1, False, None), None
+        return attended(block, parts, q, starts, others, len(made) - 1, False, None), None
 
+    ways = {"self_attention": attend_self, "cross_attention": attend_memory, "feed_forward": feed_forward}
     for block in blocks:
-        cross = [partial(attend_memory, block)] if block.settings["cross"] else []
-        x, _ = through(block, x, [partial(attend_self, block), *cross, partial(feed_forward, block)])
+        x, _ = through(block, x, {kind: partial(way, block) for kind, way in ways.items()})
     return ended(final_norm, x), appended(pages, starts, made, pages.window)
 
 
 def attended(
-    block: Block, out: str, q: Array, starts: Array, pages: Pages, layer: int, causal: bool, window: int | None
+    block: Block,
+    parts: Mapping[str, Any],
+    q: Array,
+    starts: Array,
+    pages: Pages,
+    layer: int,
+    causal: bool,
+    window: int | None,
 ) -> Array:
     """y = W_out attention(q, k, v) + b_out, with the keys and values of a layer in pages."""
     k_starts = np.concatenate([[0], np.cumsum(pages.lengths)])
@@ -348,4 +372,4 @@ def attended(
     )
     scale = 1 / np.sqrt(block.settings["head_dim"])
     mixed, _ = attention(q, k, v, (starts, k_starts), None, None, causal, window, scale, False, 1)
-    return linear_forward(block.parts[out], joined(mixed), 1)
+    return linear_forward(parts["out"], joined(mixed), 1)

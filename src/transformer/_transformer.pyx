@@ -1,8 +1,8 @@
 """Whole stacks of Transformer blocks, compiled, for inference; `fastseq.reference._transformer` has the same.
 
-Arguments were checked at the door. How a run is laid out and shared among threads is in stack.pxd, how keys and values
-are kept in pages.h; here is what Python calls: whole runs, runs that go on from what was kept, and the decoder that
-the loop of _decoding.pyx steps without Python.
+Arguments were checked before. How a run is laid out and shared among threads is in _schedule.pyx, how keys and values
+are kept in _kv_pages.pyx; here is what Python calls: whole runs, runs that go on from what was kept, and the decoder
+whose steps the loop of _decoding.pyx takes without Python.
 """
 
 cimport cython
@@ -10,24 +10,37 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from libc.stdint cimport int64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from decoding.decoder cimport FS_AGAIN, FS_DONE, FS_FULL, FS_NO_MEMORY, fs_decoder
-from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_PAGE, FS_RELU, fs_kernels, fs_page, fs_weights
+from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_kernels, fs_page, fs_weights
 from transformer.kv_tables cimport (
-    fs_lines_new, fs_page_kind, fs_page_layer, fs_table, fs_table_clear, fs_table_extend, fs_table_first,
-    fs_table_reserve, fs_table_roll, fs_table_share,
+    fs_lines_new, fs_page_kind, fs_table, fs_table_clear, fs_table_extend, fs_table_roll,
 )
-from transformer.schedule cimport Cursor, Layer, Mask, Norm, Plan, Task, plan_free, plan_make, run_some_steps
+from fastseq._attention cimport mask_of, with_all_keys
+from fastseq._kv_pages cimport PageLists, clear_tables, extend, pages_new, share, tables_of
+from fastseq._kv_pages cimport Pages as PageTables
+from fastseq._schedule cimport (
+    CROSS_ATTENTION, FEED_FORWARD, MAX_SUBLAYERS, NO_GATE, PRODUCT_GATE, SELF_ATTENTION, SILU_GATE, Cursor, Layer,
+    Norm, Plan, Sublayer, Task, plan_free, plan_make, run_some_steps, set_outputs,
+)
 
 import numpy as np
 
 from fastseq import _simd
+from fastseq._kv_pages import Pages  # no-cython-lint: part of this set of operations
 
 cnp.import_array()
 
-cdef dict ACTIVATIONS = {"relu": FS_RELU, "gelu": FS_GELU, "gelu_tanh": FS_GELU_TANH}
+# What linear1 is followed by, and how its results are multiplied with those of linear3.
+cdef dict ACTIVATIONS = {
+    "relu": (FS_RELU, NO_GATE),
+    "gelu": (FS_GELU, NO_GATE),
+    "gelu_tanh": (FS_GELU_TANH, NO_GATE),
+    "geglu": (FS_GELU, PRODUCT_GATE),
+    "swiglu": (FS_IDENTITY, SILU_GATE),
+}
 
 
 cdef const fs_kernels *kernels_of(Py_ssize_t item) except NULL:
@@ -49,7 +62,7 @@ cdef Norm norm_of(bint rms, double eps, cnp.ndarray weight, cnp.ndarray bias) no
 
 
 cdef class Block:
-    """One block: its settings, and the weights that others packed and it keeps. Immutable."""
+    """One block: its description, and the weights that others packed and it keeps. Immutable."""
 
     cdef list kept
     cdef Layer layer
@@ -58,20 +71,43 @@ cdef class Block:
         self.kept.append(packed)
         return weights_of(packed)
 
+    cdef int add_sublayer(self, settings, str kind, parts, norm) except -1:
+        cdef Sublayer *sublayer = &self.layer.sublayers[self.layer.n_sublayers]
+        if self.layer.n_sublayers == MAX_SUBLAYERS:
+            raise ValueError(f"a block should have at most {MAX_SUBLAYERS} sublayers")
+        self.layer.n_sublayers += 1
+        self.kept.append(norm)
+        weight, bias = norm
+        sublayer.norm = norm_of(settings["norm"] == "rms", settings["eps"], weight, bias)
+        if kind == "feed_forward":
+            sublayer.kind = FEED_FORWARD
+            sublayer.activation, sublayer.gate = ACTIVATIONS[settings["activation"]]
+            sublayer.input = self.weights(parts["linear1"])
+            sublayer.output = self.weights(parts["linear2"])
+            if sublayer.gate != NO_GATE:
+                sublayer.gated = self.weights(parts["linear3"])
+        elif kind == "self_attention":
+            sublayer.kind = SELF_ATTENTION
+            sublayer.input = self.weights(parts["qkv"])
+            sublayer.output = self.weights(parts["out"])
+        else:
+            sublayer.kind = CROSS_ATTENTION
+            sublayer.input = self.weights(parts["q"])
+            sublayer.memory = self.weights(parts["kv"])
+            sublayer.output = self.weights(parts["out"])
+        return 0
 
-def block_pack(settings, parts):
+
+def block_pack(settings, sublayers):
     """A block as `run_blocks` wants it; see `fastseq.reference._transformer.block_pack`."""
     cdef Block block = Block()
     cdef Layer *layer = &block.layer
     cdef cnp.ndarray cos, sin
-    cdef int i
     block.kept = []
     layer.heads = settings["heads"]
     layer.kv_heads = settings["kv_heads"]
     layer.head_dim = settings["head_dim"]
-    layer.activation = ACTIVATIONS[settings["activation"]]
     layer.norm_first = settings["norm_first"]
-    layer.cross = settings["cross"]
     layer.window = settings["window"] or 0
     if settings["rotary"] is not None:
         cos, sin, layer.interleaved = settings["rotary"]
@@ -79,19 +115,18 @@ def block_pack(settings, parts):
         layer.cos = cnp.PyArray_BYTES(cos)
         layer.sin = cnp.PyArray_BYTES(sin)
         layer.rotary_dim = 2 * cnp.PyArray_DIM(cos, 1)
-    layer.in_proj = block.weights(parts["in_proj"])
-    layer.out_proj = block.weights(parts["out_proj"])
-    layer.linear1 = block.weights(parts["linear1"])
-    layer.linear2 = block.weights(parts["linear2"])
-    if layer.cross:
-        layer.cross_q = block.weights(parts["cross_q"])
-        layer.cross_kv = block.weights(parts["cross_kv"])
-        layer.cross_out = block.weights(parts["cross_out"])
-    for i in range(3 if layer.cross else 2):
-        weight, bias = parts[f"norm{i + 1}"]
-        block.kept += [weight, bias]
-        layer.norms[i] = norm_of(settings["norm"] == "rms", settings["eps"], weight, bias)
+    for kind, parts, norm in sublayers:
+        block.add_sublayer(settings, kind, parts, norm)
     return block
+
+
+cdef bint attends_memory(const Layer *layer) noexcept nogil:
+    """Whether a block has attention to a memory."""
+    cdef int j
+    for j in range(layer.n_sublayers):
+        if layer.sublayers[j].kind == CROSS_ATTENTION:
+            return True
+    return False
 
 
 @cython.internal
@@ -140,40 +175,19 @@ cdef void set_rows(Task *task, cnp.ndarray y, cnp.ndarray starts, cnp.ndarray po
     task.longest = longest
 
 
-cdef cnp.ndarray usable(mask, Py_ssize_t max_keys):
-    """A mask whose last axis is contiguous and holds every key."""
-    if mask is None or not mask.size:
-        return None
-    if mask.shape[3] != max_keys:
-        mask = np.broadcast_to(mask, (*mask.shape[:3], max_keys))
-    return mask if max_keys <= 1 or mask.strides[3] == mask.itemsize else np.ascontiguousarray(mask)
-
-
-cdef Mask mask_of(cnp.ndarray mask) noexcept:
-    cdef Mask result
-    cdef int axis
-    memset(&result, 0, sizeof(result))
-    if mask is not None:
-        result.data = cnp.PyArray_DATA(mask)
-        result.is_bool = cnp.PyArray_TYPE(mask) == cnp.NPY_BOOL
-        for axis in range(3):
-            result.strides[axis] = 0 if cnp.PyArray_DIM(mask, axis) == 1 else cnp.PyArray_STRIDE(mask, axis)
-    return result
-
-
 cdef int run(const Task *task, bint of_memory, int n_threads) except -1:
     """The whole of a task."""
     cdef Plan plan
     if plan_make(&plan, task, of_memory, n_threads):
         raise MemoryError("scratch for the blocks")
     try:
-        walk_all(&plan)
+        run_to_end(&plan)
     finally:
         plan_free(&plan)
     return 0
 
 
-cdef int walk_all(Plan *plan) except -1:
+cdef int run_to_end(Plan *plan) except -1:
     """All segments, with a look for Ctrl-C after every so much work."""
     cdef Cursor cursor
     memset(&cursor, 0, sizeof(cursor))
@@ -188,22 +202,23 @@ def run_blocks(
     list blocks not None, cnp.ndarray x not None, cnp.ndarray starts not None, cnp.ndarray positions, bint causal, mask,
     cnp.ndarray memory, cnp.ndarray memory_starts, memory_mask, final_norm, bint want_weights, int n_threads,
 ):
-    """One block after another; see `fastseq.reference._transformer.run_blocks`."""
+    """All blocks in order; see `fastseq.reference._transformer.run_blocks`."""
     cdef Stack stack = Stack(blocks, final_norm)
     cdef cnp.ndarray y = np.array(x, order="C"), own_mask, cross_mask, pointers
     cdef Py_ssize_t batch = len(starts) - 1, longest = np.diff(starts).max(initial=0), longest_memory = 0
     cdef Py_ssize_t heads = stack.layers[0].heads
+    cdef bint crossing = attends_memory(stack.layers[0])
     cdef Task task
     if memory is not None:
         longest_memory = np.diff(memory_starts).max(initial=0)
     weights = None
     if want_weights:
         weights = [np.zeros((batch, heads, longest, longest), y.dtype) for _ in blocks]
-        if stack.layers[0].cross:
+        if crossing:
             weights = [(own, np.zeros((batch, heads, longest, longest_memory), y.dtype)) for own in weights]
     if not len(y):
         return y, weights
-    own_mask, cross_mask = usable(mask, longest), usable(memory_mask, longest_memory)
+    own_mask, cross_mask = with_all_keys(mask, longest), with_all_keys(memory_mask, longest_memory)
     stack.start(&task)
     task.kernels = kernels_of(y.itemsize)
     set_rows(&task, y, starts, positions, longest)
@@ -217,168 +232,11 @@ def run_blocks(
         task.memory_starts = <const int64_t *> cnp.PyArray_DATA(memory_starts)
         task.longest_memory = longest_memory
     if want_weights:
-        pairs = weights if stack.layers[0].cross else [(own, own) for own in weights]
+        pairs = weights if crossing else [(own, own) for own in weights]
         pointers = np.array([[own.ctypes.data, cross.ctypes.data] for own, cross in pairs], np.uintp)
         task.weights = <char **> cnp.PyArray_DATA(pointers)
     run(&task, False, n_threads)
     return y, weights
-
-
-cdef class Pages:
-    """Keys and values of a batch of sequences; see `fastseq.reference._transformer.Pages`.
-
-    Immutable. Another one with some of the rows, or a beginning of them, shares the memory.
-    """
-
-    cdef fs_page_kind kind
-    cdef Py_ssize_t head_dim, rows
-    cdef fs_table *tables
-
-    def __dealloc__(self):
-        cdef Py_ssize_t i
-        if self.tables != NULL:
-            for i in range(self.rows):
-                fs_table_clear(&self.tables[i])
-        free(self.tables)
-
-    @property
-    def lengths(self):
-        """Tokens of each row, (B,)."""
-        return np.array([self.tables[i].length for i in range(self.rows)], np.int64)
-
-    @property
-    def firsts(self):
-        """The first token of each row that is kept, (B,)."""
-        return np.array([fs_table_first(&self.tables[i]) for i in range(self.rows)], np.int64)
-
-    @property
-    def window(self):
-        """How many tokens the next one looks back on, itself among them; 0: all."""
-        return self.kind.window
-
-    @property
-    def form(self):
-        """What is the same for all rows: layers, key-value heads, elements of a head, and the dtype."""
-        dtype = np.dtype(f"f{self.kind.kernels.item_size}")
-        return self.kind.layers, self.kind.kv_heads, self.head_dim, dtype
-
-    def take(self, rows, lengths=None):
-        """Some rows, in any order and as often as they are named; up to `lengths` of their tokens."""
-        cdef Pages result = pages_like(self, len(rows))
-        cdef Py_ssize_t i
-        cdef const fs_table *table
-        for i, row in enumerate(rows):
-            table = &self.tables[<Py_ssize_t> row]
-            share(&result.tables[i], table, table.length if lengths is None else lengths[i])
-        return result
-
-    @staticmethod
-    def join(list many):
-        """The rows of some, one after another."""
-        cdef Pages result = pages_like(many[0], sum([(<Pages> one).rows for one in many])), one
-        cdef Py_ssize_t i = 0, row
-        for one in many:
-            for row in range(one.rows):
-                share(&result.tables[i], &one.tables[row], one.tables[row].length)
-                i += 1
-        return result
-
-    def arrays(self):
-        """First token kept (B,), and keys and values (B, layers, kv_heads, T, D) from it on, zeros past the last."""
-        cdef Py_ssize_t i, layer, head, token, n, before
-        cdef const fs_table *table
-        cdef cnp.ndarray k, v
-        lengths = self.lengths
-        firsts = self.firsts
-        shape = self.rows, self.kind.layers, self.kind.kv_heads, (lengths - firsts).max(initial=0), self.head_dim
-        keys, values = (np.zeros(shape, f"f{self.kind.kernels.item_size}") for _ in range(2))
-        for i in range(self.rows):
-            table = &self.tables[i]
-            for layer in range(self.kind.layers):
-                for head in range(self.kind.kv_heads):
-                    before = layer * fs_page_layer(&self.kind) + head * 2 * FS_PAGE * self.kind.width
-                    for token in range(firsts[i], table.length, FS_PAGE):
-                        n = min(FS_PAGE, table.length - token)
-                        at = slice(token - firsts[i], token - firsts[i] + n)
-                        k, v = keys[i, layer, head, at], values[i, layer, head, at]
-                        self.kind.kernels.page_load(
-                            self.kind.width, table.pages[token // FS_PAGE], before, 0, n, self.head_dim,
-                            cnp.PyArray_DATA(k), cnp.PyArray_DATA(v),
-                        )
-        return firsts, keys, values
-
-    @staticmethod
-    def of(int64_t window, lengths, firsts, cnp.ndarray keys, cnp.ndarray values):
-        """The opposite of `arrays`."""
-        cdef Py_ssize_t layers = keys.shape[1], kv_heads = keys.shape[2], head_dim = keys.shape[4]
-        cdef Pages result = pages_new(keys.itemsize, layers, kv_heads, head_dim, window, len(lengths))
-        cdef Py_ssize_t i, layer, token, before, width = result.kind.width
-        cdef fs_table *table
-        cdef cnp.ndarray k, v
-        room = keys.shape[0], layers, kv_heads, keys.shape[3], width
-        spread_keys, spread_values = np.zeros(room, keys.dtype), np.zeros(room, keys.dtype)
-        spread_keys[..., :head_dim], spread_values[..., :head_dim] = keys, values
-        for i in range(len(lengths)):
-            table = &result.tables[i]
-            # Pages that are gone are never made; in the first that is there, what is not kept is 0.
-            before = firsts[i] // FS_PAGE
-            if fs_table_reserve(table, before):
-                raise MemoryError(f"the table of a row of {lengths[i]} tokens")
-            if before:
-                memset(table.pages, 0, before * sizeof(fs_page *))
-            table.count = before
-            table.length = before * FS_PAGE
-            extend(table, &result.kind, lengths[i] - table.length)
-            for layer in range(layers):
-                for token in range(before * FS_PAGE, lengths[i]):
-                    if token < firsts[i]:
-                        k = v = np.zeros((kv_heads, width), keys.dtype)
-                    else:
-                        k = np.ascontiguousarray(spread_keys[i, layer, :, token - firsts[i]])
-                        v = np.ascontiguousarray(spread_values[i, layer, :, token - firsts[i]])
-                    result.kind.kernels.page_store(
-                        kv_heads, width, width, cnp.PyArray_DATA(k), cnp.PyArray_DATA(v),
-                        table.pages[token // FS_PAGE], layer * fs_page_layer(&result.kind), token % FS_PAGE,
-                    )
-        return result
-
-
-cdef Pages pages_new(
-    Py_ssize_t item, Py_ssize_t layers, Py_ssize_t kv_heads, Py_ssize_t head_dim, int64_t window, Py_ssize_t rows,
-):
-    """Rows without tokens."""
-    cdef Pages pages = Pages()
-    cdef Py_ssize_t lanes
-    pages.kind.kernels = kernels_of(item)
-    lanes = pages.kind.kernels.lanes
-    pages.kind.layers = layers
-    pages.kind.kv_heads = kv_heads
-    pages.kind.width = (head_dim + lanes - 1) // lanes * lanes
-    pages.kind.window = window
-    pages.head_dim = head_dim
-    pages.tables = <fs_table *> calloc(max(1, rows), sizeof(fs_table))
-    if pages.tables == NULL:
-        raise MemoryError(f"the tables of {rows} rows")
-    pages.rows = rows
-    return pages
-
-
-cdef Pages pages_like(Pages other, Py_ssize_t rows):
-    return pages_new(
-        other.kind.kernels.item_size, other.kind.layers, other.kind.kv_heads, other.head_dim, other.kind.window, rows,
-    )
-
-
-cdef int share(fs_table *table, const fs_table *other, int64_t length) except -1:
-    if fs_table_share(table, other, length):
-        raise MemoryError("the pages of a row")
-    return 0
-
-
-cdef int extend(fs_table *table, const fs_page_kind *kind, int64_t more) except -1:
-    if fs_table_extend(table, kind, more):
-        raise MemoryError(f"keys and values of {more} tokens")
-    return 0
 
 
 def no_pages(list blocks not None, dtype, Py_ssize_t rows):
@@ -387,41 +245,16 @@ def no_pages(list blocks not None, dtype, Py_ssize_t rows):
     return pages_new(dtype.itemsize, len(blocks), layer.kv_heads, layer.head_dim, layer.window, rows)
 
 
-@cython.internal
-cdef class Room:
-    """What the kernels want to know of pages that a run reads, and writes to."""
-
-    cdef list kept
-    cdef fs_page ***pages
-    cdef const int64_t *lengths
-    cdef Py_ssize_t longest
-
-    def __cinit__(self, Pages pages):
-        cdef Py_ssize_t i
-        cdef cnp.ndarray lengths = pages.lengths
-        self.pages = <fs_page ***> malloc(max(1, pages.rows) * sizeof(fs_page **))
-        if self.pages == NULL:
-            raise MemoryError(f"{pages.rows} rows")
-        for i in range(pages.rows):
-            self.pages[i] = pages.tables[i].pages
-        self.kept = [pages, lengths]
-        self.lengths = <const int64_t *> cnp.PyArray_DATA(lengths)
-        self.longest = lengths.max(initial=0)
-
-    def __dealloc__(self):
-        free(self.pages)
-
-
 def memory_pages(list blocks not None, cnp.ndarray memory not None, cnp.ndarray starts not None, int n_threads):
     """Keys and values of a memory; see `fastseq.reference._transformer.memory_pages`."""
     cdef Stack stack = Stack(blocks, None)
     cdef Layer *layer = stack.layers[0]
-    cdef Pages pages = pages_new(
+    cdef PageTables pages = pages_new(
         memory.itemsize, stack.n_layers, layer.kv_heads, layer.head_dim, 0, len(starts) - 1,
     )
     cdef cnp.ndarray rows = np.ascontiguousarray(memory), whose, positions
     cdef Py_ssize_t i
-    cdef Room room
+    cdef PageLists room
     cdef Task task
     counts = np.diff(starts)
     whose = np.repeat(np.arange(pages.rows), counts)
@@ -430,7 +263,7 @@ def memory_pages(list blocks not None, cnp.ndarray memory not None, cnp.ndarray 
         extend(&pages.tables[i], &pages.kind, counts[i])
     if not len(rows):
         return pages
-    room = Room(pages)
+    room = PageLists(pages)
     stack.start(&task)
     task.kernels = pages.kind.kernels
     set_rows(&task, rows, starts, positions, counts.max(initial=0))
@@ -444,15 +277,15 @@ def memory_pages(list blocks not None, cnp.ndarray memory not None, cnp.ndarray 
 
 
 def run_cached(
-    list blocks not None, cnp.ndarray x not None, cnp.ndarray starts not None, Pages pages not None,
-    Pages memory, final_norm, int n_threads,
+    list blocks not None, cnp.ndarray x not None, cnp.ndarray starts not None, PageTables pages not None,
+    PageTables memory, final_norm, int n_threads,
 ):
     """Go on from what was kept; see `fastseq.reference._transformer.run_cached`."""
     cdef Stack stack = Stack(blocks, final_norm)
-    cdef Pages after = pages.take(range(pages.rows))
+    cdef PageTables after = pages.take(range(pages.rows))
     cdef cnp.ndarray y = np.array(x, order="C"), whose, positions
     cdef Py_ssize_t i
-    cdef Room room, memory_room
+    cdef PageLists room, memory_room
     cdef Task task
     counts = np.diff(starts)
     whose = np.repeat(np.arange(pages.rows), counts)
@@ -461,7 +294,7 @@ def run_cached(
         return y, after
     for i in range(pages.rows):
         extend(&after.tables[i], &after.kind, counts[i])
-    room = Room(after)
+    room = PageLists(after)
     stack.start(&task)
     task.kernels = after.kind.kernels
     set_rows(&task, y, starts, positions, counts.max(initial=0))
@@ -472,7 +305,7 @@ def run_cached(
     task.lengths = room.lengths
     task.longest_kept = room.longest
     if memory is not None:
-        memory_room = Room(memory)
+        memory_room = PageLists(memory)
         task.memory_pages = memory_room.pages
         task.memory_lengths = memory_room.lengths
         task.longest_memory = memory_room.longest
@@ -492,10 +325,10 @@ cdef struct Decoding:
     Py_ssize_t rows
     fs_table *tables
     fs_table *memory_tables    # NULL: no memory
-    int64_t max_tokens               # tokens of a row
+    int64_t max_tokens         # tokens of a row
     const char *embedding      # [ids][width]
     const char *positions      # [max_tokens][width], or NULL
-    # [rows], but for starts
+    # [rows], except starts: [rows + 1]
     char *room
     int64_t *starts
     int64_t *places
@@ -536,29 +369,6 @@ cdef int make_room(Decoding *d) noexcept nogil:
     if d.memory_tables != NULL:
         d.task.memory_pages, d.task.memory_lengths = d.memory_pages, d.memory_lengths
     return plan_make(&d.plan, &d.task, False, d.n_threads)
-
-
-cdef void clear_tables(fs_table *tables, Py_ssize_t rows) noexcept nogil:
-    cdef Py_ssize_t i
-    if tables != NULL:
-        for i in range(rows):
-            fs_table_clear(&tables[i])
-    free(tables)
-
-
-cdef fs_table *tables_of(const fs_table *tables, Py_ssize_t rows, const int64_t *parents) noexcept nogil:
-    """Tables that share with those of the parents; NULL without memory."""
-    cdef fs_table *result = <fs_table *> calloc(rows, sizeof(fs_table))
-    cdef const fs_table *parent
-    cdef Py_ssize_t i
-    if result == NULL:
-        return NULL
-    for i in range(rows):
-        parent = &tables[parents[i]]
-        if fs_table_share(&result[i], parent, parent.length):
-            clear_tables(result, rows)
-            return NULL
-    return result
 
 
 cdef void enter(Decoding *d, Py_ssize_t row, int64_t symbol) noexcept nogil:
@@ -603,7 +413,7 @@ cdef int decoder_step(void *self, ptrdiff_t rows, const int64_t *symbols, void *
                 return FS_NO_MEMORY
             d.lengths[i] = d.tables[i].length
             d.pages[i] = d.tables[i].pages
-    d.plan.steps[d.plan.n_steps - 1].y.data = <char *> logits
+    set_outputs(&d.plan, logits)
     run_some_steps(&d.plan, &d.cursor)
     if d.cursor.segment < d.plan.n_segments:
         return FS_AGAIN
@@ -672,7 +482,7 @@ cdef class Decoder:
 
     def __cinit__(
         self, list blocks not None, final_norm, cnp.ndarray embedding not None, cnp.ndarray positions, output,
-        Pages pages not None, Pages memory, int64_t max_tokens, prefill, int n_threads,
+        PageTables pages not None, PageTables memory, int64_t max_tokens, prefill, int n_threads,
     ):
         cdef Stack stack = Stack(blocks, final_norm)
         cdef Decoding *d = <Decoding *> fs_lines_new(sizeof(Decoding))
@@ -715,7 +525,7 @@ cdef class Decoder:
         clear_tables(self.d.memory_tables, self.d.rows)
         free(self.d)
 
-    cdef int tables_from(self, Pages pages) except -1:
+    cdef int tables_from(self, PageTables pages) except -1:
         cdef cnp.ndarray rows = np.arange(pages.rows)
         cdef fs_table *tables = tables_of(pages.tables, pages.rows, <const int64_t *> cnp.PyArray_DATA(rows))
         if tables == NULL:
@@ -736,7 +546,7 @@ cdef class Decoder:
         symbols : list of arrays
             All symbols of all rows.
         """
-        cdef Pages fresh
+        cdef PageTables fresh
         cdef fs_table table
         cdef Py_ssize_t i
         full = [i for i in range(self.d.rows) if self.d.tables[i].length >= self.d.max_tokens]

@@ -1,4 +1,4 @@
-# What pages.h declares; the comments are there.
+# What kv_tables.h declares; the comments are there.
 
 from libc.stdint cimport int64_t
 

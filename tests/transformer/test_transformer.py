@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
         (E, 2, FF),
         {"norm": "rms", "norm_first": True, "rotary": 50.0, "num_kv_heads": 1, "window": 3, "bias": False},
     ),
+    "layer_swiglu": ("TransformerEncoderLayer", SIZES, {"activation": "swiglu"}),
     "layer_eps": ("TransformerEncoderLayer", SIZES, {"layer_norm_eps": 0.3, "norm": "rms"}),
     "encoder": ("TransformerEncoder", (2, *SIZES), {"final_norm": True}),
     "encoder_pre": ("TransformerEncoder", (3, *SIZES), {"norm_first": True, "activation": "gelu"}),
@@ -50,6 +51,8 @@ CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "decoder_layer": ("TransformerDecoderLayer", SIZES, {}),
     "decoder_layer_pre": ("TransformerDecoderLayer", SIZES, {"norm_first": True, "activation": "gelu", "bias": False}),
     "decoder": ("TransformerDecoder", (2, *SIZES), {"final_norm": True, "activation": "gelu"}),
+    "encoder_geglu": ("TransformerEncoder", (2, *SIZES), {"norm_first": True, "activation": "geglu", "bias": False}),
+    "decoder_swiglu": ("TransformerDecoder", (2, *SIZES), {"norm_first": True, "activation": "swiglu"}),
     "decoder_modern": (
         "TransformerDecoder",
         (2, E, 2, FF),
@@ -659,6 +662,56 @@ def test_weights_of_the_first_layer_by_hand(module: Any) -> None:
 
 
 # Positions, windows and heads of keys and values
+
+
+@BOTH
+@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+@pytest.mark.parametrize("width", [FF, 300])
+def test_a_gated_feed_forward_by_hand(width: int, activation: str, module: Any) -> None:
+    """linear2(f(linear1(x)) * linear3(x)); what else the layer does is that of a layer with the same f and no gate."""
+    plain = {"swiglu": fs.SiLU, "geglu": fs.GELU}[activation](dtype="float64")
+    layer = module.TransformerEncoderLayer(
+        E, HEADS, width, activation=activation, dropout=0.0, dtype="float64", norm_first=True
+    )
+    fill(layer)
+    parts = layer.parameters
+    assert parts["linear3.weight"].shape == (width, E)
+    assert parts["linear3.bias"].shape == (width,)
+    (x,) = sources(layer, 3, 5)
+    other = module.TransformerEncoderLayer(E, HEADS, 1, dtype="float64", norm_first=True)
+    other.load_state_dict(
+        {name: parts.get(name) for name in other.parameters if not name.startswith("linear")}
+        | {
+            "linear1.weight": np.zeros((1, E)),
+            "linear1.bias": np.zeros(1),
+            "linear2.weight": np.zeros((E, 1)),
+            "linear2.bias": np.zeros(E),
+        }
+    )
+    before = other(x)  # the sum after attention: its feed-forward adds 0
+    normed = (before - before.mean(-1, keepdims=True)) / np.sqrt(before.var(-1, keepdims=True) + 1e-5)
+    normed = normed * parts["norm2.weight"] + parts["norm2.bias"]
+    hidden, gated = (normed @ parts[f"{name}.weight"].T + parts[f"{name}.bias"] for name in ("linear1", "linear3"))
+    expected = before + (plain(hidden) * gated) @ parts["linear2.weight"].T + parts["linear2.bias"]
+    assert_close(layer(x), expected, 1e-13)
+    y, _ = layer.forward(x)
+    assert_close(y, expected, 1e-13)
+
+
+@BOTH
+@DTYPES
+@pytest.mark.parametrize("case", ["layer_swiglu", "encoder_geglu", "decoder_swiglu"])
+def test_steps_of_a_gated_feed_forward(case: str, dtype: str, module: Any) -> None:
+    layer = build(case, dtype=dtype, module=module)
+    given = sources(layer, 3, 5)
+    state = layer.initial_state(*(given[1:] or (3,)))
+    expected = layer(*given, causal=True)
+    for t in range(given[0].shape[1]):
+        y, state = layer.step(given[0][:, t], state)
+        if module is fs:
+            assert_same_bits(y, expected[:, t])
+        else:
+            assert_close(y, expected[:, t], tolerance(dtype, E, 5))
 
 
 @BOTH
