@@ -1,6 +1,6 @@
 """What a recurrent decoder needs beside its cells, compiled; `fastseq.reference._additive_attention` has it in NumPy.
 
-Arguments were checked at the door. Threads split queries, and in the backward the sequences of a batch; never a sum.
+Arguments were checked before. Threads split queries, and in the backward the sequences of a batch; never a sum.
 """
 
 cimport numpy as cnp

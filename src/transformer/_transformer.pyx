@@ -48,7 +48,7 @@ cdef const fs_kernels *kernels_of(Py_ssize_t item) except NULL:
 
 
 cdef const fs_weights *weights_of(packed) except NULL:
-    """The panels of a `Packed`, good as long as it is."""
+    """The panels of a `Packed`, which has to be kept while they are used."""
     return <const fs_weights *> PyCapsule_GetPointer(packed.panels(), "fastseq.weights")
 
 
@@ -131,7 +131,7 @@ cdef bint attends_memory(const Layer *layer) noexcept nogil:
 
 @cython.internal
 cdef class Stack:
-    """Some blocks and the norm after the last, as a run wants them."""
+    """Blocks and the norm after the last, in the form of a task; it keeps them."""
 
     cdef list kept
     cdef Layer **layers
@@ -315,10 +315,10 @@ def run_cached(
     return y, after
 
 
-# What a decoder is, below the GIL.
+# What the steps of a decoder use, without the GIL.
 cdef struct Decoding:
     Task task                  # over a token of each row
-    Plan plan                  # for so many rows
+    Plan plan                  # for that many rows
     Cursor cursor              # how far a step of it is
     int n_threads
     fs_page_kind kind
@@ -390,7 +390,7 @@ cdef void enter(Decoding *d, Py_ssize_t row, int64_t symbol) noexcept nogil:
 
 
 cdef void go_back(Decoding *d, Py_ssize_t rows) noexcept nogil:
-    """The first rows give up the place of a token that did not come."""
+    """Take back the last token of the first rows, where a step was not finished."""
     cdef Py_ssize_t i
     for i in range(rows):
         d.tables[i].length -= 1
@@ -535,11 +535,11 @@ cdef class Decoder:
         return 0
 
     def capsule(self):
-        """The struct of decoder.h, good as long as this is."""
+        """A capsule of the struct of decoder.h, which points into this object: keep it while the capsule is used."""
         return PyCapsule_New(&self.decoder, "fastseq.decoder", NULL)
 
     def renew(self, list symbols not None):
-        """Begin the rows anew that hold as many tokens as they may.
+        """Compute the pages of full rows anew, from their last tokens.
 
         Parameters
         ----------

@@ -448,6 +448,46 @@ def test_threads(shape: Any, dtype: str) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE[1]])
+def test_usual_arrays_skip_the_checks_and_give_the_same_bits(shape: Any, dtype: str) -> None:
+    q, k, v, _ = heads(shape, dtype)
+    for causal in (False, True):
+        checked = fs.attention(q, k, v, causal=causal, scale=1 / np.sqrt(shape[5]))
+        assert_same_bits(_attention.usual_attention(q, k, v, causal, 1), checked)
+        assert_same_bits(fs.attention(q, k, v, causal=causal), checked)
+
+
+@DTYPES
+def test_unusual_arrays_are_left_to_the_checks(dtype: str) -> None:
+    q, k, v, _ = heads((2, 4, 2, 3, 7, 6, 5), dtype)
+    other = "float64" if dtype == "float32" else "float32"
+    for arrays in [
+        (q.astype(other), k, v),
+        (q, k.astype(other), v),
+        (q, k, v.astype(v.dtype.newbyteorder())),
+        (q.swapaxes(1, 2).copy().swapaxes(1, 2), k, v),
+        (q, k[:, :, ::-1], v),
+        (q, k, np.asfortranarray(v)),
+        (q[0], k, v),
+        (q, k[:, :, :, 1:].copy(), v),
+        (q, k, v[:, :, 1:].copy()),
+        (q, k[:, 1:].copy(), v),
+        (q[:, :3].copy(), k, v),
+        (q[:1].copy(), k, v),
+        (q[..., :0].copy(), k[..., :0].copy(), v),
+        (q, k[:, :0].copy(), v[:, :0].copy()),
+        (q.tolist(), k, v),
+        (q.astype(int), k.astype(int), v.astype(int)),
+        (q.astype("float16"), k.astype("float16"), v.astype("float16")),
+        (q.view(np.recarray), k, v),
+    ]:
+        assert _attention.usual_attention(*arrays, False, 1) is None
+    read_only = q.copy()
+    read_only.flags.writeable = False
+    assert_same_bits(_attention.usual_attention(read_only, k, v, False, 1), fs.attention(q, k, v, scale=1 / np.sqrt(6)))
+
+
+@DTYPES
 def test_a_row_alone_and_in_a_batch(dtype: str) -> None:
     shape = (5, 4, 2, 40, 90, 8, 8)
     q, k, v, dout = heads(shape, dtype)
