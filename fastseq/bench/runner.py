@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -78,6 +79,7 @@ def measure(
             row.others = others.processors()
             limits.forget()
     about = {
+        "date": datetime.date.today().isoformat(),
         "fastseq": __version__,
         "instruction_set": _simd.chosen,
         "openmp": _simd.openmp,

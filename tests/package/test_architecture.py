@@ -1,4 +1,4 @@
-"""Nobody imports upwards: ARCHITECTURE.md draws the floors, and this holds the imports to them."""
+"""Nobody imports upwards, and ARCHITECTURE.md, which draws the floors, names paths that exist."""
 
 import ast
 import importlib
@@ -190,6 +190,37 @@ def test_no_flag_lets_the_compiler_change_the_arithmetic():
     text = (ROOT / "setup.py").read_text()
     assert "-ffp-contract=off" in text
     assert not re.search("fast-math|Ofast|unsafe-math|associative-math|reciprocal-math|finite-math", text)
+
+
+PAGE = (ROOT / "ARCHITECTURE.md").read_text()
+RECIPES = ["A new cell", "A new weight type", "A new layer", "A new setting of Transformers", "A new file format"]
+
+
+def paths(text):
+    """What stands in backticks and looks like a path, or like the name of a file."""
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    for name in re.findall(r"`([\w./<>-]+)`", text):
+        if name.split("/")[0] in folders and "/" in name:
+            yield name
+        elif re.fullmatch(r"\w+\.(h|c|inc|pyx|pxd|pxi|py)", name):
+            yield f"*/{name}"
+
+
+@pytest.mark.parametrize("name", sorted(set(paths(PAGE))))
+def test_every_path_of_the_architecture_exists(name):
+    pattern = re.sub("<.*?>", "*", name)
+    if pattern.startswith("*/"):
+        tops = (ROOT / top for top in ("src", "fastseq", "bench", "tests"))
+        assert (ROOT / pattern[2:]).exists() or any(next(top.rglob(pattern[2:]), None) for top in tops), name
+    else:
+        assert next(ROOT.glob(pattern.rstrip("/")), None), name
+        assert not name.endswith("/") or (ROOT / name).is_dir()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_list_the_files_they_touch(recipe):
+    steps = PAGE.split(f"### {recipe}\n")[1].split("\n#")[0]
+    assert len(list(paths(steps))) >= 3
 
 
 # From the ground up: each may import from those before it.

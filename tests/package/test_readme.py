@@ -12,7 +12,7 @@ import pytest
 from common import ROOT, child_environment
 
 PACKAGES = ("torch", "transformers", "matplotlib")
-PAGES = sorted(Path(ROOT, "docs").glob("*.md"))
+PAGES = sorted(Path(ROOT, "docs").rglob("*.md"))
 
 
 def blocks(path: Path) -> list[str]:
@@ -64,7 +64,7 @@ def test_pages(page: Path, tmp_path: Path) -> None:
     run("\n".join(block for block in blocks(page) if not missing(block)), tmp_path)
 
 
-@pytest.mark.parametrize("page", [Path(ROOT, "README.md"), *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [Path(ROOT, "README.md"), *PAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)", page.read_text())
     gone = [link for link in links if "://" not in link and not (page.parent / link).exists()]
