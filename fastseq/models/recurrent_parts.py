@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastseq import (
-    threads,
-)
+from fastseq import threads
 from fastseq.checks import Array
 from fastseq.models.base import ParameterCache
 
