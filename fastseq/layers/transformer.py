@@ -694,12 +694,14 @@ class Block(Runs):
         of, dtype = self._backend.of, self.dtype
         # Each child with parameters has the seed of its place.
         seeds = iter(seeds_of(self.seed, 8))
-        attentions = {"self_attn": self._attention_layer(next(seeds), rotary=self.rotary, window=self.window)}
+        attentions: dict[str, Any] = {
+            "self_attn": self._attention_layer(next(seeds), rotary=self.rotary, window=self.window)
+        }
         if self._cross:
             attentions["multihead_attn"] = self._attention_layer(next(seeds))
         inner = self.d_model, self.dim_feedforward
-        linears = {"linear1": inner, "linear2": inner[::-1]} | ({"linear3": inner} if self.activation in GATED else {})
-        linears = {n: of(Linear)(*size, self.bias, seed=next(seeds), dtype=dtype) for n, size in linears.items()}
+        sizes = {"linear1": inner, "linear2": inner[::-1]} | ({"linear3": inner} if self.activation in GATED else {})
+        linears = {n: of(Linear)(*size, self.bias, seed=next(seeds), dtype=dtype) for n, size in sizes.items()}
         norms = {f"norm{i + 1}": self._norm_layer() for i in range(3 if self._cross else 2)}
         self._children = {**attentions, **linears, **norms}
         self.self_attn, self.linear1, self.linear2 = (self._children[n] for n in ("self_attn", "linear1", "linear2"))

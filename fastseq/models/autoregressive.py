@@ -11,7 +11,7 @@ import numpy as np
 from fastseq import checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.base import seeds_of
-from fastseq.models.forms import BATCH_SIZE, held_out, is_data, last_part, no_targets
+from fastseq.models.forms import BATCH_SIZE, no_targets
 from fastseq.models.series import ScaledModel, Series, check_extent, gaussian, series_of
 from fastseq.models.sums import bounded, row_sums
 from fastseq.training import Batch, History
@@ -200,15 +200,9 @@ class AutoRegressive(ScaledModel):
             )
         settings["seed"] = seed
         size = BATCH_SIZE if batch_size is None else checks.size("batch_size", batch_size, 1)
-        validation: Series | None = None
         if validation_split is not None:
-            if settings.get("validation") is not None:
-                raise ValueError("validation_split should not be given with validation")
             given.check_lengths("series", first + 1)
-            given, validation = self._split(given, validation_split, seed)
-        elif settings.get("validation") is not None and not is_data(settings["validation"]):
-            validation = series_of("validation", settings["validation"], None, self.dtype)
-            validation.check_finite("validation")
+        given, validation = self._held_out(given, validation_split, seed, self.order + 1, settings)
         if validation is not None:
             validation.check_lengths("validation", self.order + 1)
             settings["validation"] = training.Windows(validation.rows(), steps=self.order, batch_size=size, seed=0)
@@ -220,15 +214,6 @@ class AutoRegressive(ScaledModel):
         self._first_predicted = first
         self._history = self._learn(given, "series", data, {"counts": counts}, settings)
         return self._history
-
-    def _split(self, given: Series, share: Any, seed: int | None) -> tuple[Series, Series]:
-        """What is learnt from, and what is validated on."""
-        if len(given.values) > 1:
-            learnt, out = held_out(len(given.values), share, seed)
-            return given.some(learnt), given.some(out)
-        length = int(given.lengths.sum())
-        cut = last_part(length, share, self.order + 1)
-        return given.steps(0, cut), given.steps(cut, length)
 
     def _solve_for(self, given: Series, first: int) -> History:
         """Least squares."""
@@ -297,6 +282,9 @@ class AutoRegressive(ScaledModel):
         dh = self._second.backward(dy, second, grads=targets["output"])
         slope = {"sigmoid": h * (1 - h), "tanh": 1 - h * h, "relu": (h > 0).astype(h.dtype)}[self.activation]
         self._first.backward(dh * slope, first, grads=targets["hidden"])
+
+    def _raw_validation(self, value: Any) -> Series:
+        return series_of("validation", value, None, self.dtype)
 
     def _given(self, series: Any, lengths: Any) -> Series:
         given = series_of("series", series, lengths, self.dtype)

@@ -6,18 +6,14 @@ import contextlib
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import (
-    checks,
-    io,
-    training,
-)
+from fastseq import checks, io, losses, training
 from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Composite
-from fastseq.training import History
+from fastseq.training import Batch, History
 
 
 class ParameterCache:
@@ -134,3 +130,81 @@ class Model(Composite):
         self.__init__(**state["config"])  # type: ignore[misc]
         self.load_state_dict(state["arrays"])
         self._freeze()
+
+
+class Task(NamedTuple):
+    """A batch in the form in which the layers of a model take it."""
+
+    inputs: Any  # as `_taped` and `_evaluated` of the model take it
+    targets: Array
+    elements: int  # over which the loss is the mean
+    lengths: Array | None = None  # (B,) real steps, where outputs are padded
+
+
+class TrainedModel(Model):
+    """A model with a loss of its own, trained by `fastseq.training.fit`.
+
+    A subclass says what the layers take of a batch, runs them for training and for evaluation, and has `_back`, which
+    undoes them in the reverse order.
+    """
+
+    def _task(self, batch: Batch, state: Any) -> Task:
+        """Check a batch and put it into the form that the layers take."""
+        raise NotImplementedError
+
+    def _taped(self, task: Task, state: Any, seed: int | None) -> tuple[Array, Any, Any]:
+        """Run all layers for training; return outputs, state, and what `_back` needs."""
+        raise NotImplementedError
+
+    def _evaluated(self, task: Task, state: Any) -> tuple[Array, Any]:
+        """Run all layers without dropout; return outputs and state."""
+        raise NotImplementedError
+
+    def _back(self, gradient: Array, kept: Any, grads: Any) -> Any:
+        """Undo all layers, given the gradient of their outputs."""
+        raise NotImplementedError
+
+    def _loss(self, outputs: Array, task: Task) -> tuple[float, Array]:
+        """Return the mean loss and its gradient: cross-entropy, unless a subclass has another."""
+        result: tuple[float, Array] = losses.softmax_cross_entropy(
+            outputs, task.targets, lengths=task.lengths, _backend=self._backend
+        )
+        return result
+
+    def training_forward(self, batch: Batch, state: Any = None, seed: int | None = None) -> tuple[float, int, Any, Any]:
+        """Compute the mean loss of a batch, for `fastseq.training.fit`.
+
+        Parameters
+        ----------
+        batch : Batch
+            Of the data that `fit` of the model makes.
+        state : state, optional
+            Where the batch before ended, of a model that carries a state.
+        seed : int, optional
+            Fixes what dropout drops.
+
+        Returns
+        -------
+        loss : float
+        count : int
+            Elements over which the loss is the mean.
+        tape : object
+            For `training_backward`.
+        state : state or None
+        """
+        task = self._task(batch, state)
+        outputs, state, kept = self._taped(task, state, seed)
+        loss, gradient = self._loss(outputs, task)
+        return loss, task.elements, (gradient, kept), state
+
+    def training_backward(self, tape: Any, grads: Any = None) -> None:
+        """Add the gradients of the loss that `training_forward` returned."""
+        gradient, kept = tape
+        self._back(gradient, kept, grads)
+
+    def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
+        """Return loss, count and state as of `training_forward`, without dropout."""
+        task = self._task(batch, state)
+        outputs, state = self._evaluated(task, state)
+        loss, _ = self._loss(outputs, task)
+        return loss, task.elements, state

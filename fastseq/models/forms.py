@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastseq import (
-    checks,
-)
+from fastseq import checks
 from fastseq.checks import Array
 from fastseq.training import Batch, arguments
 

@@ -7,32 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from fastseq import (
-    checks,
-    layers,
-    losses,
-    training,
-)
+from fastseq import checks, layers, losses, training
 from fastseq.checks import Array
 from fastseq.layers.base import Tape, seeds_of
 from fastseq.layers.recurrent import advice_on_dropout
-from fastseq.models.forms import (
-    BATCH_SIZE,
-    held_out,
-    is_data,
-    last_part,
-    no_targets,
-    padded_pair,
-)
+from fastseq.models.base import Task, TrainedModel
+from fastseq.models.forms import BATCH_SIZE, no_targets, padded_pair
 from fastseq.models.recurrent_parts import CELLS, recurrent_layer, rollout
 from fastseq.models.series import ScaledModel, Series, gaussian, series_of
-from fastseq.models.symbols import (
-    real_steps,
-)
+from fastseq.models.symbols import real_steps
 from fastseq.training import Batch, History
 
 
-class RecurrentForecaster(ScaledModel):
+class RecurrentForecaster(ScaledModel, TrainedModel):
     """The latent autoregressive model of series: x_{t+1} = W h_t + b + e_t, h_t = f(x_t, h_{t-1}), e_t Gaussian.
 
     Inputs and outputs of the layers are standardised by mean and deviation of what was fitted; what comes in and goes
@@ -122,6 +109,9 @@ class RecurrentForecaster(ScaledModel):
                 raise ValueError(f"{name} should be of shape ({self.input_size},), not {array.shape}")
         return fitted
 
+    def _raw_validation(self, value: Any) -> Series:
+        return self._given("validation", *padded_pair(value))
+
     def _given(self, name: str, series: Any, lengths: Any) -> Series:
         return series_of(name, series, lengths, self.dtype, self.input_size)
 
@@ -192,11 +182,11 @@ class RecurrentForecaster(ScaledModel):
         _, deviation = self._units()
         with np.errstate(all="ignore"):
             dz = (dy * deviation).astype(self.dtype)
-        dx, dstate = self._back(dz, tapes, dstate, truncate, grads)
+        dx, dstate = self._back(dz, tapes, grads, dstate, truncate)
         return given.like(dx / deviation), dstate
 
     def _back(
-        self, dz: Array, tapes: tuple[Tape, Tape], dstate: Any, truncate: int | None, grads: Any
+        self, dz: Array, tapes: tuple[Tape, Tape], grads: Any, dstate: Any = None, truncate: int | None = None
     ) -> tuple[Array, Any]:
         """All layers, in the reverse order of `_through`."""
         targets = self._child_targets(grads)
@@ -207,39 +197,35 @@ class RecurrentForecaster(ScaledModel):
         )
         return result
 
-    def training_forward(self, batch: Batch, state: Any = None, seed: int | None = None) -> tuple[float, int, Any, Any]:
-        """The mean squared error of a batch in units of the deviation, for `fastseq.training.fit`.
-
-        A batch without targets holds whole series, each step of which is the target of the step before.
-        """
-        inputs, targets, lengths = self._batch(batch)
-        z, state, tapes = self._through(inputs, state, lengths, seed)
-        loss, gradient = losses.mean_squared_error(z, self._standard(targets), lengths=lengths, _backend=self._backend)
-        return loss, int(lengths.sum()), (gradient, tapes), state
-
-    def _batch(self, batch: Batch) -> tuple[Array, Array, Array]:
-        """Inputs, targets and lengths of a batch."""
+    def _task(self, batch: Batch, state: Any) -> Task:
+        """Return values, and as targets those that follow; a batch without targets holds whole series."""
         given = self._given("inputs", batch.inputs, batch.lengths)
         if batch.targets is None:
-            return given.values[:, :-1], given.values[:, 1:], np.maximum(given.lengths - 1, 0)
+            lengths = np.maximum(given.lengths - 1, 0)
+            return Task(given.values[:, :-1], given.values[:, 1:], int(lengths.sum()), lengths)
         targets = self._given("targets", batch.targets, batch.lengths).values
         if targets.shape != given.values.shape:
             raise ValueError(f"targets should be of shape {given.values.shape}, as inputs, not {targets.shape}")
-        return given.values, targets, given.lengths
+        return Task(given.values, targets, int(given.lengths.sum()), given.lengths)
 
-    def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
-        """Loss, count and state as of `training_forward`, without dropout."""
-        inputs, targets, lengths = self._batch(batch)
-        y, state = self._recurrent(self._standard(inputs), state, lengths=lengths)
-        loss, _ = losses.mean_squared_error(
-            self._output(y), self._standard(targets), lengths=lengths, _backend=self._backend
+    def _taped(self, task: Task, state: Any, seed: int | None) -> tuple[Array, Any, Any]:
+        return self._through(task.inputs, state, task.lengths, seed)
+
+    def _evaluated(self, task: Task, state: Any) -> tuple[Array, Any]:
+        y, state = self._recurrent(self._standard(task.inputs), state, lengths=task.lengths)
+        return self._output(y), state
+
+    def _loss(self, outputs: Array, task: Task) -> tuple[float, Array]:
+        """Return the mean squared error in units of the deviation, and its gradient."""
+        result: tuple[float, Array] = losses.mean_squared_error(
+            outputs, self._standard(task.targets), lengths=task.lengths, _backend=self._backend
         )
-        return loss, int(lengths.sum()), state
+        return result
 
     def training_backward(self, tape: Any, grads: Any = None, *, truncate: int | None = None) -> None:
         """Add the gradients of the loss that `training_forward` returned; `truncate` as of the recurrent layers."""
         gradient, tapes = tape
-        self._back(gradient, tapes, None, truncate, grads)
+        self._back(gradient, tapes, grads, None, truncate)
 
     @checks.short_traceback
     def fit(
@@ -286,15 +272,7 @@ class RecurrentForecaster(ScaledModel):
         settings["seed"] = seed
         size = BATCH_SIZE if batch_size is None else checks.size("batch_size", batch_size, 1)
         steps = 64 if window is None else checks.size("window", window, 1)
-        validation: Series | None = None
-        if validation_split is not None:
-            if settings.get("validation") is not None:
-                raise ValueError("validation_split should not be given with validation")
-            given, validation = self._split(given, validation_split, seed)
-        elif settings.get("validation") is not None and not is_data(settings["validation"]):
-            raw, counts = padded_pair(settings["validation"])
-            validation = self._given("validation", raw, counts)
-            validation.check_finite("validation")
+        given, validation = self._held_out(given, validation_split, seed, 2, settings)
         if validation is not None:
             whole = self._predictable("validation", validation)
             inputs, targets = [row[:-1] for row in whole], [row[1:] for row in whole]
@@ -304,15 +282,6 @@ class RecurrentForecaster(ScaledModel):
         data = training.Windows(rows, steps=steps, batch_size=size, seed=seed)
         self._optimised(settings)
         return self._learn(given, "series", data, {}, settings)
-
-    def _split(self, given: Series, share: Any, seed: int | None) -> tuple[Series, Series]:
-        """What is learnt from, and what is validated on."""
-        if len(given.values) > 1:
-            learnt, out = held_out(len(given.values), share, seed)
-            return given.some(learnt), given.some(out)
-        length = int(given.lengths.sum())
-        cut = last_part(length, share, 2)
-        return given.steps(0, cut), given.steps(cut, length)
 
     @staticmethod
     def _predictable(name: str, given: Series) -> list[Array]:

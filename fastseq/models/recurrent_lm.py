@@ -6,36 +6,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import (
-    checks,
-    layers,
-    losses,
-    threads,
-    training,
-)
+from fastseq import checks, layers, threads, training
 from fastseq.backend import RecurrentDecoder
 from fastseq.checks import Array
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
-from fastseq.models.base import ParameterCache
+from fastseq.models.base import ParameterCache, Task
 from fastseq.models.decoding import Decoder, StateDecoder
-from fastseq.models.forms import (
-    BATCH_SIZE,
-    batched_already,
-    is_data,
-    no_targets,
-    padded_pair,
-)
+from fastseq.models.forms import BATCH_SIZE
 from fastseq.models.recurrent_parts import CELLS, Reader, recurrent_layer
-from fastseq.models.symbol_model import SymbolModel
-from fastseq.models.symbols import (
-    Symbols,
-    ids_array,
-    log_softmax_at,
-    real_steps,
-    symbols,
-    text_split,
-    whole_sequences,
-)
+from fastseq.models.symbol_model import LanguageModel
+from fastseq.models.symbols import Symbols, ids_array, log_softmax_at, real_steps
 from fastseq.training import Batch, History
 
 _ROWS, _CHUNK = 32, 512  # sequences, and steps of them, that `log_prob` computes together
@@ -52,7 +32,7 @@ class _Kept(NamedTuple):
     output: Tape
 
 
-class RecurrentLM(SymbolModel):
+class RecurrentLM(LanguageModel):
     """The latent autoregressive model of symbols: P(x_t | x_<t) = softmax(W h_t + b), h_t = f(x_{t-1}, h_{t-1}).
 
     Every sequence starts with a begin symbol of its own, which stands before x_1 and is never predicted.
@@ -133,11 +113,6 @@ class RecurrentLM(SymbolModel):
         self._drop = of(layers.Dropout)(self.dropout, **of_type)
         self._reader = Reader(self._embedding, self._recurrent)
         self._for_decoders = ParameterCache(self._embedding, self._recurrent, self._output)
-
-    @property
-    def begin(self) -> int:
-        """The id of the begin symbol: V."""
-        return self.vocab_size
 
     def initial_state(self, batch_size: int) -> Any:
         """The state after the begin symbol, where every sequence starts.
@@ -278,9 +253,9 @@ class RecurrentLM(SymbolModel):
         if begun:  # what is predicted after the begin symbol was not returned
             nothing = np.zeros((len(dlogits), 1, self.vocab_size), self.dtype)
             dlogits = np.concatenate([nothing, dlogits], axis=1)
-        return self._back(dlogits, kept, dstate, truncate, grads)
+        return self._back(dlogits, kept, grads, dstate, truncate)
 
-    def _back(self, dlogits: Array, kept: _Kept, dstate: Any, truncate: int | None, grads: Any) -> Any:
+    def _back(self, dlogits: Array, kept: _Kept, grads: Any, dstate: Any = None, truncate: int | None = None) -> Any:
         """All layers, in the reverse order of `_through`."""
         targets = self._child_targets(grads)
         dy = self._output.backward(dlogits, kept.output, grads=targets["output"])
@@ -294,8 +269,12 @@ class RecurrentLM(SymbolModel):
         self._embedding.backward(dx, kept.embedding, grads=targets["embedding"])
         return dstate
 
-    def _batch(self, batch: Batch, state: Any) -> tuple[Array, Array, Array | None]:
-        """Inputs, targets and lengths of a batch, with the begin symbol where there is one."""
+    def _task(self, batch: Batch, state: Any) -> Task:
+        """Return symbols (B, T), and as targets what comes after each.
+
+        Of `PaddedBatches` without targets: whole sequences, each after a begin symbol. Of `Streams`: a chunk; the first
+        of an epoch comes after a begin symbol.
+        """
         given = checks.as_array("inputs", batch.inputs)
         if given.ndim != 2:
             raise ValueError(f"inputs should be ids of shape (B, T), not {given.shape}")
@@ -303,57 +282,30 @@ class RecurrentLM(SymbolModel):
         real = None if counts is None else real_steps(counts, given.shape[1])
         inputs = np.maximum(checks.ids("inputs", given, self.vocab_size, real), 0)
         if batch.targets is None:
-            return self._after_begin(inputs[:, :-1])[:, : given.shape[1]], inputs, counts
-        targets = np.maximum(checks.ids("targets", batch.targets, self.vocab_size, real), 0)
-        if targets.shape != inputs.shape:
-            raise ValueError(f"targets should be of shape {inputs.shape}, as inputs, not {targets.shape}")
-        if state is None and batch.fresh is not None and np.all(batch.fresh):
-            targets = np.concatenate([inputs[:, :1], targets], axis=1)
-            return self._after_begin(inputs), targets, None if counts is None else counts + 1
-        return inputs, targets, counts
+            inputs, targets = self._after_begin(inputs[:, :-1])[:, : given.shape[1]], inputs
+        else:
+            targets = np.maximum(checks.ids("targets", batch.targets, self.vocab_size, real), 0)
+            if targets.shape != inputs.shape:
+                raise ValueError(f"targets should be of shape {inputs.shape}, as inputs, not {targets.shape}")
+            if state is None and batch.fresh is not None and np.all(batch.fresh):
+                inputs, targets = self._after_begin(inputs), np.concatenate([inputs[:, :1], targets], axis=1)
+                counts = None if counts is None else counts + 1
+        return Task(inputs, targets, targets.size if counts is None else int(counts.sum()), counts)
 
-    def training_forward(self, batch: Batch, state: Any = None, seed: int | None = None) -> tuple[float, int, Any, Any]:
-        """The mean cross-entropy of a batch, for `fastseq.training.fit`.
+    def _taped(self, task: Task, state: Any, seed: int | None) -> tuple[Array, Any, Any]:
+        return self._through(task.inputs, state, task.lengths, seed)
 
-        Parameters
-        ----------
-        batch : Batch
-            Of `PaddedBatches` without targets: whole sequences, each after a begin symbol. Of `Streams`: a chunk;
-            the first of an epoch comes after a begin symbol.
-        state : state, optional
-            Where the chunk before ended.
-        seed : int, optional
-            Fixes what dropout drops.
-
-        Returns
-        -------
-        loss : float
-        count : int
-            Over how many symbols.
-        tape : object
-            For `training_backward`.
-        state : State or LSTMState
-        """
-        inputs, targets, counts = self._batch(batch, state)
-        logits, state, kept = self._through(inputs, state, counts, seed)
-        loss, gradient = losses.softmax_cross_entropy(logits, targets, lengths=counts, _backend=self._backend)
-        return loss, targets.size if counts is None else int(counts.sum()), (gradient, kept), state
+    def _evaluated(self, task: Task, state: Any) -> tuple[Array, Any]:
+        y, state = self._reader(task.inputs, state, task.lengths)
+        return self._output(y), state
 
     def training_backward(self, tape: Any, grads: Any = None, *, truncate: int | None = None) -> None:
         """Add the gradients of the loss that `training_forward` returned; `truncate` as of `backward`."""
         gradient, kept = tape
-        self._back(gradient, kept, None, truncate, grads)
+        self._back(gradient, kept, grads, None, truncate)
 
-    def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
-        """Loss, count and state as of `training_forward`, without dropout; the state is None of long sequences."""
-        inputs, targets, counts = self._batch(batch, state)
-        if batch.targets is None and targets.shape[1] > _CHUNK:  # too long to have all logits at once
-            lengths = np.full(len(targets), targets.shape[1]) if counts is None else counts
-            given = Symbols(targets[real_steps(lengths, targets.shape[1])], lengths)
-            return -float(self._log_probs(given).sum()) / max(len(given.ids), 1), len(given.ids), None
-        y, state = self._reader(inputs, state, counts)
-        loss, _ = losses.softmax_cross_entropy(self._output(y), targets, lengths=counts, _backend=self._backend)
-        return loss, targets.size if counts is None else int(counts.sum()), state
+    def _most_steps(self) -> int:
+        return _CHUNK
 
     @checks.short_traceback
     def fit(
@@ -393,25 +345,9 @@ class RecurrentLM(SymbolModel):
         -------
         History
         """
-        no_targets("data", data, lengths)
-        if is_data(data):
-            batched_already(lengths=lengths, batch_size=batch_size, chunk=chunk, validation_split=validation_split)
-        else:
-            size = None if batch_size is None else checks.size("batch_size", batch_size, 1)
-            given, validation = text_split(symbols("data", data, lengths, self.vocab_size), validation_split, seed)
-            if validation is not None:
-                if settings.get("validation") is not None:
-                    raise ValueError("validation_split should not be given with validation")
-                settings["validation"] = whole_sequences("validation", validation, size)
-            data = self._data(given, size, chunk, seed)
-        raw = settings.get("validation")
-        if raw is not None and not is_data(raw):
-            held = symbols("validation", *padded_pair(raw), self.vocab_size)
-            settings["validation"] = whole_sequences("validation", held, batch_size)
-        return self._train(data, {"seed": seed, **settings})
+        return self._fit_text(data, lengths, batch_size, chunk, seed, validation_split, settings)
 
-    def _data(self, given: Symbols, batch_size: int | None, chunk: int | None, seed: int | None) -> Any:
-        """Data of the trainer: streams of one text, or whole sequences."""
+    def _text_data(self, given: Symbols, batch_size: int | None, chunk: int | None, seed: int | None) -> Any:
         if len(given.lengths) == 1 and len(given.ids) > 1:
             steps = 64 if chunk is None else checks.size("chunk", chunk, 1)
             fitting = min(BATCH_SIZE, max(1, (len(given.ids) - 1) // (_CHUNKS * steps)))

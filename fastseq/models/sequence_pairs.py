@@ -12,29 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import (
-    checks,
-    losses,
-    training,
-)
+from fastseq import checks, losses, training
 from fastseq.checks import Array
 from fastseq.layers.base import Tape
 from fastseq.layers.rows import rows_of
 from fastseq.models import decoding
-from fastseq.models.base import Model
+from fastseq.models.base import Task, TrainedModel
 from fastseq.models.decoding import Decoder
-from fastseq.models.forms import (
-    BATCH_SIZE,
-    batched_already,
-    held_out,
-    is_data,
-)
+from fastseq.models.forms import BATCH_SIZE, batched_already, held_out, is_data
 from fastseq.models.sums import sums
-from fastseq.models.symbols import (
-    TokenRows,
-    log_softmax_at,
-    token_rows,
-)
+from fastseq.models.symbols import TokenRows, log_softmax_at, token_rows
 from fastseq.training import Batch, History
 
 _TOKENS = 1 << 13  # symbols that go through the layers together where there is no batch to keep together
@@ -71,7 +58,7 @@ def _some(tokens: TokenRows, first: int, last: int) -> TokenRows:
     return TokenRows(tokens.ids[starts[first] : starts[last]], rows, tokens.unbatched)
 
 
-class SequencePairModel(Model):
+class SequencePairModel(TrainedModel):
     """The probability of a target, given a source of another length: prod over t of P(y_t | y_<t, source).
 
     Symbols of the source are 0..S-1, of the target 0..V-1. One more, the boundary V, stands before the first symbol of
@@ -362,20 +349,18 @@ class SequencePairModel(Model):
     def _check_new(self, max_new: Any) -> None:
         """Refuse more new symbols than a target can have."""
 
-    def _batch(self, batch: Batch) -> Pairs:
-        """The pairs of a batch."""
+    def _task(self, batch: Batch, state: Any) -> Task:
         if batch.targets is None:
             raise ValueError("targets should be given: from a source to its target is what the model learns")
         for name, value in (("inputs", batch.inputs), ("targets", batch.targets)):
             if np.ndim(value) != 2:
                 raise ValueError(f"{name} should be a batch of ids, (B, T), not of shape {np.shape(value)}")
-        return self._pairs(
-            batch.inputs,
-            batch.targets,
-            batch.lengths,
-            batch.target_lengths,
-            ("inputs", "targets", "lengths", "target_lengths"),
-        )
+        names = "inputs", "targets", "lengths", "target_lengths"
+        pairs = self._pairs(batch.inputs, batch.targets, batch.lengths, batch.target_lengths, names)
+        return Task(pairs, pairs.following, len(pairs.following))
+
+    def _evaluated(self, task: Task, state: Any) -> tuple[Array, Any]:
+        return self._scores(task.inputs), None
 
     def training_forward(
         self,
@@ -408,23 +393,12 @@ class SequencePairModel(Model):
             For `training_backward`.
         state : None
         """
-        pairs = self._batch(batch)
-        logits, kept = self._through(pairs, seed, _share("sampling", sampling))
+        task = self._task(batch, state)
+        logits, kept = self._through(task.inputs, seed, _share("sampling", sampling))
         loss, gradient = losses.softmax_cross_entropy(
-            logits, pairs.following, label_smoothing=label_smoothing, _backend=self._backend
+            logits, task.targets, label_smoothing=label_smoothing, _backend=self._backend
         )
-        return loss, len(pairs.following), (gradient, kept), None
-
-    def training_backward(self, tape: Any, grads: Any = None) -> None:
-        """Add the gradients of the loss that `training_forward` returned."""
-        gradient, kept = tape
-        self._back(gradient, kept, grads)
-
-    def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
-        """Loss, count and state as of `training_forward`, without dropout, sampling and smoothing."""
-        pairs = self._batch(batch)
-        loss, _ = losses.softmax_cross_entropy(self._scores(pairs), pairs.following, _backend=self._backend)
-        return loss, len(pairs.following), None
+        return loss, task.elements, (gradient, kept), None
 
     @checks.short_traceback
     def fit(

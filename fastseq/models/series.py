@@ -7,15 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import (
-    checks,
-    training,
-)
+from fastseq import checks, training
 from fastseq.checks import Array
 from fastseq.models.base import Model
-from fastseq.models.forms import (
-    is_list_of_rows,
-)
+from fastseq.models.forms import held_out, is_data, is_list_of_rows, last_part
 from fastseq.models.sums import bounded, row_sums
 from fastseq.training import History
 
@@ -185,6 +180,33 @@ class ScaledModel(Model):
     def _start(self, config: dict[str, Any], **children: Any) -> None:
         super()._start(config, **children)
         self._untouched = tuple(self._arrays.values())
+
+    def _raw_validation(self, value: Any) -> Series:
+        """Check series to validate on in the forms in which `fit` takes them."""
+        raise NotImplementedError
+
+    def _held_out(
+        self, given: Series, share: Any, seed: int | None, least: int, settings: Mapping[str, Any]
+    ) -> tuple[Series, Series | None]:
+        """Return the series to learn from, and those to validate on, if there are any that are not in batches.
+
+        Of one series the last part is held out; each part has `least` steps.
+        """
+        raw = settings.get("validation")
+        if share is None:
+            if raw is None or is_data(raw):
+                return given, None
+            validation = self._raw_validation(raw)
+            validation.check_finite("validation")
+            return given, validation
+        if raw is not None:
+            raise ValueError("validation_split should not be given with validation")
+        if len(given.values) > 1:
+            learnt, out = held_out(len(given.values), share, seed)
+            return given.some(learnt), given.some(out)
+        length = int(given.lengths.sum())
+        cut = last_part(length, share, least)
+        return given.steps(0, cut), given.steps(cut, length)
 
     def _variance(self, given: Series) -> Array:
         """The mean square of what predictions leave of some series, as `sigma2` has it."""

@@ -9,17 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from fastseq import checks
 from fastseq.checks import Array
 from fastseq.models import decoding
-from fastseq.models.base import Model
-from fastseq.models.forms import (
-    is_list_of_rows,
-)
+from fastseq.models.base import Model, TrainedModel
+from fastseq.models.forms import batched_already, is_data, is_list_of_rows, no_targets, padded_pair
 from fastseq.models.sums import sums
-from fastseq.models.symbols import (
-    Symbols,
-    symbols,
-)
+from fastseq.models.symbols import Symbols, symbols, text_split, whole_sequences
+from fastseq.training import Batch, History
 
 
 class SymbolModel(Model):
@@ -180,3 +177,58 @@ class SymbolModel(Model):
         unbatched = not is_list_of_rows(prompt) and np.ndim(prompt) == 1
         begin = functools.partial(self._decoder, rows)
         return decoding.Given(rows, begin, unbatched, self.vocab_size, self._backend.decoding)
+
+
+class LanguageModel(SymbolModel, TrainedModel):
+    """A model of symbols that is trained on text, one long sequence or many."""
+
+    @property
+    def begin(self) -> int:
+        """The id of the begin symbol: V."""
+        return self.vocab_size
+
+    def _most_steps(self) -> int:
+        """Return how many steps of whole sequences an evaluation takes through the layers at once."""
+        raise NotImplementedError
+
+    def _text_data(self, given: Symbols, batch_size: int | None, chunk: int | None, seed: int | None) -> Any:
+        """Make data of the trainer of the sequences to learn from."""
+        raise NotImplementedError
+
+    def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
+        """Return loss, count and state as of `training_forward`, without dropout.
+
+        Whole sequences of any length are evaluated as by `log_prob`; the state is None then.
+        """
+        if batch.targets is None and np.ndim(batch.inputs) == 2 and np.shape(batch.inputs)[1] > self._most_steps():
+            given = symbols("inputs", batch.inputs, batch.lengths, self.vocab_size)
+            return -float(self._log_probs(given).sum()) / max(len(given.ids), 1), len(given.ids), None
+        return super().evaluation_forward(batch, state)
+
+    def _fit_text(
+        self,
+        data: Any,
+        lengths: Any,
+        batch_size: int | None,
+        chunk: int | None,
+        seed: int | None,
+        share: float | None,
+        settings: dict[str, Any],
+    ) -> History:
+        """Train on text; `share` of it is held out for validation, and raw data to validate on is put into batches."""
+        no_targets("data", data, lengths)
+        raw = settings.get("validation")
+        size = None if batch_size is None else checks.size("batch_size", batch_size, 1)
+        if is_data(data):
+            batched_already(lengths=lengths, batch_size=batch_size, chunk=chunk, validation_split=share)
+        else:
+            given, held = text_split(symbols("data", data, lengths, self.vocab_size), share, seed)
+            if held is not None:
+                if raw is not None:
+                    raise ValueError("validation_split should not be given with validation")
+                settings["validation"] = whole_sequences("validation", held, size)
+            data = self._text_data(given, size, chunk, seed)
+        if raw is not None and not is_data(raw):
+            held = symbols("validation", *padded_pair(raw), self.vocab_size)
+            settings["validation"] = whole_sequences("validation", held, size)
+        return self._train(data, {"seed": seed, **settings})

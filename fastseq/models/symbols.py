@@ -6,18 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import (
-    checks,
-    training,
-)
+from fastseq import checks, training
 from fastseq.checks import Array
 from fastseq.layers.rows import Rows, rows_of
-from fastseq.models.forms import (
-    BATCH_SIZE,
-    held_out,
-    is_list_of_rows,
-    last_part,
-)
+from fastseq.models.forms import BATCH_SIZE, held_out, is_list_of_rows, last_part
 
 
 class Symbols(NamedTuple):

@@ -6,33 +6,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import (
-    checks,
-    layers,
-    losses,
-    threads,
-    training,
-)
+from fastseq import checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.convert import bert
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import POOLING, SEQUENCE, Layer, Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows
 from fastseq.layers.transformer import ACTIVATIONS, Context
-from fastseq.models.base import Model
-from fastseq.models.forms import (
-    BATCH_SIZE,
-    batched_already,
-    held_out,
-    is_data,
-)
+from fastseq.models.base import Task, TrainedModel
+from fastseq.models.forms import BATCH_SIZE, batched_already, held_out, is_data
 from fastseq.models.sums import sums
-from fastseq.models.symbols import (
-    TokenRows,
-    log_softmax_at,
-    real_steps,
-    token_rows,
-)
+from fastseq.models.symbols import TokenRows, log_softmax_at, real_steps, token_rows
 from fastseq.models.transformer_parts import attention_maps, encode, initialise
 from fastseq.training import Batch, History
 
@@ -44,6 +28,7 @@ _IGNORED = -1  # a target that does not count
 class _EncoderKept(NamedTuple):
     """The tapes of the layers of an encoder model, and what its pooling needs."""
 
+    rows: Rows
     word: Tape
     position: Tape
     type: Tape | None
@@ -55,7 +40,7 @@ class _EncoderKept(NamedTuple):
     head: Tape | None
 
 
-class TransformerEncoderModel(Model):
+class TransformerEncoderModel(TrainedModel):
     """A Transformer that looks both ways: vectors of tokens, one vector of a sequence, or scores of labels.
 
     It is put together as BERT [1]_: the embeddings of word, position and type are summed and normed, layers follow;
@@ -406,7 +391,9 @@ class TransformerEncoderModel(Model):
             if self.dropout:
                 y, leaving = self._drop.forward(y, seed=child_seed(seed, 2))
             y, of_head = self._head.forward(y)
-        kept = _EncoderKept(of_word, of_position, of_type, of_norm, entering, of_encoder, pooled, leaving, of_head)
+        kept = _EncoderKept(
+            rows, of_word, of_position, of_type, of_norm, entering, of_encoder, pooled, leaving, of_head
+        )
         return y, kept
 
     def backward(self, dy: Any, tape: Tape, *, grads: Any = None) -> None:
@@ -424,16 +411,16 @@ class TransformerEncoderModel(Model):
         kept, given, shape = self._kept(tape)
         dy = checks.like("dy", dy, self.dtype, shape)
         gradient = given.gather(dy) if self.pooling is None else dy[None] if given.unbatched else dy
-        self._back(gradient, given.rows, kept, grads)
+        self._back(gradient, kept, grads)
 
-    def _back(self, dy: Array, rows: Rows, kept: _EncoderKept, grads: Any) -> None:
+    def _back(self, dy: Array, kept: _EncoderKept, grads: Any) -> None:
         """All layers, in the reverse order of `_through`."""
         targets = self._child_targets(grads)
         if kept.head is not None:
             dy = self._head.backward(dy, kept.head, grads=targets["head"])
             if kept.leaving is not None:
                 dy = self._drop.backward(dy, kept.leaving)
-        dy = self._unpool(dy, rows, kept.pooled, targets)
+        dy = self._unpool(dy, kept.rows, kept.pooled, targets)
         dx, _ = self._encoder._backward_rows(dy, kept.encoder, targets["encoder"])
         if kept.entering is not None:
             dx = self._drop.backward(dx, kept.entering)
@@ -517,51 +504,28 @@ class TransformerEncoderModel(Model):
             return given.spread(labels, _IGNORED)
         return np.asarray(labels[0] if given.unbatched else labels)
 
-    def _batch(self, batch: Batch) -> tuple[TokenRows, Array | None, Array]:
-        """Tokens and their types, and the targets."""
+    def _task(self, batch: Batch, state: Any) -> Task:
+        """Return tokens and their types, and as targets the label of each sequence or token; -1 does not count."""
         self._needs_head()
         if batch.targets is None:
             raise ValueError("targets should be given: labels are what the model learns")
         given, types = self._opened(batch.inputs, batch.lengths, None)
-        return given, types, self._labels("targets", batch.targets, given, _IGNORED)
+        targets = self._labels("targets", batch.targets, given, _IGNORED)
+        return Task((given, types), targets, int((targets != _IGNORED).sum()))
 
-    def training_forward(self, batch: Batch, state: Any = None, seed: int | None = None) -> tuple[float, int, Any, Any]:
-        """The mean cross-entropy of the labels of a batch, for `fastseq.training.fit`.
-
-        Parameters
-        ----------
-        batch : Batch
-            Ids, and a label for each sequence or, without pooling, each token. A label of -1 does not count.
-        state : None
-            A Transformer carries none.
-        seed : int, optional
-            Fixes what dropout drops.
-
-        Returns
-        -------
-        loss : float
-        count : int
-            Over how many labels.
-        tape : object
-            For `training_backward`.
-        state : None
-        """
-        given, types, targets = self._batch(batch)
+    def _taped(self, task: Task, state: Any, seed: int | None) -> tuple[Array, Any, Any]:
+        given, types = task.inputs
         scores, kept = self._through(given, types, seed)
-        loss, gradient = losses.softmax_cross_entropy(scores, targets, ignore_index=_IGNORED, _backend=self._backend)
-        return loss, int((targets != _IGNORED).sum()), (gradient, given.rows, kept), None
+        return scores, None, kept
 
-    def training_backward(self, tape: Any, grads: Any = None) -> None:
-        """Add the gradients of the loss that `training_forward` returned."""
-        gradient, rows, kept = tape
-        self._back(gradient, rows, kept, grads)
+    def _evaluated(self, task: Task, state: Any) -> tuple[Array, Any]:
+        return self._encoded(*task.inputs)[0], None
 
-    def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
-        """Loss, count and state as of `training_forward`, without dropout."""
-        given, types, targets = self._batch(batch)
-        scores, _ = self._encoded(given, types)
-        loss, _ = losses.softmax_cross_entropy(scores, targets, ignore_index=_IGNORED, _backend=self._backend)
-        return loss, int((targets != _IGNORED).sum()), None
+    def _loss(self, outputs: Array, task: Task) -> tuple[float, Array]:
+        result: tuple[float, Array] = losses.softmax_cross_entropy(
+            outputs, task.targets, ignore_index=_IGNORED, _backend=self._backend
+        )
+        return result
 
     @checks.short_traceback
     def fit(

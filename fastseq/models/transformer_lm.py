@@ -8,36 +8,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import (
-    checks,
-    layers,
-    losses,
-    threads,
-    training,
-)
+from fastseq import checks, layers, threads, training
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows, rows_of
 from fastseq.layers.transformer import ACTIVATIONS, NORMS, Context
+from fastseq.models.base import Task
 from fastseq.models.decoding import Decoder, StateDecoder
-from fastseq.models.forms import (
-    BATCH_SIZE,
-    batched_already,
-    is_data,
-    no_targets,
-    padded_pair,
-)
-from fastseq.models.symbol_model import SymbolModel
+from fastseq.models.forms import BATCH_SIZE
+from fastseq.models.symbol_model import LanguageModel
 from fastseq.models.symbols import (
     Symbols,
     ids_array,
     log_softmax_at,
     real_steps,
-    symbols,
-    text_split,
     token_rows,
-    whole_sequences,
 )
 from fastseq.models.transformer_parts import POSITIONS, TiedOutput, attention_maps, encode, initialise
 from fastseq.state import AttentionState
@@ -57,7 +43,7 @@ class _Kept(NamedTuple):
     output: Any
 
 
-class TransformerLM(SymbolModel):
+class TransformerLM(LanguageModel):
     """The autoregressive model of symbols by attention: P(x_t | x_<t) from a Transformer that looks back.
 
     It is put together as GPT-2 [1]_: embedding, positions, layers with the norm first, a last norm, and the embedding
@@ -222,11 +208,6 @@ class TransformerLM(SymbolModel):
         self._drop = of(layers.Dropout)(self.dropout, **of_type)
         initialise(self, self.num_layers, 1 / math.sqrt(2 * self.num_layers))
 
-    @property
-    def begin(self) -> int:
-        """The id of the begin symbol: V."""
-        return self.vocab_size
-
     def _begun(self, ids: Array, lengths: Array) -> Symbols:
         """Sequences with the begin symbol in front of each."""
         counts = lengths + 1
@@ -378,8 +359,12 @@ class TransformerLM(SymbolModel):
             dx = self._positions.backward(dx, kept.positions, grads=targets.get("positions"))
         self._embedding.backward(dx, kept.embedding, grads=targets["embedding"])
 
-    def _batch(self, batch: Batch) -> tuple[Array, Rows, Array]:
-        """Tokens (N,), where they are, and what comes after each (N,)."""
+    def _task(self, batch: Batch, state: Any) -> Task:
+        """Return tokens (N,) and their rows, and as targets what comes after each, (N,).
+
+        Of `PaddedBatches` without targets: whole sequences of at most `context` symbols, each after a begin symbol. Of
+        `Streams`: a window; those that are fresh are taken for whole sequences.
+        """
         given = checks.as_array("inputs", batch.inputs)
         if given.ndim != 2:
             raise ValueError(f"inputs should be ids of shape (B, T), not {given.shape}")
@@ -403,52 +388,20 @@ class TransformerLM(SymbolModel):
         shifted = np.concatenate([np.full((len(inputs), 1), self.begin), inputs[:, :-1]], axis=1)[:, : inputs.shape[1]]
         tokens = np.where(starts[:, None], shifted, inputs)
         following = np.where(starts[:, None], inputs, following)
-        return tokens[real], rows, following[real]
+        return Task((tokens[real], rows), following[real], int(rows.starts[-1]))
 
-    def training_forward(self, batch: Batch, state: Any = None, seed: int | None = None) -> tuple[float, int, Any, Any]:
-        """The mean cross-entropy of a batch, for `fastseq.training.fit`.
-
-        Parameters
-        ----------
-        batch : Batch
-            Of `PaddedBatches` without targets: whole sequences of at most `context` symbols, each after a begin
-            symbol. Of `Streams`: a window; those that are fresh are taken for whole sequences.
-        state : None
-            A Transformer carries none.
-        seed : int, optional
-            Fixes what dropout drops.
-
-        Returns
-        -------
-        loss : float
-        count : int
-            Over how many symbols.
-        tape : object
-            For `training_backward`.
-        state : None
-        """
-        tokens, rows, following = self._batch(batch)
+    def _taped(self, task: Task, state: Any, seed: int | None) -> tuple[Array, Any, Any]:
+        tokens, rows = task.inputs
         logits, kept = self._through(tokens, rows, seed)
-        loss, gradient = losses.softmax_cross_entropy(logits, following, _backend=self._backend)
-        return loss, len(following), (gradient, kept), None
+        return logits, None, kept
 
-    def training_backward(self, tape: Any, grads: Any = None) -> None:
-        """Add the gradients of the loss that `training_forward` returned."""
-        gradient, kept = tape
-        self._back(gradient, kept, grads)
-
-    def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
-        """Loss, count and state as of `training_forward`, without dropout.
-
-        Whole sequences may be longer than `context` here: their windows are those of `log_prob`.
-        """
-        if batch.targets is None and np.ndim(batch.inputs) == 2 and np.shape(batch.inputs)[1] > self.context:
-            given = symbols("inputs", batch.inputs, batch.lengths, self.vocab_size)
-            return -float(self._log_probs(given).sum()) / max(len(given.ids), 1), len(given.ids), None
-        tokens, rows, following = self._batch(batch)
+    def _evaluated(self, task: Task, state: Any) -> tuple[Array, Any]:
+        tokens, rows = task.inputs
         y, _ = encode(self._encoder, self._embedded(tokens, rows), rows, True)
-        loss, _ = losses.softmax_cross_entropy(self._output(y), following, _backend=self._backend)
-        return loss, len(following), None
+        return self._output(y), None
+
+    def _most_steps(self) -> int:
+        return self.context
 
     @checks.short_traceback
     def fit(
@@ -488,28 +441,17 @@ class TransformerLM(SymbolModel):
         -------
         History
         """
-        no_targets("data", data, lengths)
+        return self._fit_text(data, lengths, batch_size, chunk, seed, validation_split, settings)
+
+    def _text_data(self, given: Symbols, batch_size: int | None, chunk: int | None, seed: int | None) -> Any:
         steps = self.context if chunk is None else checks.size("chunk", chunk, 1)
         if steps > self.context:
             raise ValueError(f"chunk should be at most context={self.context}, not {steps}")
-        size = BATCH_SIZE if batch_size is None else checks.size("batch_size", batch_size, 1)
-        raw = settings.get("validation")
-        if is_data(data):
-            batched_already(lengths=lengths, batch_size=batch_size, chunk=chunk, validation_split=validation_split)
-        else:
-            given, held = text_split(symbols("data", data, lengths, self.vocab_size), validation_split, seed)
-            if held is not None:
-                if raw is not None:
-                    raise ValueError("validation_split should not be given with validation")
-                settings["validation"] = whole_sequences("validation", held, size)
-            rows = [row for row in given.split() if len(row)]
-            if not rows:
-                raise ValueError("data should hold at least one symbol")
-            data = training.TextWindows(rows, steps=steps, batch_size=size, begin=self.begin, seed=seed)
-        if raw is not None and not is_data(raw):
-            held = symbols("validation", *padded_pair(raw), self.vocab_size)
-            settings["validation"] = whole_sequences("validation", held, size)
-        return self._train(data, {"seed": seed, **settings})
+        rows = [row for row in given.split() if len(row)]
+        if not rows:
+            raise ValueError("data should hold at least one symbol")
+        size = BATCH_SIZE if batch_size is None else batch_size
+        return training.TextWindows(rows, steps=steps, batch_size=size, begin=self.begin, seed=seed)
 
     def _log_probs(self, given: Symbols) -> Array:
         result = np.empty(len(given.ids))

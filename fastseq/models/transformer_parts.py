@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastseq import (
-    threads,
-)
+from fastseq import threads
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
 from fastseq.layers.rows import Rows

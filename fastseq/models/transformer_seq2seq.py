@@ -7,12 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import (
-    checks,
-    init,
-    layers,
-    threads,
-)
+from fastseq import checks, init, layers, threads
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
@@ -20,10 +15,7 @@ from fastseq.layers.rows import Rows
 from fastseq.layers.transformer import ACTIVATIONS, MAX_LAYERS, NORMS, Context, Tokens
 from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.sequence_pairs import Pairs, SequencePairModel
-from fastseq.models.symbols import (
-    TokenRows,
-    ids_array,
-)
+from fastseq.models.symbols import TokenRows, ids_array
 from fastseq.models.transformer_parts import POSITIONS, TiedOutput
 from fastseq.splitmix import mixed, uniform
 from fastseq.state import AttentionState
