@@ -31,6 +31,8 @@ if X86_64:
 FLAGS = ["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 
+OPENMP = "fastseq._parallel", "fastseq._simd"  # the modules that use it, or say whether it is there
+
 PROBE = """
 #include <omp.h>
 int main(void)
@@ -52,11 +54,17 @@ def digest(command: str) -> str:
     return hashlib.sha256(command.encode()).hexdigest()[:16]
 
 
+def content(files: list[str]) -> str:
+    """A short name for the contents of files; in what Cython wrote, without its first comment, which has paths."""
+    parts = (Path(name).read_bytes().partition(b"END: Cython Metadata") for name in sorted(files))
+    return hashlib.sha256(b"".join(after or before for before, _, after in parts)).hexdigest()[:16]
+
+
 class Build(build_ext):
     """Builds the kernels of every instruction set, each with its own flags, and links them into `_simd`.
 
-    Kernels and modules stay in build/kernels and build/modules, in a folder for each set of flags. One that is newer
-    than everything it is made of is taken from there.
+    Kernels and modules stay in build/kernels and build/modules, in a folder for each set of flags. A kernel that is
+    newer than everything it is made of is taken from there, and a module that was made of the same text.
     """
 
     def finalize_options(self) -> None:
@@ -78,9 +86,10 @@ class Build(build_ext):
         openmp = self.openmp_flags()
         objects = self.kernels(flags)
         for extension in self.extensions:
+            own = openmp if extension.name in OPENMP else []  # so that without OpenMP the others are the same
             # Generated code has parameters it does not use.
-            extension.extra_compile_args = [*flags, *openmp, "-Wno-unused-parameter"]
-            extension.extra_link_args = [*link, *openmp]
+            extension.extra_compile_args = [*flags, *own, "-Wno-unused-parameter"]
+            extension.extra_link_args = [*link, *own]
             if extension.name == "fastseq._simd":
                 extension.extra_objects = objects
         super().build_extensions()
@@ -91,12 +100,16 @@ class Build(build_ext):
         versions = platform.platform(), sys.version, numpy.__version__
         commands = self.compiler.compiler_so, self.compiler.linker_so
         flags = extension.extra_compile_args, extension.extra_link_args
-        kept = Path("build/modules", digest(f"{versions} {commands} {flags} {extension.sources}"), target.name)
-        if newer_group([*extension.sources, *self.headers, *extension.extra_objects], kept):
+        folder = Path("build/modules", digest(f"{versions} {commands} {flags} {extension.sources}"))
+        # By content and not by date: Cython writes the same text again wherever it was installed later than that text.
+        kept = folder / f"{content([*extension.sources, *self.headers, *extension.extra_objects])}-{target.name}"
+        if not kept.exists():
             super().build_extension(extension)
-            kept.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             partial = kept.with_suffix(f".{os.getpid()}")
             shutil.copyfile(target, partial)
+            for old in folder.glob(f"*-{target.name}"):
+                old.unlink(missing_ok=True)
             partial.replace(kept)
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +121,7 @@ class Build(build_ext):
             # Python's own -fwrapv would hide overflow from the sanitizer.
             flags = [*flags, "-fno-wrapv"]
         files = {"src/kernels/dispatch.c": flags}
-        for name, set_flags in SETS.items():
+        for name, set_flags in reversed(SETS.items()):  # the widest takes longest, and is begun first
             files |= {f"src/kernels/isa/{name}_{real}.c": [*flags, *set_flags] for real in ("f32", "f64")}
 
         def kernel(source: str) -> str:
