@@ -276,7 +276,7 @@ class Transformer(Protocol):
     def Pages(self) -> Any:
         """The class of keys and values of a batch of sequences."""
 
-    def block_pack(self, settings: Mapping[str, Any], sublayers: list[tuple[str, Mapping[str, Any], Any]], /) -> Any:
+    def block_pack(self, settings: Mapping[str, Any], sublayers: list[Any], /) -> Any:
         """The weights of a block in the form of the other operations."""
 
     def run_blocks(

@@ -9,131 +9,58 @@ import numpy as np
 
 from fastseq import checks, threads
 from fastseq.checks import Array
-from fastseq.layers.base import Layer, Tape
+from fastseq.layers.base import Pointwise, Tape
+from fastseq.layers.settings import KW_ONLY, Dtype, choice, floating
 
 
-class Elementwise(Layer):
-    """What all but softmax share: a function of each element alone."""
+class Elementwise(Pointwise):
+    """What all except softmax share: a function of each element alone, of an array of any shape."""
 
     _keeps_width: ClassVar[bool] = True
-    _kind: str
+    _kind: ClassVar[str]
 
-    def _start(self, kind: str, dtype: Any, **more: Any) -> None:
-        self._kind = kind
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self._config = {**more, "dtype": self.dtype.name}
-        self._arrays = {}
+    _: KW_ONLY
+    dtype: Dtype = floating(default="float32", of="outputs")
 
-    def __call__(self, x: Any) -> Array:
-        """The function of every element.
+    def _function(self) -> str:
+        """The name that operations have for the function."""
+        return self._kind
 
-        Parameters
-        ----------
-        x : array
-            Real floating numbers, of any shape.
-
-        Returns
-        -------
-        y : ndarray of the shape of x
-
-        Raises
-        ------
-        TypeError
-            Naming the argument, what it was and what it should be.
-        """
-        return self._applied(self._contiguous(x))
-
-    def forward(self, x: Any, seed: int | None = None) -> tuple[Array, Tape]:
-        """Call, and keep what `backward` needs.
-
-        Parameters
-        ----------
-        x : array
-            Not to be changed as long as the tape is used.
-        seed : int, optional
-            Nothing here is random.
-
-        Returns
-        -------
-        y : ndarray of the shape of x
-        tape : Tape
-        """
-        checks.seed("seed", seed)
-        x = self._contiguous(x)
-        return self._applied(x), Tape(self, x)
-
-    def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array:
-        """Gradient of the input, given that of the outputs.
-
-        Parameters
-        ----------
-        dy : array of the shape of y
-        tape : Tape
-            What `forward` returned.
-        grads : mapping, optional
-            An empty one: there are no parameters.
-
-        Returns
-        -------
-        dx : ndarray of the shape of x
-        """
-        x = self._kept(tape)
-        dy = checks.like("dy", dy, self.dtype, x.shape)
-        self._targets(grads)
-        dx: Array = self._backend.dense.activation_backward(x, dy, self._kind, threads.get_num_threads())
-        return dx
-
-    def _contiguous(self, x: Any) -> Array:
+    def _forward(self, x: Any, seed: int | None) -> tuple[Array, Any]:
         x = checks.real_array("x", x, self.dtype)
-        return x if x.flags.c_contiguous else np.ascontiguousarray(x)
+        x = x if x.flags.c_contiguous else np.ascontiguousarray(x)
+        return self._backend.dense.activation_forward(x, self._function(), threads.get_num_threads()), x
 
-    def _applied(self, x: Array) -> Array:
-        y: Array = self._backend.dense.activation_forward(x, self._kind, threads.get_num_threads())
-        return y
+    def _backward(self, dy: Array, kept: Any, targets: Mapping[str, Array]) -> Array:
+        return self._backend.dense.activation_backward(kept, dy, self._function(), threads.get_num_threads())
 
 
 class ReLU(Elementwise):
-    """The larger of x and 0; the slope at 0 is 0.
+    """The larger of x and 0; the slope at 0 is 0."""
 
-    Parameters
-    ----------
-    dtype : {"float32", "float64"}
-        Of outputs. Inputs of another real dtype are converted.
-    """
-
-    def __init__(self, *, dtype: Any = "float32") -> None:
-        self._start("relu", dtype)
+    _kind = "relu"
 
 
 class GELU(Elementwise):
     """The Gaussian error linear unit [1]_: x times the share of a standard normal distribution that lies below x.
-
-    Parameters
-    ----------
-    approximate : {"none", "tanh"}
-        "none" is x / 2 (1 + erf(x / sqrt(2))); "tanh" is x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
-    dtype : {"float32", "float64"}
-        Of outputs. Inputs of another real dtype are converted.
 
     References
     ----------
     .. [1] D. Hendrycks, K. Gimpel, "Gaussian error linear units (GELUs)", arXiv:1606.08415, 2016.
     """
 
-    approximate: str
+    approximate: str = choice(
+        ("none", "tanh"),
+        default="none",
+        doc='"none" is x / 2 (1 + erf(x / sqrt(2))); "tanh" is x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).',
+    )
 
-    def __init__(self, approximate: str = "none", *, dtype: Any = "float32") -> None:
-        self.approximate = checks.choice("approximate", approximate, ("none", "tanh"))
-        self._start("gelu" if approximate == "none" else "gelu_tanh", dtype, approximate=approximate)
+    def _function(self) -> str:
+        return "gelu" if self.approximate == "none" else "gelu_tanh"
 
 
 class SiLU(Elementwise):
     """The sigmoid linear unit [1]_: x / (1 + exp(-x)); also called swish.
-
-    Parameters
-    ----------
-    dtype : {"float32", "float64"}
-        Of outputs. Inputs of another real dtype are converted.
 
     References
     ----------
@@ -141,127 +68,48 @@ class SiLU(Elementwise):
        reinforcement learning", Neural Networks 107, 2018.
     """
 
-    def __init__(self, *, dtype: Any = "float32") -> None:
-        self._start("silu", dtype)
+    _kind = "silu"
 
 
 class Tanh(Elementwise):
-    """The hyperbolic tangent of every element.
+    """The hyperbolic tangent of every element."""
 
-    Parameters
-    ----------
-    dtype : {"float32", "float64"}
-        Of outputs. Inputs of another real dtype are converted.
-    """
-
-    def __init__(self, *, dtype: Any = "float32") -> None:
-        self._start("tanh", dtype)
+    _kind = "tanh"
 
 
 class Sigmoid(Elementwise):
-    """1 / (1 + exp(-x)) of every element.
+    """1 / (1 + exp(-x)) of every element."""
 
-    Parameters
-    ----------
-    dtype : {"float32", "float64"}
-        Of outputs. Inputs of another real dtype are converted.
-    """
-
-    def __init__(self, *, dtype: Any = "float32") -> None:
-        self._start("sigmoid", dtype)
+    _kind = "sigmoid"
 
 
-class Softmax(Layer):
-    """exp(x) over its sum along the last axis. Where all of a row is -inf, the result is 0.
-
-    Parameters
-    ----------
-    dtype : {"float32", "float64"}
-        Of outputs. Inputs of another real dtype are converted.
-    """
+class Softmax(Pointwise):
+    """exp(x) over its sum along the last axis of x (..., n). Where all of a row is -inf, the result is 0."""
 
     _features = 1
-
     _keeps_width: ClassVar[bool] = True
 
-    def __init__(self, *, dtype: Any = "float32") -> None:
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self._config = {"dtype": self.dtype.name}
-        self._arrays = {}
+    _: KW_ONLY
+    dtype: Dtype = floating(default="float32", of="outputs")
 
-    def __call__(self, x: Any) -> Array:
-        """The softmax of the last axis.
+    def _rows(self, array: Array) -> Array:
+        """An array as contiguous rows, also where a row has no element."""
+        count = int(np.prod(array.shape[:-1], dtype=np.int64))
+        return np.ascontiguousarray(array).reshape(count, array.shape[-1])
 
-        Parameters
-        ----------
-        x : array of shape (..., n)
-            Real floating numbers.
-
-        Returns
-        -------
-        y : ndarray of the shape of x
-
-        Raises
-        ------
-        TypeError, ValueError
-            Naming the argument, what it was and what it should be.
-        """
-        rows, shape = self._rows(x)
-        y: Array = self._backend.dense.softmax_forward(rows, threads.get_num_threads())
-        return y.reshape(shape)
-
-    def forward(self, x: Any, seed: int | None = None) -> tuple[Array, Tape]:
-        """Call, and keep what `backward` needs.
-
-        Parameters
-        ----------
-        x : array of shape (..., n)
-        seed : int, optional
-            Nothing here is random.
-
-        Returns
-        -------
-        y : ndarray of the shape of x
-            Read-only: the tape refers to it.
-        tape : Tape
-        """
-        checks.seed("seed", seed)
-        y = self(x)
-        y.flags.writeable = False
-        return y, Tape(self, y)
-
-    def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array:
-        """Gradient of the input, given that of the outputs.
-
-        Parameters
-        ----------
-        dy : array of the shape of y
-        tape : Tape
-            What `forward` returned.
-        grads : mapping, optional
-            An empty one: there are no parameters.
-
-        Returns
-        -------
-        dx : ndarray of the shape of x
-        """
-        y = self._kept(tape)
-        dy = checks.like("dy", dy, self.dtype, y.shape)
-        self._targets(grads)
-        width = y.shape[-1]
-        dx: Array = self._backend.dense.softmax_backward(
-            y.reshape(_count(y.shape), width), dy.reshape(_count(y.shape), width), threads.get_num_threads()
-        )
-        return dx.reshape(y.shape)
-
-    def _rows(self, x: Any) -> tuple[Array, tuple[int, ...]]:
-        """The rows of x, and its shape."""
+    def _forward(self, x: Any, seed: int | None) -> tuple[Array, Any]:
         x = checks.real_array("x", x, self.dtype)
         if not x.ndim:
             raise ValueError(f"x should be of shape (..., n), not {x.shape}")
-        return np.ascontiguousarray(x).reshape(_count(x.shape), x.shape[-1]), x.shape
+        y = self._backend.dense.softmax_forward(self._rows(x), threads.get_num_threads()).reshape(x.shape)
+        return y, y
 
+    def forward(self, x: Any, seed: int | None = None) -> tuple[Array, Tape]:
+        """Apply the layer in training, as other layers; y is read-only, since the tape refers to it."""
+        y, tape = super().forward(x, seed)
+        y.flags.writeable = False
+        return y, tape
 
-def _count(shape: tuple[int, ...]) -> int:
-    """How many rows an array of this shape has, also where a row has no element."""
-    return int(np.prod(shape[:-1], dtype=np.int64))
+    def _backward(self, dy: Array, kept: Any, targets: Mapping[str, Array]) -> Array:
+        dx = self._backend.dense.softmax_backward(self._rows(kept), self._rows(dy), threads.get_num_threads())
+        return dx.reshape(dy.shape)

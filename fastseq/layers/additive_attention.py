@@ -14,9 +14,10 @@ import numpy as np
 from fastseq import checks, threads
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
-from fastseq.layers.base import SEQUENCE, Composite, Layer, Tape, seeds_of
+from fastseq.layers.base import SEQUENCE, Composite, Configured, Tape, seeds_of
 from fastseq.layers.linear import Linear
 from fastseq.layers.rows import Rows, padded, rows_of
+from fastseq.layers.settings import KW_ONLY, Dtype, flag, floating, random_seed, size
 
 
 class _Given(NamedTuple):
@@ -38,15 +39,15 @@ class AllSteps(NamedTuple):
     dkeys: Array
 
 
-class Alignment(Layer):
+class Alignment(Configured):
     """What both kinds share: shapes."""
 
     time = SEQUENCE
 
     _naming: ClassVar[tuple[str, ...]] = ("__call__", "forward")
 
-    query_size: int
-    key_size: int
+    query_size: int = size(doc="Q.")
+    key_size: int = size(doc="K.")
 
     def _projected(self, keys: Array) -> Array:
         """What scores take of keys (M, K), which does not depend on a query."""
@@ -172,14 +173,7 @@ class Alignment(Layer):
 class MultiplicativeAttention(Alignment):
     """Attention with bilinear scores: s W h of a query s and a key h [1]_ (there the one called general).
 
-    Parameters
-    ----------
-    query_size, key_size : int
-        Q and K; W is the parameter `weight` (Q, K).
-    dtype : {"float32", "float64"}
-        Of parameters and outputs. Inputs of another real dtype are converted.
-    seed : int, optional
-        Fixes the initial parameters, uniform in ±1/sqrt(K).
+    W is the parameter `weight` (Q, K).
 
     References
     ----------
@@ -187,22 +181,13 @@ class MultiplicativeAttention(Alignment):
        translation", EMNLP 2015.
     """
 
-    seed: int | None
+    _: KW_ONLY
+    dtype: Dtype = floating(default="float32")
+    seed: int | None = random_seed(default=None, doc="Fixes the initial parameters, uniform in ±1/sqrt(K).")
 
-    def __init__(self, query_size: int, key_size: int, *, dtype: Any = "float32", seed: int | None = None) -> None:
-        self.query_size = checks.size("query_size", query_size, 1)
-        self.key_size = checks.size("key_size", key_size, 1)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
-        self._config = {
-            "query_size": self.query_size,
-            "key_size": self.key_size,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
+    def _build(self) -> None:
         self._packed: tuple[Mapping[str, Array], Any] | None = None
-        self._arrays = {}
-        self._replace(self._initial(np.random.default_rng(self.seed)))
+        super()._build()
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
         bound = 1 / math.sqrt(self.key_size)
@@ -256,17 +241,8 @@ class MultiplicativeAttention(Alignment):
 class AdditiveAttention(Alignment, Composite):
     """Attention with scores v tanh(W s + U h + b) of a query s and a key h [1]_.
 
-    Parameters
-    ----------
-    query_size, key_size, hidden_size : int
-        Q, K and A: W is the parameter `query.weight` (A, Q), U is `key.weight` (A, K), b is `key.bias` (A,) and v is
-        `score.weight` (1, A).
-    bias : bool
-        Whether there is b.
-    dtype : {"float32", "float64"}
-        Of parameters and outputs. Inputs of another real dtype are converted.
-    seed : int, optional
-        Fixes the initial parameters, each uniform in ±1/sqrt(columns).
+    W is the parameter `query.weight` (A, Q), U is `key.weight` (A, K), b is `key.bias` (A,) and v is `score.weight`
+    (1, A).
 
     References
     ----------
@@ -274,34 +250,13 @@ class AdditiveAttention(Alignment, Composite):
        ICLR 2015.
     """
 
-    hidden_size: int
-    bias: bool
-    seed: int | None
+    hidden_size: int = size(doc="A.")
+    _: KW_ONLY
+    bias: bool = flag(default=True, doc="Whether there is b.")
+    dtype: Dtype = floating(default="float32")
+    seed: int | None = random_seed(default=None, doc="Fixes the initial parameters, each uniform in ±1/sqrt(columns).")
 
-    def __init__(
-        self,
-        query_size: int,
-        key_size: int,
-        hidden_size: int,
-        *,
-        bias: bool = True,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        self.query_size = checks.size("query_size", query_size, 1)
-        self.key_size = checks.size("key_size", key_size, 1)
-        self.hidden_size = checks.size("hidden_size", hidden_size, 1)
-        self.bias = checks.flag("bias", bias)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
-        self._config = {
-            "query_size": self.query_size,
-            "key_size": self.key_size,
-            "hidden_size": self.hidden_size,
-            "bias": self.bias,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
+    def _build(self) -> None:
         linear = self._backend.of(Linear)
         seeds, of_type = seeds_of(self.seed, 3), {"dtype": self.dtype}
         self._query = linear(self.query_size, self.hidden_size, False, seed=seeds[0], **of_type)

@@ -11,9 +11,10 @@ import numpy as np
 from fastseq import checks, elsewhere, threads
 from fastseq.backend import COMPILED, Backend
 from fastseq.checks import Array
-from fastseq.layers.base import SEQUENCE, Layer, Tape, mask_seed
+from fastseq.layers.base import SEQUENCE, Configured, Tape, mask_seed
 from fastseq.layers.positions import turns
 from fastseq.layers.rows import Rows, cut, padded, rows_of
+from fastseq.layers.settings import KW_ONLY, Dtype, Resolved, flag, floating, fraction, number, random_seed, size
 
 
 class AttentionTape:
@@ -257,30 +258,8 @@ class _Kept(NamedTuple):
     output: Any  # the packed weights of the output projection
 
 
-class MultiheadAttention(Layer):
+class MultiheadAttention(Configured):
     """Attention of several heads [1]_ between learned projections of queries, keys and values.
-
-    Parameters
-    ----------
-    embed_dim, num_heads : int
-        E, the size of a query and of an output, and the number of heads, each of size E / num_heads.
-    kdim, vdim : int, optional
-        The size of a key and of a value; E by default.
-    num_kv_heads : int, optional
-        Heads of keys and values, a divisor of `num_heads`; each is read by as many query heads [2]_.
-    bias : bool
-        Whether all projections have biases.
-    dropout : float in [0, 1)
-        Share of the weights that training drops.
-    rotary : float, optional
-        The base of rotary positions [3]_, 10000.0 commonly; for self-attention only.
-    window : int, optional
-        Query i may attend only to keys less than this many from its own, key i + Tk - Tq.
-    dtype : {"float32", "float64"}
-        Of parameters and outputs. Inputs of another real dtype are converted.
-    seed : int, optional
-        Fixes the initial parameters: `in_proj_weight` uniform in ±sqrt(6 / (rows + columns)), `out_proj.weight` in
-        ±1/sqrt(E), biases 0.
 
     Notes
     -----
@@ -299,63 +278,43 @@ class MultiheadAttention(Layer):
 
     _naming: ClassVar[tuple[str, ...]] = ("__call__", "forward")
 
-    embed_dim: int
-    num_heads: int
-    kdim: int
-    vdim: int
-    num_kv_heads: int
-    bias: bool
-    dropout: float
-    rotary: float | None
-    window: int | None
-    seed: int | None
+    embed_dim: int = size(doc="E, the size of a query and of an output.")
+    num_heads: int = size(doc="The number of heads, each of size E / num_heads.")
+    _: KW_ONLY
+    kdim: Resolved[int | None, int] = size(default=None, doc="The size of a key; E by default.")
+    vdim: Resolved[int | None, int] = size(default=None, doc="The size of a value; E by default.")
+    num_kv_heads: Resolved[int | None, int] = size(
+        default=None,
+        doc="Heads of keys and values, a divisor of `num_heads`; each is read by as many query heads [2]_.",
+    )
+    bias: bool = flag(default=True, doc="Whether all projections have biases.")
+    dropout: float = fraction(default=0.0, doc="Share of the attention weights that training drops.")
+    rotary: float | None = number(
+        default=None, above=0, doc="The base of rotary positions [3]_, 10000.0 commonly; for self-attention only."
+    )
+    window: int | None = size(
+        default=None, doc="Query i may attend only to keys less than this many from its own, key i + Tk - Tq."
+    )
+    dtype: Dtype = floating(default="float32")
+    seed: int | None = random_seed(
+        default=None,
+        doc="Fixes the initial parameters: `in_proj_weight` uniform in ±sqrt(6 / (rows + columns)),"
+        " `out_proj.weight` in ±1/sqrt(E), biases 0.",
+    )
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        kdim: int | None = None,
-        vdim: int | None = None,
-        num_kv_heads: int | None = None,
-        bias: bool = True,
-        dropout: float = 0.0,
-        rotary: float | None = None,
-        window: int | None = None,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        self.embed_dim = checks.size("embed_dim", embed_dim, 1)
-        self.num_heads = checks.size("num_heads", num_heads, 1)
+    def _resolve(self) -> None:
         self._head_dim = head_dim("embed_dim", self.embed_dim, "num_heads", self.num_heads)
-        self.kdim = self.embed_dim if kdim is None else checks.size("kdim", kdim, 1)
-        self.vdim = self.embed_dim if vdim is None else checks.size("vdim", vdim, 1)
-        self.num_kv_heads = kv_heads(num_kv_heads, "num_heads", self.num_heads)
-        self.bias = checks.flag("bias", bias)
-        self.dropout = checks.fraction("dropout", dropout)
-        self.rotary = rotary_base(rotary, self._head_dim)
-        self.window = _window(window)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
+        self.kdim, self.vdim = self.kdim or self.embed_dim, self.vdim or self.embed_dim
+        self.num_kv_heads = kv_heads(self.num_kv_heads, "num_heads", self.num_heads)
+        check_rotary(self.rotary, self._head_dim)
         self._together = self.kdim == self.vdim == self.embed_dim
         if self.rotary is not None and not self._together:
             raise ValueError(
                 f"kdim and vdim should be {self.embed_dim}, as embed_dim is, where rotary is given:"
                 f" it is for self-attention, not for {self.kdim} and {self.vdim}"
             )
-        self._config = {
-            "embed_dim": self.embed_dim,
-            "num_heads": self.num_heads,
-            "kdim": self.kdim,
-            "vdim": self.vdim,
-            "num_kv_heads": self.num_kv_heads,
-            "bias": self.bias,
-            "dropout": self.dropout,
-            "rotary": self.rotary,
-            "window": self.window,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
+
+    def _build(self) -> None:
         q, kv = self.embed_dim, self.num_kv_heads * self._head_dim
         # The rows of in_proj of each part.
         self._rows = {
@@ -368,8 +327,7 @@ class MultiheadAttention(Layer):
         self._scale = 1 / math.sqrt(self._head_dim)
         self._turns = None if self.rotary is None else turns(self._head_dim, self.rotary, self.dtype)
         self._packed: tuple[Mapping[str, Array], dict[str, Any]] | None = None
-        self._arrays = {}
-        self._replace(self._initial(np.random.default_rng(self.seed)))
+        super()._build()
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
         def glorot(rows: slice, columns: int) -> Array:
@@ -665,24 +623,19 @@ def head_dim(of: str, size: int, by: str, heads: int) -> int:
     return size // heads
 
 
-def kv_heads(value: Any, of: str, heads: int) -> int:
+def kv_heads(count: int | None, of: str, heads: int) -> int:
     """The number of heads of keys and values: as given, or that of the queries."""
-    if value is None:
+    if count is None:
         return heads
-    count = checks.size("num_kv_heads", value, 1)
     if heads % count:
         raise ValueError(f"num_kv_heads should divide {of}={heads}, not be {count}")
     return count
 
 
-def rotary_base(value: Any, size: int) -> float | None:
-    """The base of rotary positions in heads of a size, if there are such positions."""
-    if value is None:
-        return None
-    base = checks.number("rotary", value, above=0)
-    if size % 2:
+def check_rotary(base: float | None, size: int) -> None:
+    """Refuse rotary positions in heads that cannot have them."""
+    if base is not None and size % 2:
         raise ValueError(f"rotary should be None where the size of a head is odd, {size}, not {base}")
-    return base
 
 
 def _heads(rows: Array, size: int) -> Array:

@@ -16,7 +16,9 @@ import numpy as np
 from fastseq import checks, elsewhere, io
 from fastseq.backend import COMPILED, Backend
 from fastseq.checks import Array
+from fastseq.layers import settings
 from fastseq.layers.rows import cleared
+from fastseq.layers.settings import Dtype
 
 L = TypeVar("L", bound="Layer")
 
@@ -93,7 +95,21 @@ def is_ours(made: Any) -> bool:
 
 
 class LayerType(type):
-    """The type of layer classes: it says when a layer is made, and its attributes are fixed."""
+    """The type of layer classes: it reads their settings, and fixes the attributes of a layer that is made."""
+
+    _settings: dict[str, settings.Setting]
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> LayerType:
+        """Make a class; where it declares or inherits settings, its ``__init__`` and documentation follow from them."""
+        namespace["_declared"] = declared = settings.declared(namespace)
+        made = super().__new__(mcs, name, bases, namespace, **options)
+        made._settings = settings.collected(made)
+        by_hand = "__init__" in namespace or (not declared and not hasattr(made.__init__, "generated"))  # type: ignore[misc]
+        if made._settings and not by_hand:
+            made.__init__ = settings.constructor(made, made._settings)  # type: ignore[misc]
+            if namespace.get("__doc__"):
+                made.__doc__ = settings.documentation(namespace["__doc__"], made._settings)
+        return made
 
     def __call__(cls: type[L], *args: Any, **settings: Any) -> L:  # type: ignore[misc]
         """Make a layer."""
@@ -158,12 +174,13 @@ class Layer(metaclass=LayerType):
     # them: it takes a call more.
     _naming: ClassVar[tuple[str, ...]] = ()
 
-    dtype: np.dtype[Any]
+    dtype: Dtype
     _config: dict[str, Any]
     _frozen: bool = False
     _declares: bool = False  # whether the class says itself, to `__init__` below, what makes such a layer
     # Trailing axes that a pointwise layer works on together: with (B, T) they are the axes x has at least.
     _features: int = 0
+    _random: ClassVar[bool] = False  # whether forward of a `Pointwise` draws numbers
     # Never changed in place: a change puts a new dict here. Whatever is made from the parameters, as the packed
     # weights are, keeps the dict it was made from and is stale when that is no longer this one.
     _arrays: Mapping[str, Array]
@@ -537,6 +554,109 @@ class Layer(metaclass=LayerType):
         width = self._gives() or width
         axes = ["B", *(["T"] if timed and self.time != POOLING else []), *([] if width is None else [str(width)])]
         return "" if width is None else f"({', '.join(axes)})"
+
+
+@settings.dataclass_transform(
+    field_specifiers=(
+        settings.size,
+        settings.flag,
+        settings.fraction,
+        settings.number,
+        settings.choice,
+        settings.checked,
+        settings.floating,
+        settings.random_seed,
+    )
+)
+class Configured(Layer):
+    """A layer whose settings are declared in the body of its class, see `fastseq.layers.settings`."""
+
+    def _settle(self, given: Mapping[str, Any]) -> None:
+        """Check and keep settings, and make what follows from them; ``__init__`` of a class that declares settings."""
+        for name, setting in type(self)._settings.items():
+            value = setting.check(name, given[name])
+            if name == "dtype":
+                value = checks.real_dtype(name, value, self._backend.dtypes)
+            setattr(self, name, value)
+        self._resolve()
+        self._config = {name: getattr(self, name) for name in type(self)._settings}
+        self._config["dtype"] = self.dtype.name
+        self._build()
+
+    def _resolve(self) -> None:
+        """Check settings that depend on others, and give those their value that follow from others."""
+
+    def _build(self) -> None:
+        """Make parameters, and whatever else the settings determine."""
+        self._arrays = {}
+        self._replace(self._initial(np.random.default_rng(getattr(self, "seed", None))))
+
+
+class Pointwise(Configured):
+    """A layer of one input and no other argument: it writes `_forward` and `_backward`, and its verbs are here."""
+
+    def _forward(self, x: Any, seed: int | None) -> tuple[Array, Any]:
+        """The outputs, and what `_backward` needs; in inference `seed` is None, and nothing is random."""
+        raise NotImplementedError
+
+    def _backward(self, dy: Array, kept: Any, targets: Mapping[str, Array]) -> Array:
+        """The gradient of x; those of parameters are added to `targets`. `dy` has the shape of y."""
+        raise NotImplementedError
+
+    def __call__(self, x: Any) -> Array:
+        """Apply the layer; inference.
+
+        Parameters
+        ----------
+        x : array
+            Real floating numbers, of a shape that the class takes.
+
+        Returns
+        -------
+        y : ndarray
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it should be.
+        """
+        return self._forward(x, None)[0]
+
+    def forward(self, x: Any, seed: int | None = None) -> tuple[Array, Tape]:
+        """Apply the layer in training: the outputs, and what `backward` needs.
+
+        Parameters
+        ----------
+        x : array
+            As for a call. Not to be changed as long as the tape is used.
+        seed : int, optional
+            Fixes what is random, which is dropout alone; drawn where it is not given.
+
+        Returns
+        -------
+        y : ndarray
+        tape : Tape
+        """
+        y, kept = self._forward(x, mask_seed(seed) if self._random else checks.seed("seed", seed))
+        return y, Tape(self, (y.shape, kept))
+
+    def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array:
+        """Gradients, given that of the outputs.
+
+        Parameters
+        ----------
+        dy : array of the shape of y
+        tape : Tape
+            What `forward` returned.
+        grads : mapping from str to ndarray, optional
+            Where the gradients of the parameters are added; `grads` of the layer by default.
+
+        Returns
+        -------
+        dx : ndarray of the shape of x
+        """
+        shape, kept = self._kept(tape)
+        return self._backward(checks.like("dy", dy, self.dtype, shape), kept, self._targets(grads))
 
 
 class Composite(Layer):

@@ -9,58 +9,33 @@ import numpy as np
 
 from fastseq import checks, threads
 from fastseq.checks import Array
-from fastseq.layers.base import Layer, Tape
+from fastseq.layers.base import Configured, Tape
 from fastseq.layers.rows import cleared
+from fastseq.layers.settings import KW_ONLY, Dtype, checked, floating, random_seed, size
 
 
-class Embedding(Layer):
-    """A vector for every symbol: y = the row of `weight` that an id names.
+class Embedding(Configured):
+    """A vector for every symbol: y = the row of `weight` that an id names."""
 
-    Parameters
-    ----------
-    num_embeddings, embedding_dim : int
-        V and D: the parameter `weight` is (V, D).
-    padding_idx : int, optional
-        An id, -V..V-1, whose row starts at zero and gets no gradient.
-    dtype : {"float32", "float64"}
-        Of parameters and outputs.
-    seed : int, optional
-        Fixes the initial parameters, normal with mean 0 and variance 1.
-    """
+    num_embeddings: int = size(doc="V.")
+    embedding_dim: int = size(doc="D. The parameter `weight` is (V, D).")
+    _: KW_ONLY
+    padding_idx: int | None = checked(
+        lambda _, value: value,
+        default=None,
+        takes="int",
+        form="int",
+        doc="An id, -V..V-1, whose row starts at zero and gets no gradient.",
+    )
+    dtype: Dtype = floating(default="float32")
+    seed: int | None = random_seed(default=None, doc="Fixes the initial parameters, normal with mean 0 and variance 1.")
 
-    num_embeddings: int
-    embedding_dim: int
-    padding_idx: int | None
-    seed: int | None
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        *,
-        padding_idx: int | None = None,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        self.num_embeddings = checks.size("num_embeddings", num_embeddings, 1)
-        self.embedding_dim = checks.size("embedding_dim", embedding_dim, 1)
-        if padding_idx is not None:
-            index = checks.size("padding_idx", padding_idx, -self.num_embeddings)
+    def _resolve(self) -> None:
+        if self.padding_idx is not None:
+            index = checks.size("padding_idx", self.padding_idx, -self.num_embeddings)
             if index >= self.num_embeddings:
-                raise ValueError(f"padding_idx should be less than num_embeddings={num_embeddings}, not {index}")
-            padding_idx = index % self.num_embeddings
-        self.padding_idx = padding_idx
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
-        self._config = {
-            "num_embeddings": self.num_embeddings,
-            "embedding_dim": self.embedding_dim,
-            "padding_idx": self.padding_idx,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
-        self._arrays = {}
-        self._replace(self._initial(np.random.default_rng(self.seed)))
+                raise ValueError(f"padding_idx should be less than num_embeddings={self.num_embeddings}, not {index}")
+            self.padding_idx = index % self.num_embeddings
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
         weight = rng.normal(size=(self.num_embeddings, self.embedding_dim))

@@ -9,55 +9,25 @@ import numpy as np
 
 from fastseq import checks, threads
 from fastseq.checks import Array
-from fastseq.layers.base import Layer, Tape
+from fastseq.layers.base import Pointwise
+from fastseq.layers.settings import KW_ONLY, Dtype, flag, floating, random_seed, size
 
 
-class Linear(Layer):
-    """A linear map of the last axis: y = W x + b.
-
-    Parameters
-    ----------
-    in_features, out_features : int
-        I and O. W is the parameter `weight` (O, I), b is `bias` (O,).
-    bias : bool
-        Whether there is b.
-    dtype : {"float32", "float64"}
-        Of parameters and outputs. Inputs of another real dtype are converted.
-    seed : int, optional
-        Fixes the initial parameters, uniform in ±1/sqrt(I).
-    """
+class Linear(Pointwise):
+    """A linear map of the last axis: y = W x + b, x (..., I) and y (..., O)."""
 
     _features = 1
 
-    in_features: int
-    out_features: int
-    bias: bool
-    seed: int | None
+    in_features: int = size(doc="I. W is the parameter `weight` (O, I).")
+    out_features: int = size(doc="O.")
+    bias: bool = flag(default=True, doc="Whether there is b, the parameter `bias` (O,).")
+    _: KW_ONLY
+    dtype: Dtype = floating(default="float32")
+    seed: int | None = random_seed(default=None, doc="Fixes the initial parameters, uniform in ±1/sqrt(I).")
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        self.in_features = checks.size("in_features", in_features, 1)
-        self.out_features = checks.size("out_features", out_features, 1)
-        self.bias = checks.flag("bias", bias)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
-        self._config = {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
+    def _build(self) -> None:
         self._packed: tuple[Mapping[str, Array], Any] | None = None
-        self._arrays = {}
-        self._replace(self._initial(np.random.default_rng(self.seed)))
+        super()._build()
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
         bound = 1 / np.sqrt(self.in_features)
@@ -86,67 +56,20 @@ class Linear(Layer):
             raise ValueError(f"x should be of shape (..., {self.in_features}), not {x.shape}")
         return x.reshape(-1, self.in_features), (*x.shape[:-1], self.out_features)
 
-    def __call__(self, x: Any) -> Array:
-        """Map the last axis.
-
-        Parameters
-        ----------
-        x : array of shape (..., I)
-            Real floating numbers.
-
-        Returns
-        -------
-        y : ndarray of shape (..., O)
-
-        Raises
-        ------
-        TypeError, ValueError
-            Naming the argument, what it was and what it should be.
-        """
-        rows, shape = self._rows(x)
-        y: Array = self._backend.dense.linear_forward(self._weights(), rows, threads.get_num_threads())
-        return y.reshape(shape)
-
-    def forward(self, x: Any, seed: int | None = None) -> tuple[Array, Tape]:
-        """Call, and keep what `backward` needs.
-
-        Parameters
-        ----------
-        x : array of shape (..., I)
-            Not to be changed as long as the tape is used.
-        seed : int, optional
-            Nothing here is random.
-
-        Returns
-        -------
-        y : ndarray of shape (..., O)
-        tape : Tape
-        """
-        checks.seed("seed", seed)
+    def _forward(self, x: Any, seed: int | None) -> tuple[Array, Any]:
         rows, shape = self._rows(x)
         weights = self._weights()
         y = self._backend.dense.linear_forward(weights, rows, threads.get_num_threads())
-        return y.reshape(shape), Tape(self, (weights, rows, shape))
+        return y.reshape(shape), (weights, rows)
 
-    def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array:
-        """Gradients, given that of the outputs.
-
-        Parameters
-        ----------
-        dy : array of shape (..., O)
-        tape : Tape
-            What `forward` returned.
-        grads : mapping from str to ndarray, optional
-            Where the gradients of the parameters are added; `grads` of the layer by default.
-
-        Returns
-        -------
-        dx : ndarray of shape (..., I)
-        """
-        weights, rows, shape = self._kept(tape)
-        dy = checks.like("dy", dy, self.dtype, shape).reshape(-1, self.out_features)
-        targets = self._targets(grads)
-        dx: Array = self._backend.dense.linear_backward(
-            weights, rows, dy, targets["weight"], targets.get("bias"), threads.get_num_threads()
+    def _backward(self, dy: Array, kept: Any, targets: Mapping[str, Array]) -> Array:
+        weights, rows = kept
+        dx = self._backend.dense.linear_backward(
+            weights,
+            rows,
+            dy.reshape(-1, self.out_features),
+            targets["weight"],
+            targets.get("bias"),
+            threads.get_num_threads(),
         )
-        return dx.reshape(*shape[:-1], self.in_features)
+        return dx.reshape(*dy.shape[:-1], self.in_features)

@@ -9,10 +9,11 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
-from fastseq.layers.base import POOLING, Layer, Tape
+from fastseq.layers.base import POOLING, Configured, Tape
+from fastseq.layers.settings import KW_ONLY, Dtype, floating
 
 
-class Pooling(Layer):
+class Pooling(Configured):
     """What the three share: shapes."""
 
     time = POOLING
@@ -20,10 +21,8 @@ class Pooling(Layer):
     _keeps_width: ClassVar[bool] = True
     _kind: ClassVar[str]
 
-    def __init__(self, *, dtype: Any = "float32") -> None:
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self._config = {"dtype": self.dtype.name}
-        self._arrays = {}
+    _: KW_ONLY
+    dtype: Dtype = floating(default="float32", of="outputs")
 
     def __call__(self, x: Any, *, lengths: Any = None) -> Array:
         """One output for each row.
@@ -113,35 +112,18 @@ class LastStep(Pooling):
     """The last real step of each row: what a classifier takes of a recurrent layer.
 
     Of a bidirectional layer the reverse half of it has seen one step alone; `MeanOverTime` and `MaxOverTime` take all.
-
-    Parameters
-    ----------
-    dtype : {"float32", "float64"}
-        Of outputs. Inputs of another real dtype are converted.
     """
 
     _kind = "last"
 
 
 class MeanOverTime(Pooling):
-    """The mean of the real steps of each row.
-
-    Parameters
-    ----------
-    dtype : {"float32", "float64"}
-        Of outputs. Inputs of another real dtype are converted.
-    """
+    """The mean of the real steps of each row."""
 
     _kind = "mean"
 
 
 class MaxOverTime(Pooling):
-    """The largest value of each element over the real steps of a row; of equals the first has the gradient.
-
-    Parameters
-    ----------
-    dtype : {"float32", "float64"}
-        Of outputs. Inputs of another real dtype are converted.
-    """
+    """The largest value of each element over the real steps of a row; of equals the first has the gradient."""
 
     _kind = "max"

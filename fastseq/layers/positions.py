@@ -9,7 +9,8 @@ import numpy as np
 
 from fastseq import checks, threads
 from fastseq.checks import Array
-from fastseq.layers.base import Layer, Tape
+from fastseq.layers.base import Configured, Tape
+from fastseq.layers.settings import KW_ONLY, Dtype, flag, floating, number, random_seed, size
 
 FEWEST, FARTHEST = 64, 1 << 20  # positions that a table is made for
 
@@ -65,85 +66,35 @@ def waves(width: int, base: float, dtype: np.dtype[Any]) -> Table:
     return Table(made)
 
 
-class Positions(Layer):
+class Positions(Configured):
     """What the layers of positions share."""
 
     _features = 1
 
     _keeps_width: ClassVar[bool] = True
 
-    _width: tuple[int, ...]  # of the last axis: what it may be, or nothing where that is looked at elsewhere
-    _limit: int | None = None  # positions, if there is a limit
-
-    def _takes(self) -> int | None:
-        return self._width[0] if self._width else None
+    def _limit(self) -> int | None:
+        """The number of positions; None: there is no limit."""
+        return None
 
     def _stepless(self) -> str:
         return f"{self._making()} has to know where a step stands, and one step alone is at position 0"
 
-    def _given(self, x: Any, positions: Any) -> tuple[Array, Array]:
-        """x, and the position of each of its vectors: (T,), or (B, T)."""
-        x = checks.real_array("x", x, self.dtype)
-        if x.ndim < 2 or (self._width and x.shape[-1] not in self._width):
-            last = self._width[0] if self._width else "D"
-            raise ValueError(f"x should be of shape (..., T, {last}), not {x.shape}")
-        time = x.shape[-2]
-        if positions is None:
-            if self._limit is not None and time > self._limit:
-                raise ValueError(f"x should have at most {self._limit} steps, not {time}")
-            return x, np.arange(time)
-        given = checks.integers("positions", positions)
-        wanted = [(time,), *([(x.shape[0], time)] if x.ndim > 2 else [])]
-        if given.shape not in wanted:
-            raise ValueError(f"positions should be of shape {' or '.join(map(str, wanted))}, not {given.shape}")
-        return x, checks.ids("positions", given, np.iinfo(np.int64).max if self._limit is None else self._limit)
+    def _forward(self, x: Array, places: Array) -> tuple[Array, Any]:
+        """The outputs, and what `_backward` needs, given positions that broadcast to the vectors of x (..., T, D)."""
+        raise NotImplementedError
 
-
-def _spread(positions: Array, x: Array) -> Array:
-    """Positions (T,) or (B, T) as an array that broadcasts to the vectors of x (B, ..., T, D)."""
-    if positions.ndim == 1:
-        return positions
-    return positions.reshape(len(positions), *(1,) * (x.ndim - 3), positions.shape[1])
-
-
-class SinusoidalPositions(Positions):
-    """Adds sines and cosines of the position, of one wavelength for each pair of elements [1]_.
-
-    Element 2 i gets sin(p / base^(2 i / d_model)), element 2 i + 1 the cosine.
-
-    Parameters
-    ----------
-    d_model : int
-        The size of a vector.
-    base : float
-        Wavelengths go from 2 pi to 2 pi base.
-    dtype : {"float32", "float64"}
-        Of outputs. Inputs of another real dtype are converted.
-
-    References
-    ----------
-    .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
-    """
-
-    d_model: int
-    base: float
-
-    def __init__(self, d_model: int, *, base: float = 10000.0, dtype: Any = "float32") -> None:
-        self.d_model = checks.size("d_model", d_model, 1)
-        self.base = checks.number("base", base, above=0)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self._config = {"d_model": self.d_model, "base": self.base, "dtype": self.dtype.name}
-        self._width = (self.d_model,)
-        self._arrays = {}
-        self._waves = waves(self.d_model, self.base, self.dtype)
+    def _backward(self, dy: Array, kept: Any, targets: Mapping[str, Array]) -> Array:
+        """The gradient of x; that of a parameter is added to `targets`."""
+        raise NotImplementedError
 
     def __call__(self, x: Any, *, positions: Any = None) -> Array:
-        """Add the encoding of each vector's position.
+        """Apply the positions; inference.
 
         Parameters
         ----------
-        x : array of shape (..., T, d_model)
-            Real floating numbers.
+        x : array of shape (..., T, D)
+            Real floating numbers: vectors of D elements, or queries or keys (B, heads, T, D), for example.
         positions : array of shape (T,) or (B, T), optional
             Integers from 0 on; 0..T-1 by default.
 
@@ -156,14 +107,7 @@ class SinusoidalPositions(Positions):
         TypeError, ValueError
             Naming the argument, what it was and what it should be.
         """
-        x, places = self._given(x, positions)
-        (table,), rows = self._waves.of(_spread(places, x))
-        y: Array = x + table[rows]
-        return y
-
-    def _table(self, count: int) -> Array:
-        """What is added at the positions 0..count - 1, and at some more."""
-        return self._waves.up_to(count)[0]
+        return self._forward(*self._given(x, positions))[0]
 
     def forward(self, x: Any, *, positions: Any = None, seed: int | None = None) -> tuple[Array, Tape]:
         """Call, and keep what `backward` needs.
@@ -181,119 +125,8 @@ class SinusoidalPositions(Positions):
         tape : Tape
         """
         checks.seed("seed", seed)
-        y = self(x, positions=positions)
-        return y, Tape(self, y.shape)
-
-    def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array:
-        """Gradient of the input: that of the outputs.
-
-        Parameters
-        ----------
-        dy : array of the shape of y
-        tape : Tape
-            What `forward` returned.
-        grads : mapping, optional
-            An empty one: there are no parameters.
-
-        Returns
-        -------
-        dx : ndarray of the shape of x
-        """
-        shape = self._kept(tape)
-        self._targets(grads)
-        return checks.like("dy", dy, self.dtype, shape)
-
-
-class LearnedPositions(Positions):
-    """Adds a learned vector for each position.
-
-    Parameters
-    ----------
-    max_length, d_model : int
-        P and D: the parameter `weight` is (P, D), a row for each position.
-    dtype : {"float32", "float64"}
-        Of parameters and outputs. Inputs of another real dtype are converted.
-    seed : int, optional
-        Fixes the initial parameters, normal with mean 0 and deviation 0.02 [1]_.
-
-    References
-    ----------
-    .. [1] A. Radford et al., "Language models are unsupervised multitask learners", 2019.
-    """
-
-    max_length: int
-    d_model: int
-    seed: int | None
-
-    def __init__(self, max_length: int, d_model: int, *, dtype: Any = "float32", seed: int | None = None) -> None:
-        self.max_length = checks.size("max_length", max_length, 1)
-        self.d_model = checks.size("d_model", d_model, 1)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
-        self._config = {
-            "max_length": self.max_length,
-            "d_model": self.d_model,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
-        self._width, self._limit = (self.d_model,), self.max_length
-        self._arrays = {}
-        self._replace(self._initial(np.random.default_rng(self.seed)))
-
-    def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
-        return {"weight": rng.normal(0, 0.02, (self.max_length, self.d_model))}
-
-    def __call__(self, x: Any, *, positions: Any = None) -> Array:
-        """Add the vector of each position.
-
-        Parameters
-        ----------
-        x : array of shape (..., T, D)
-            Real floating numbers, T at most P.
-        positions : array of shape (T,) or (B, T), optional
-            Integers in 0..P-1; 0..T-1 by default.
-
-        Returns
-        -------
-        y : ndarray of the shape of x
-
-        Raises
-        ------
-        TypeError, ValueError
-            Naming the argument, what it was and what it should be.
-        """
-        return self._added(x, positions)[0]
-
-    def _table(self, count: int) -> Array:
-        """What is added at all positions; `count` of them are there."""
-        return self._arrays["weight"]
-
-    def _added(self, x: Any, positions: Any) -> tuple[Array, Array]:
-        x, places = self._given(x, positions)
-        vectors = self._backend.dense.embedding_forward(
-            self._arrays["weight"], places.reshape(-1), threads.get_num_threads()
-        )
-        spread = _spread(places, x)
-        return x + vectors.reshape(*spread.shape, self.d_model), np.broadcast_to(spread, x.shape[:-1])
-
-    def forward(self, x: Any, *, positions: Any = None, seed: int | None = None) -> tuple[Array, Tape]:
-        """Call, and keep what `backward` needs.
-
-        Parameters
-        ----------
-        x, positions
-            As for a call.
-        seed : int, optional
-            Nothing here is random.
-
-        Returns
-        -------
-        y : ndarray of the shape of x
-        tape : Tape
-        """
-        checks.seed("seed", seed)
-        y, places = self._added(x, positions)
-        return y, Tape(self, places)
+        y, kept = self._forward(*self._given(x, positions))
+        return y, Tape(self, (y.shape, kept))
 
     def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array:
         """Gradients, given that of the outputs.
@@ -304,23 +137,109 @@ class LearnedPositions(Positions):
         tape : Tape
             What `forward` returned.
         grads : mapping from str to ndarray, optional
-            Where the gradient of the parameter is added; `grads` of the layer by default.
+            Where the gradient of the parameter, if there is one, is added; `grads` of the layer by default.
 
         Returns
         -------
         dx : ndarray of the shape of x
         """
-        places = self._kept(tape)
-        dx = checks.like("dy", dy, self.dtype, (*places.shape, self.d_model))
-        none = -1  # no position is left out
-        self._backend.dense.embedding_backward(
-            np.ascontiguousarray(places).reshape(-1),
-            dx.reshape(-1, self.d_model),
-            self._targets(grads)["weight"],
-            none,
-            threads.get_num_threads(),
+        shape, kept = self._kept(tape)
+        return self._backward(checks.like("dy", dy, self.dtype, shape), kept, self._targets(grads))
+
+    def _given(self, x: Any, positions: Any) -> tuple[Array, Array]:
+        """x, and the position of each of its vectors, in a shape that broadcasts to (..., T)."""
+        x = checks.real_array("x", x, self.dtype)
+        last, limit = self._takes(), self._limit()
+        if x.ndim < 2 or (last is not None and x.shape[-1] != last):
+            raise ValueError(f"x should be of shape (..., T, {'D' if last is None else last}), not {x.shape}")
+        time = x.shape[-2]
+        if positions is None:
+            if limit is not None and time > limit:
+                raise ValueError(f"x should have at most {limit} steps, not {time}")
+            return x, np.arange(time)
+        given = checks.integers("positions", positions)
+        wanted = [(time,), *([(x.shape[0], time)] if x.ndim > 2 else [])]
+        if given.shape not in wanted:
+            raise ValueError(f"positions should be of shape {' or '.join(map(str, wanted))}, not {given.shape}")
+        places = checks.ids("positions", given, np.iinfo(np.int64).max if limit is None else limit)
+        return x, places.reshape(*places.shape[:-1], *(1,) * (x.ndim - 3), time) if places.ndim > 1 else places
+
+
+class SinusoidalPositions(Positions):
+    """Adds sines and cosines of the position, of one wavelength for each pair of elements [1]_.
+
+    Element 2 i gets sin(p / base^(2 i / d_model)), element 2 i + 1 the cosine.
+
+    References
+    ----------
+    .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
+    """
+
+    d_model: int = size(doc="The size of a vector.")
+    _: KW_ONLY
+    base: float = number(default=10000.0, above=0, doc="Wavelengths go from 2 pi to 2 pi base.")
+    dtype: Dtype = floating(default="float32", of="outputs")
+
+    def _takes(self) -> int:
+        return self.d_model
+
+    def _build(self) -> None:
+        self._waves = waves(self.d_model, self.base, self.dtype)
+        super()._build()
+
+    def _table(self, count: int) -> Array:
+        """What is added at the positions 0..count - 1, and at some more."""
+        return self._waves.up_to(count)[0]
+
+    def _forward(self, x: Array, places: Array) -> tuple[Array, Any]:
+        (table,), rows = self._waves.of(places)
+        return x + table[rows], None
+
+    def _backward(self, dy: Array, kept: Any, targets: Mapping[str, Array]) -> Array:
+        return dy
+
+
+class LearnedPositions(Positions):
+    """Adds a learned vector for each position.
+
+    References
+    ----------
+    .. [1] A. Radford et al., "Language models are unsupervised multitask learners", 2019.
+    """
+
+    max_length: int = size(doc="P. The parameter `weight` is (P, D), a row for each position.")
+    d_model: int = size(doc="D.")
+    _: KW_ONLY
+    dtype: Dtype = floating(default="float32")
+    seed: int | None = random_seed(
+        default=None, doc="Fixes the initial parameters, normal with mean 0 and deviation 0.02 [1]_."
+    )
+
+    def _takes(self) -> int:
+        return self.d_model
+
+    def _limit(self) -> int:
+        return self.max_length
+
+    def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
+        return {"weight": rng.normal(0, 0.02, (self.max_length, self.d_model))}
+
+    def _table(self, count: int) -> Array:
+        """What is added at all positions; `count` of them are there."""
+        return self._arrays["weight"]
+
+    def _forward(self, x: Array, places: Array) -> tuple[Array, Any]:
+        vectors = self._backend.dense.embedding_forward(
+            self._arrays["weight"], places.reshape(-1), threads.get_num_threads()
         )
-        return dx
+        return x + vectors.reshape(*places.shape, self.d_model), np.broadcast_to(places, x.shape[:-1])
+
+    def _backward(self, dy: Array, kept: Any, targets: Mapping[str, Array]) -> Array:
+        rows, none = dy.reshape(-1, self.d_model), -1  # no position is left out
+        self._backend.dense.embedding_backward(
+            np.ascontiguousarray(kept).reshape(-1), rows, targets["weight"], none, threads.get_num_threads()
+        )
+        return dy
 
 
 class RotaryPositions(Positions):
@@ -329,120 +248,38 @@ class RotaryPositions(Positions):
     A product of a query and a key then depends on how far they are apart. Pair i of a vector at position p is turned by
     p / base^(2 i / dim).
 
-    Parameters
-    ----------
-    dim : int
-        How many elements of each vector are turned, the first ones; even. The others stay.
-    base : float
-        Wavelengths go from 2 pi to 2 pi base.
-    interleaved : bool
-        Whether elements 2 i and 2 i + 1 are a pair, instead of i and i + dim / 2.
-    dtype : {"float32", "float64"}
-        Of outputs. Inputs of another real dtype are converted.
-
     References
     ----------
     .. [1] J. Su et al., "RoFormer: enhanced transformer with rotary position embedding", arXiv:2104.09864, 2021.
     """
 
-    dim: int
-    base: float
-    interleaved: bool
+    dim: int = size(least=2, doc="How many elements of each vector are rotated, the first ones; even. The others stay.")
+    _: KW_ONLY
+    base: float = number(default=10000.0, above=0, doc="Wavelengths go from 2 pi to 2 pi base.")
+    interleaved: bool = flag(
+        default=False, doc="Whether elements 2 i and 2 i + 1 are a pair, instead of i and i + dim / 2."
+    )
+    dtype: Dtype = floating(default="float32", of="outputs")
 
-    def __init__(self, dim: int, *, base: float = 10000.0, interleaved: bool = False, dtype: Any = "float32") -> None:
-        self.dim = checks.size("dim", dim, 2)
+    def _resolve(self) -> None:
         if self.dim % 2:
             raise ValueError(f"dim should be even, not {self.dim}")
-        self.base = checks.number("base", base, above=0)
-        self.interleaved = checks.flag("interleaved", interleaved)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self._config = {
-            "dim": self.dim,
-            "base": self.base,
-            "interleaved": self.interleaved,
-            "dtype": self.dtype.name,
-        }
-        self._width = ()
+
+    def _build(self) -> None:
         self._turns = turns(self.dim, self.base, self.dtype)
-        self._arrays = {}
+        super()._build()
 
-    def __call__(self, x: Any, *, positions: Any = None) -> Array:
-        """Turn each vector as its position says.
-
-        Parameters
-        ----------
-        x : array of shape (..., T, D)
-            Real floating numbers, D at least `dim`: queries or keys (B, heads, T, D), for example.
-        positions : array of shape (T,) or (B, T), optional
-            Integers from 0 on; 0..T-1 by default.
-
-        Returns
-        -------
-        y : ndarray of the shape of x
-
-        Raises
-        ------
-        TypeError, ValueError
-            Naming the argument, what it was and what it should be.
-        """
-        x, places = self._placed(x, positions)
-        return self._turned(x, places, False)
-
-    def _placed(self, x: Any, positions: Any) -> tuple[Array, Array]:
-        """x, contiguous, and the position of each of its vectors, (N,)."""
-        x, places = self._given(x, positions)
+    def _forward(self, x: Array, places: Array) -> tuple[Array, Any]:
         if x.shape[-1] < self.dim:
             raise ValueError(f"x should be of shape (..., T, D) with D at least dim={self.dim}, not {x.shape}")
-        spread = np.broadcast_to(_spread(places, x), x.shape[:-1])
-        return np.ascontiguousarray(x), np.ascontiguousarray(spread).reshape(-1)
+        spread = np.ascontiguousarray(np.broadcast_to(places, x.shape[:-1])).reshape(-1)
+        return self._rotated(np.ascontiguousarray(x), spread, False), spread
 
-    def _turned(self, x: Array, places: Array, inverse: bool) -> Array:
+    def _backward(self, dy: Array, kept: Any, targets: Mapping[str, Array]) -> Array:
+        return self._rotated(dy, kept, True)
+
+    def _rotated(self, x: Array, places: Array, inverse: bool) -> Array:
         (cos, sin), places = self._turns.of(places)
-        y: Array = self._backend.attention.rotary(
-            x.reshape(len(places), 1, x.shape[-1]),
-            cos,
-            sin,
-            places,
-            self.interleaved,
-            inverse,
-            threads.get_num_threads(),
-        )
+        rows = x.reshape(len(places), 1, x.shape[-1])
+        y = self._backend.attention.rotary(rows, cos, sin, places, self.interleaved, inverse, threads.get_num_threads())
         return y.reshape(x.shape)
-
-    def forward(self, x: Any, *, positions: Any = None, seed: int | None = None) -> tuple[Array, Tape]:
-        """Call, and keep what `backward` needs.
-
-        Parameters
-        ----------
-        x, positions
-            As for a call.
-        seed : int, optional
-            Nothing here is random.
-
-        Returns
-        -------
-        y : ndarray of the shape of x
-        tape : Tape
-        """
-        checks.seed("seed", seed)
-        x, places = self._placed(x, positions)
-        return self._turned(x, places, False), Tape(self, (x.shape, places))
-
-    def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array:
-        """Gradient of the input: that of the outputs, turned back.
-
-        Parameters
-        ----------
-        dy : array of the shape of y
-        tape : Tape
-            What `forward` returned.
-        grads : mapping, optional
-            An empty one: there are no parameters.
-
-        Returns
-        -------
-        dx : ndarray of the shape of x
-        """
-        shape, places = self._kept(tape)
-        self._targets(grads)
-        return self._turned(checks.like("dy", dy, self.dtype, shape), places, True)

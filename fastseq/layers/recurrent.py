@@ -9,7 +9,8 @@ import numpy as np
 
 from fastseq import checks, elsewhere, threads
 from fastseq.checks import Array
-from fastseq.layers.base import SEQUENCE, Layer, Tape, mask_seed
+from fastseq.layers.base import SEQUENCE, Configured, Tape, mask_seed
+from fastseq.layers.settings import KW_ONLY, Dtype, choice, flag, floating, fraction, random_seed, size
 from fastseq.state import LSTMState, State, adopt
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # of one direction of one layer
@@ -25,7 +26,7 @@ class Kept(NamedTuple):
     seed: int | None  # of the masks between layers; None: there are none
 
 
-class Recurrent(Layer):
+class Recurrent(Configured):
     """What the three recurrent layers share."""
 
     time = SEQUENCE
@@ -34,62 +35,32 @@ class Recurrent(Layer):
     _gates: ClassVar[int]
     _state_class: ClassVar[type[State]] = State
 
-    input_size: int
-    hidden_size: int
-    num_layers: int
-    proj_size: int
-    bias: bool
-    dropout: float
-    bidirectional: bool
-    seed: int | None
+    proj_size: ClassVar[int] = 0  # except where a class has such a setting
 
-    def __init__(
-        self,
-        cell: str,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int,
-        *,
-        proj_size: int = 0,
-        bias: bool,
-        dropout: float,
-        bidirectional: bool,
-        dtype: Any,
-        seed: int | None,
-        **more: Any,
-    ) -> None:
-        self.input_size = checks.size("input_size", input_size, 1)
-        self.hidden_size = checks.size("hidden_size", hidden_size, 1)
-        self.proj_size = checks.size("proj_size", proj_size)
-        self.num_layers = checks.size("num_layers", num_layers, 1)
-        if self.num_layers > MAX_LAYERS:
-            raise ValueError(f"num_layers should be at most {MAX_LAYERS}, not {self.num_layers}")
-        self.bias = checks.flag("bias", bias)
-        self.dropout = checks.fraction("dropout", dropout)
-        self.bidirectional = checks.flag("bidirectional", bidirectional)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
-        if self.proj_size >= self.hidden_size:
-            raise ValueError(f"proj_size should be less than hidden_size={hidden_size}, not {self.proj_size}")
-        self._cell = cell
+    input_size: int = size(doc="I.")
+    hidden_size: int = size(doc="H.")
+    num_layers: int = size(default=1, limit=MAX_LAYERS, doc="Layers stacked; each takes the outputs of the one below.")
+    _: KW_ONLY
+    bias: bool = flag(default=True, doc="Whether there are biases.")
+    dropout: float = fraction(
+        default=0.0,
+        doc="Share of the outputs between layers that training drops; calls and steps are inference and drop none.",
+    )
+    bidirectional: bool = flag(default=False, doc="Whether a second set of weights reads each row from its end.")
+    dtype: Dtype = floating(default="float32", of="parameters, states and outputs")
+    seed: int | None = random_seed(default=None, doc="Fixes the initial parameters, uniform in ±1/sqrt(H).")
+
+    def _kind(self) -> str:
+        """The name that operations have for the cell."""
+        raise NotImplementedError
+
+    def _build(self) -> None:
+        self._cell = self._kind()
         self._directions = 2 if self.bidirectional else 1
         self._slots = self.num_layers * self._directions
         self._output_size = self.proj_size or self.hidden_size
-        self._config = {
-            "input_size": self.input_size,
-            "hidden_size": self.hidden_size,
-            "num_layers": self.num_layers,
-            **({"proj_size": self.proj_size} if cell == "lstm" else {}),
-            **more,
-            "bias": self.bias,
-            "dropout": self.dropout,
-            "bidirectional": self.bidirectional,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
         self._packed: tuple[Mapping[str, Array], Any] | None = None
-        self._arrays = {}
-        self._replace(self._initial(np.random.default_rng(self.seed)))
+        super()._build()
 
     def _advice(self) -> str | None:
         return advice_on_dropout(self.dropout, self.num_layers)
@@ -538,25 +509,6 @@ def _suffix(layer: int, direction: int) -> str:
 class RNN(Recurrent):
     """The plain recurrent network: h' = f(W_ih x + b_ih + W_hh h + b_hh) [1]_.
 
-    Parameters
-    ----------
-    input_size, hidden_size : int
-        I and H.
-    num_layers : int
-        Layers stacked; each takes the outputs of the one below.
-    nonlinearity : {"tanh", "relu", "sigmoid"}
-        f.
-    bias : bool
-        Whether there are b_ih and b_hh.
-    dropout : float in [0, 1)
-        Share of the outputs between layers that training drops; calls and steps are inference and drop none.
-    bidirectional : bool
-        Whether a second set of weights walks each row from its end.
-    dtype : {"float32", "float64"}
-        Of parameters, states and outputs. Inputs of another real dtype are converted.
-    seed : int, optional
-        Fixes the initial parameters, uniform in ±1/sqrt(H).
-
     References
     ----------
     .. [1] J. L. Elman, "Finding structure in time", Cognitive Science 14, 1990.
@@ -564,32 +516,11 @@ class RNN(Recurrent):
 
     _gates = 1
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        nonlinearity: str = "tanh",
-        bias: bool = True,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        self.nonlinearity = checks.choice("nonlinearity", nonlinearity, ("tanh", "relu", "sigmoid"))
-        super().__init__(
-            f"rnn_{self.nonlinearity}",
-            input_size,
-            hidden_size,
-            num_layers,
-            nonlinearity=self.nonlinearity,
-            bias=bias,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            dtype=dtype,
-            seed=seed,
-        )
+    _: KW_ONLY
+    nonlinearity: str = choice(("tanh", "relu", "sigmoid"), default="tanh", before="bias", doc="f.")
+
+    def _kind(self) -> str:
+        return f"rnn_{self.nonlinearity}"
 
 
 class LSTM(Recurrent):
@@ -597,25 +528,6 @@ class LSTM(Recurrent):
 
     i, f, o = sigmoid(W x + b + U h + d), g = tanh(W x + b + U h + d), each with its own weights;
     c' = f c + i g; h' = o tanh(c'), or W_hr (o tanh(c')) with `proj_size` [3]_.
-
-    Parameters
-    ----------
-    input_size, hidden_size : int
-        I and H.
-    num_layers : int
-        Layers stacked; each takes the outputs of the one below.
-    proj_size : int
-        P: outputs and ``state.h`` have this size in the place of H. 0: no projection. Less than H.
-    bias : bool
-        Whether there are biases.
-    dropout : float in [0, 1)
-        Share of the outputs between layers that training drops; calls and steps are inference and drop none.
-    bidirectional : bool
-        Whether a second set of weights walks each row from its end.
-    dtype : {"float32", "float64"}
-        Of parameters, states and outputs. Inputs of another real dtype are converted.
-    seed : int, optional
-        Fixes the initial parameters, uniform in ±1/sqrt(H).
 
     References
     ----------
@@ -628,31 +540,20 @@ class LSTM(Recurrent):
     _gates = 4
     _state_class = LSTMState
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        proj_size: int = 0,
-        bias: bool = True,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(
-            "lstm",
-            input_size,
-            hidden_size,
-            num_layers,
-            proj_size=proj_size,
-            bias=bias,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            dtype=dtype,
-            seed=seed,
-        )
+    _: KW_ONLY
+    proj_size: int = size(  # type: ignore[misc]
+        default=0,
+        least=0,
+        before="bias",
+        doc="P: outputs and ``state.h`` have this size in the place of H. 0: no projection. Less than H.",
+    )
+
+    def _kind(self) -> str:
+        return "lstm"
+
+    def _resolve(self) -> None:
+        if self.proj_size >= self.hidden_size:
+            raise ValueError(f"proj_size should be less than hidden_size={self.hidden_size}, not {self.proj_size}")
 
 
 class GRU(Recurrent):
@@ -663,25 +564,6 @@ class GRU(Recurrent):
     * ``reset_after=True``, PyTorch's: n = tanh(W_in x + b_in + r (W_hn h + b_hn));
     * ``reset_after=False``, the paper's: n = tanh(W_in x + b_in + W_hn (r h) + b_hn).
 
-    Parameters
-    ----------
-    input_size, hidden_size : int
-        I and H.
-    num_layers : int
-        Layers stacked; each takes the outputs of the one below.
-    reset_after : bool
-        Which of the two.
-    bias : bool
-        Whether there are biases.
-    dropout : float in [0, 1)
-        Share of the outputs between layers that training drops; calls and steps are inference and drop none.
-    bidirectional : bool
-        Whether a second set of weights walks each row from its end.
-    dtype : {"float32", "float64"}
-        Of parameters, states and outputs. Inputs of another real dtype are converted.
-    seed : int, optional
-        Fixes the initial parameters, uniform in ±1/sqrt(H).
-
     References
     ----------
     .. [1] K. Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine
@@ -690,29 +572,8 @@ class GRU(Recurrent):
 
     _gates = 3
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        reset_after: bool = True,
-        bias: bool = True,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        self.reset_after = checks.flag("reset_after", reset_after)
-        super().__init__(
-            "gru_reset_after" if self.reset_after else "gru_reset_before",
-            input_size,
-            hidden_size,
-            num_layers,
-            reset_after=self.reset_after,
-            bias=bias,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            dtype=dtype,
-            seed=seed,
-        )
+    _: KW_ONLY
+    reset_after: bool = flag(default=True, before="bias", doc="Which of the two.")
+
+    def _kind(self) -> str:
+        return "gru_reset_after" if self.reset_after else "gru_reset_before"

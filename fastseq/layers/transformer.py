@@ -7,19 +7,31 @@ A call hands the packed weights of a whole stack to one operation. `forward` goe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from fastseq import checks, threads
 from fastseq.checks import Array
 from fastseq.layers.activation import GELU, ReLU, SiLU
-from fastseq.layers.attention import Frame, MultiheadAttention, batched, head_dim, kv_heads, rotary_base
-from fastseq.layers.base import SEQUENCE, Composite, Layer, Tape, child_seed, mask_seed, seeds_of
+from fastseq.layers.attention import Frame, MultiheadAttention, batched, check_rotary, head_dim, kv_heads
+from fastseq.layers.base import SEQUENCE, Composite, Configured, Layer, Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.dropout import Dropout
 from fastseq.layers.linear import Linear
 from fastseq.layers.norm import LayerNorm, RMSNorm
 from fastseq.layers.rows import Rows, cut, padded, rows_of
+from fastseq.layers.settings import (
+    KW_ONLY,
+    Dtype,
+    Resolved,
+    choice,
+    flag,
+    floating,
+    fraction,
+    number,
+    random_seed,
+    size,
+)
 from fastseq.state import AttentionState, attention_state, pages_for
 
 GATED = ("swiglu", "geglu")  # activations that multiply linear1's results with those of linear3
@@ -47,74 +59,69 @@ class Context(NamedTuple):
     memory_mask: Array | None = None
 
 
-class Stack(Composite):
-    """What encoders, decoders and the layers of both share: settings, and how arguments are looked at."""
+D_MODEL = "The size of a token's vector."
+NHEAD = "The number of heads, each of size d_model / nhead."
+FEEDFORWARD = "The size between the two linear maps of the feed-forward."
+
+
+class Stack(Configured, Composite):
+    """What encoders, decoders and the layers of both share: settings, and how arguments are checked."""
 
     time = SEQUENCE
 
-    d_model: int
-    nhead: int
-    dim_feedforward: int
-    dropout: float
-    activation: str
-    norm_first: bool
-    layer_norm_eps: float
-    bias: bool
-    norm: str
-    num_kv_heads: int
-    rotary: float | None
-    window: int | None
-    seed: int | None
+    _: KW_ONLY
+    dropout: float = fraction(
+        default=0.1,
+        doc="Share that training drops: of attention weights, of what is between the two linear maps, and of what is"
+        " added to the tokens.",
+    )
+    activation: str = choice(
+        ACTIVATIONS,
+        default="relu",
+        doc='Between the two linear maps; "gelu" is the form with erf. "swiglu" and "geglu" are gated [3]_:'
+        ' linear2(silu(linear1(x)) * linear3(x)), and the same with "gelu"; `linear3` has the shape of `linear1`.',
+    )
+    norm_first: bool = flag(
+        default=False,
+        doc="Whether norms stand before attention and feed-forward [2]_, instead of after each sum.",
+    )
+    layer_norm_eps: float = number(default=1e-5, least=0, doc="Keeps the roots in the norms away from 0.")
+    bias: bool = flag(default=True, doc="Whether linear maps and layer norms have biases.")
+    norm: str = choice(NORMS, default="layer", doc="`LayerNorm` or `RMSNorm`.")
+    num_kv_heads: Resolved[int | None, int] = size(
+        default=None,
+        doc="Heads of keys and values, a divisor of `nhead`; as many as there are heads by default.",
+    )
+    rotary: float | None = number(
+        default=None,
+        above=0,
+        doc="The base of rotary positions in self-attention, 10000.0 commonly; none by default.",
+    )
+    window: int | None = size(
+        default=None, doc="In self-attention a token may attend only to those less than this many from it."
+    )
+    dtype: Dtype = floating(default="float32")
+    seed: int | None = random_seed(default=None, doc="Fixes the initial parameters.")
 
-    def _configure(
-        self,
-        d_model: Any,
-        nhead: Any,
-        dim_feedforward: Any,
-        *,
-        dropout: Any,
-        activation: Any,
-        norm_first: Any,
-        layer_norm_eps: Any,
-        bias: Any,
-        norm: Any,
-        num_kv_heads: Any,
-        rotary: Any,
-        window: Any,
-        dtype: Any,
-        seed: Any,
-    ) -> dict[str, Any]:
-        """Check and keep the settings of a layer, and give back what makes such a layer, but for its seed."""
-        self.d_model = checks.size("d_model", d_model, 1)
-        self.nhead = checks.size("nhead", nhead, 1)
-        size = head_dim("d_model", self.d_model, "nhead", self.nhead)
-        self.dim_feedforward = checks.size("dim_feedforward", dim_feedforward, 1)
-        self.dropout = checks.fraction("dropout", dropout)
-        self.activation = checks.choice("activation", activation, ACTIVATIONS)
-        self.norm_first = checks.flag("norm_first", norm_first)
-        self.layer_norm_eps = checks.number("layer_norm_eps", layer_norm_eps, least=0)
-        self.bias = checks.flag("bias", bias)
-        self.norm = checks.choice("norm", norm, NORMS)
-        self.num_kv_heads = kv_heads(num_kv_heads, "nhead", self.nhead)
-        self.rotary = rotary_base(rotary, size)
-        self.window = None if window is None else checks.size("window", window, 1)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
-        return {
-            "d_model": self.d_model,
-            "nhead": self.nhead,
-            "dim_feedforward": self.dim_feedforward,
-            "dropout": self.dropout,
-            "activation": self.activation,
-            "norm_first": self.norm_first,
-            "layer_norm_eps": self.layer_norm_eps,
-            "bias": self.bias,
-            "norm": self.norm,
-            "num_kv_heads": self.num_kv_heads,
-            "rotary": self.rotary,
-            "window": self.window,
-            "dtype": self.dtype.name,
-        }
+    if TYPE_CHECKING:  # each class declares these where they stand in its signature
+
+        @property
+        def d_model(self) -> int: ...  # noqa: D102
+
+        @property
+        def nhead(self) -> int: ...  # noqa: D102
+
+        @property
+        def dim_feedforward(self) -> int: ...  # noqa: D102
+
+    def _resolve(self) -> None:
+        head = head_dim("d_model", self.d_model, "nhead", self.nhead)
+        self.num_kv_heads = kv_heads(self.num_kv_heads, "nhead", self.nhead)
+        check_rotary(self.rotary, head)
+
+    def _of_layers(self) -> dict[str, Any]:
+        """The settings that are those of every layer of the stack, except its seed."""
+        return {name: getattr(self, name) for name in Block._settings if name != "seed"}
 
     def _gives(self) -> int:
         return self.d_model
@@ -684,13 +691,11 @@ class Block(Runs):
 
     _cross: ClassVar[bool]  # whether it attends to a memory, too
 
-    self_attn: Any
-    linear1: Any
-    linear2: Any
+    d_model: int = size(doc=D_MODEL)
+    nhead: int = size(doc=NHEAD)
+    dim_feedforward: int = size(default=2048, doc=FEEDFORWARD)
 
-    def _start(self, config: dict[str, Any], **more: Any) -> None:
-        """Make the children, and the sublayers of them."""
-        self._config = {**config, "seed": self.seed}
+    def _build(self) -> None:
         of, dtype = self._backend.of, self.dtype
         # Each child with parameters has the seed of its place.
         seeds = iter(seeds_of(self.seed, 8))
@@ -704,7 +709,9 @@ class Block(Runs):
         linears = {n: of(Linear)(*size, self.bias, seed=next(seeds), dtype=dtype) for n, size in sizes.items()}
         norms = {f"norm{i + 1}": self._norm_layer() for i in range(3 if self._cross else 2)}
         self._children = {**attentions, **linears, **norms}
-        self.self_attn, self.linear1, self.linear2 = (self._children[n] for n in ("self_attn", "linear1", "linear2"))
+        self.self_attn: Any = attentions["self_attn"]
+        self.linear1: Any = linears["linear1"]
+        self.linear2: Any = linears["linear2"]
         drop = of(Dropout)(self.dropout, dtype=dtype)
         named = iter(norms.items())
         self._sublayers: list[Sublayer] = [SelfAttention(*next(named), drop, attentions["self_attn"])]
@@ -802,22 +809,15 @@ class Tower(Runs):
 
     _block: ClassVar[type[Block]]  # the class of a layer
 
-    num_layers: int
-    final_norm: bool
+    num_layers: int = size(limit=MAX_LAYERS, doc="How many layers.")
+    d_model: int = size(doc=D_MODEL)
+    nhead: int = size(doc=NHEAD)
+    dim_feedforward: int = size(default=2048, doc=FEEDFORWARD)
+    _: KW_ONLY
+    final_norm: bool = flag(default=False, before="bias", doc="Whether there is a norm after the last layer.")
 
-    def _start(self, config: dict[str, Any], num_layers: Any, final_norm: Any) -> None:
-        """Make the children."""
-        self.num_layers = checks.size("num_layers", num_layers, 1)
-        if self.num_layers > MAX_LAYERS:
-            raise ValueError(f"num_layers should be at most {MAX_LAYERS}, not {self.num_layers}")
-        self.final_norm = checks.flag("final_norm", final_norm)
-        self._config = {
-            "num_layers": self.num_layers,
-            **config,
-            "final_norm": self.final_norm,
-            "seed": self.seed,
-        }
-        kind = self._backend.of(self._block)
+    def _build(self) -> None:
+        kind, config = self._backend.of(self._block), self._of_layers()
         seeds = seeds_of(self.seed, self.num_layers)
         self._children = {f"layers.{i}": kind(**config, seed=seed) for i, seed in enumerate(seeds)}
         self._each: Any = tuple(self._children.values())
@@ -862,37 +862,6 @@ class Tower(Runs):
 class TransformerEncoderLayer(Encodes, Block):
     """A layer of an encoder [1]_: self-attention and feed-forward, each added to its input.
 
-    Parameters
-    ----------
-    d_model, nhead : int
-        The size of a token's vector, and the number of heads, each of size d_model / nhead.
-    dim_feedforward : int
-        The size between the two linear maps of the feed-forward.
-    dropout : float in [0, 1)
-        Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
-        the tokens.
-    activation : {"relu", "gelu", "gelu_tanh", "swiglu", "geglu"}
-        Between the two linear maps; "gelu" is the form with erf. "swiglu" and "geglu" are gated [3]_:
-        linear2(silu(linear1(x)) * linear3(x)), and the same with "gelu"; `linear3` has the shape of `linear1`.
-    norm_first : bool
-        Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
-    layer_norm_eps : float
-        Keeps the roots in the norms away from 0.
-    bias : bool
-        Whether linear maps and layer norms have biases.
-    norm : {"layer", "rms"}
-        `LayerNorm` or `RMSNorm`.
-    num_kv_heads : int, optional
-        Heads of keys and values, a divisor of `nhead`; as many as there are heads by default.
-    rotary : float, optional
-        The base of rotary positions in self-attention, 10000.0 commonly; none by default.
-    window : int, optional
-        In self-attention a token may attend only to those less than this many from it.
-    dtype : {"float32", "float64"}
-        Of parameters and outputs. Inputs of another real dtype are converted.
-    seed : int, optional
-        Fixes the initial parameters.
-
     References
     ----------
     .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
@@ -902,76 +871,9 @@ class TransformerEncoderLayer(Encodes, Block):
 
     _cross: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        *,
-        dropout: float = 0.1,
-        activation: str = "relu",
-        norm_first: bool = False,
-        layer_norm_eps: float = 1e-5,
-        bias: bool = True,
-        norm: str = "layer",
-        num_kv_heads: int | None = None,
-        rotary: float | None = None,
-        window: int | None = None,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        config = self._configure(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout=dropout,
-            activation=activation,
-            norm_first=norm_first,
-            layer_norm_eps=layer_norm_eps,
-            bias=bias,
-            norm=norm,
-            num_kv_heads=num_kv_heads,
-            rotary=rotary,
-            window=window,
-            dtype=dtype,
-            seed=seed,
-        )
-        self._start(config)
-
 
 class TransformerDecoderLayer(Decodes, Block):
     """A layer of a decoder [1]_: self-attention, attention to a memory and feed-forward, each added to its input.
-
-    Parameters
-    ----------
-    d_model, nhead : int
-        The size of a token's vector, and the number of heads, each of size d_model / nhead.
-    dim_feedforward : int
-        The size between the two linear maps of the feed-forward.
-    dropout : float in [0, 1)
-        Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
-        the tokens.
-    activation : {"relu", "gelu", "gelu_tanh", "swiglu", "geglu"}
-        Between the two linear maps; "gelu" is the form with erf. "swiglu" and "geglu" are gated [3]_:
-        linear2(silu(linear1(x)) * linear3(x)), and the same with "gelu"; `linear3` has the shape of `linear1`.
-    norm_first : bool
-        Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
-    layer_norm_eps : float
-        Keeps the roots in the norms away from 0.
-    bias : bool
-        Whether linear maps and layer norms have biases.
-    norm : {"layer", "rms"}
-        `LayerNorm` or `RMSNorm`.
-    num_kv_heads : int, optional
-        Heads of keys and values, a divisor of `nhead`; as many as there are heads by default.
-    rotary : float, optional
-        The base of rotary positions in self-attention, 10000.0 commonly; none by default.
-    window : int, optional
-        In self-attention a token may attend only to those less than this many from it.
-    dtype : {"float32", "float64"}
-        Of parameters and outputs. Inputs of another real dtype are converted.
-    seed : int, optional
-        Fixes the initial parameters.
 
     References
     ----------
@@ -982,80 +884,9 @@ class TransformerDecoderLayer(Decodes, Block):
 
     _cross: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        *,
-        dropout: float = 0.1,
-        activation: str = "relu",
-        norm_first: bool = False,
-        layer_norm_eps: float = 1e-5,
-        bias: bool = True,
-        norm: str = "layer",
-        num_kv_heads: int | None = None,
-        rotary: float | None = None,
-        window: int | None = None,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        config = self._configure(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout=dropout,
-            activation=activation,
-            norm_first=norm_first,
-            layer_norm_eps=layer_norm_eps,
-            bias=bias,
-            norm=norm,
-            num_kv_heads=num_kv_heads,
-            rotary=rotary,
-            window=window,
-            dtype=dtype,
-            seed=seed,
-        )
-        self._start(config)
-
 
 class TransformerEncoder(Encodes, Tower):
     """The encoder of the Transformer [1]_: layers of self-attention and feed-forward.
-
-    Parameters
-    ----------
-    num_layers : int
-        How many layers.
-    d_model, nhead : int
-        The size of a token's vector, and the number of heads, each of size d_model / nhead.
-    dim_feedforward : int
-        The size between the two linear maps of the feed-forward.
-    dropout : float in [0, 1)
-        Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
-        the tokens.
-    activation : {"relu", "gelu", "gelu_tanh", "swiglu", "geglu"}
-        Between the two linear maps; "gelu" is the form with erf. "swiglu" and "geglu" are gated [3]_:
-        linear2(silu(linear1(x)) * linear3(x)), and the same with "gelu"; `linear3` has the shape of `linear1`.
-    norm_first : bool
-        Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
-    layer_norm_eps : float
-        Keeps the roots in the norms away from 0.
-    final_norm : bool
-        Whether there is a norm after the last layer.
-    bias : bool
-        Whether linear maps and layer norms have biases.
-    norm : {"layer", "rms"}
-        `LayerNorm` or `RMSNorm`.
-    num_kv_heads : int, optional
-        Heads of keys and values, a divisor of `nhead`; as many as there are heads by default.
-    rotary : float, optional
-        The base of rotary positions in self-attention, 10000.0 commonly; none by default.
-    window : int, optional
-        In self-attention a token may attend only to those less than this many from it.
-    dtype : {"float32", "float64"}
-        Of parameters and outputs. Inputs of another real dtype are converted.
-    seed : int, optional
-        Fixes the initial parameters.
 
     References
     ----------
@@ -1066,82 +897,9 @@ class TransformerEncoder(Encodes, Tower):
 
     _block = TransformerEncoderLayer
 
-    def __init__(
-        self,
-        num_layers: int,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        *,
-        dropout: float = 0.1,
-        activation: str = "relu",
-        norm_first: bool = False,
-        layer_norm_eps: float = 1e-5,
-        final_norm: bool = False,
-        bias: bool = True,
-        norm: str = "layer",
-        num_kv_heads: int | None = None,
-        rotary: float | None = None,
-        window: int | None = None,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        config = self._configure(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout=dropout,
-            activation=activation,
-            norm_first=norm_first,
-            layer_norm_eps=layer_norm_eps,
-            bias=bias,
-            norm=norm,
-            num_kv_heads=num_kv_heads,
-            rotary=rotary,
-            window=window,
-            dtype=dtype,
-            seed=seed,
-        )
-        self._start(config, num_layers, final_norm)
-
 
 class TransformerDecoder(Decodes, Tower):
     """The decoder of the Transformer [1]_: layers of self-attention, attention to a memory and feed-forward.
-
-    Parameters
-    ----------
-    num_layers : int
-        How many layers.
-    d_model, nhead : int
-        The size of a token's vector, and the number of heads, each of size d_model / nhead.
-    dim_feedforward : int
-        The size between the two linear maps of the feed-forward.
-    dropout : float in [0, 1)
-        Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
-        the tokens.
-    activation : {"relu", "gelu", "gelu_tanh", "swiglu", "geglu"}
-        Between the two linear maps; "gelu" is the form with erf. "swiglu" and "geglu" are gated [3]_:
-        linear2(silu(linear1(x)) * linear3(x)), and the same with "gelu"; `linear3` has the shape of `linear1`.
-    norm_first : bool
-        Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
-    layer_norm_eps : float
-        Keeps the roots in the norms away from 0.
-    final_norm : bool
-        Whether there is a norm after the last layer.
-    bias : bool
-        Whether linear maps and layer norms have biases.
-    norm : {"layer", "rms"}
-        `LayerNorm` or `RMSNorm`.
-    num_kv_heads : int, optional
-        Heads of keys and values, a divisor of `nhead`; as many as there are heads by default.
-    rotary : float, optional
-        The base of rotary positions in self-attention, 10000.0 commonly; none by default.
-    window : int, optional
-        In self-attention a token may attend only to those less than this many from it.
-    dtype : {"float32", "float64"}
-        Of parameters and outputs. Inputs of another real dtype are converted.
-    seed : int, optional
-        Fixes the initial parameters.
 
     References
     ----------
@@ -1152,80 +910,9 @@ class TransformerDecoder(Decodes, Tower):
 
     _block = TransformerDecoderLayer
 
-    def __init__(
-        self,
-        num_layers: int,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        *,
-        dropout: float = 0.1,
-        activation: str = "relu",
-        norm_first: bool = False,
-        layer_norm_eps: float = 1e-5,
-        final_norm: bool = False,
-        bias: bool = True,
-        norm: str = "layer",
-        num_kv_heads: int | None = None,
-        rotary: float | None = None,
-        window: int | None = None,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        config = self._configure(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout=dropout,
-            activation=activation,
-            norm_first=norm_first,
-            layer_norm_eps=layer_norm_eps,
-            bias=bias,
-            norm=norm,
-            num_kv_heads=num_kv_heads,
-            rotary=rotary,
-            window=window,
-            dtype=dtype,
-            seed=seed,
-        )
-        self._start(config, num_layers, final_norm)
-
 
 class Transformer(Stack):
     """The Transformer [1]_: an encoder, and a decoder that attends to what the encoder made; both end with a norm.
-
-    Parameters
-    ----------
-    d_model, nhead : int
-        The size of a token's vector, and the number of heads, each of size d_model / nhead.
-    num_encoder_layers, num_decoder_layers : int
-        How many layers.
-    dim_feedforward : int
-        The size between the two linear maps of the feed-forward.
-    dropout : float in [0, 1)
-        Share that training drops: of attention weights, of what is between the two linear maps, and of what is added to
-        the tokens.
-    activation : {"relu", "gelu", "gelu_tanh", "swiglu", "geglu"}
-        Between the two linear maps; "gelu" is the form with erf. "swiglu" and "geglu" are gated [3]_:
-        linear2(silu(linear1(x)) * linear3(x)), and the same with "gelu"; `linear3` has the shape of `linear1`.
-    norm_first : bool
-        Whether norms stand before attention and feed-forward [2]_, instead of after each sum.
-    layer_norm_eps : float
-        Keeps the roots in the norms away from 0.
-    bias : bool
-        Whether linear maps and layer norms have biases.
-    norm : {"layer", "rms"}
-        `LayerNorm` or `RMSNorm`.
-    num_kv_heads : int, optional
-        Heads of keys and values, a divisor of `nhead`; as many as there are heads by default.
-    rotary : float, optional
-        The base of rotary positions in self-attention, 10000.0 commonly; none by default.
-    window : int, optional
-        In self-attention a token may attend only to those less than this many from it.
-    dtype : {"float32", "float64"}
-        Of parameters and outputs. Inputs of another real dtype are converted.
-    seed : int, optional
-        Fixes the initial parameters.
 
     References
     ----------
@@ -1234,56 +921,18 @@ class Transformer(Stack):
     .. [3] N. Shazeer, "GLU variants improve Transformer", arXiv:2002.05202, 2020.
     """
 
-    num_encoder_layers: int
-    num_decoder_layers: int
+    d_model: int = size(default=512, doc=D_MODEL)
+    nhead: int = size(default=8, doc=NHEAD)
+    num_encoder_layers: int = size(default=6, limit=MAX_LAYERS, doc="How many layers the encoder has.")
+    num_decoder_layers: int = size(default=6, limit=MAX_LAYERS, doc="How many layers the decoder has.")
+    dim_feedforward: int = size(default=2048, doc=FEEDFORWARD)
 
-    def __init__(
-        self,
-        d_model: int = 512,
-        nhead: int = 8,
-        num_encoder_layers: int = 6,
-        num_decoder_layers: int = 6,
-        dim_feedforward: int = 2048,
-        *,
-        dropout: float = 0.1,
-        activation: str = "relu",
-        norm_first: bool = False,
-        layer_norm_eps: float = 1e-5,
-        bias: bool = True,
-        norm: str = "layer",
-        num_kv_heads: int | None = None,
-        rotary: float | None = None,
-        window: int | None = None,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        config = self._configure(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout=dropout,
-            activation=activation,
-            norm_first=norm_first,
-            layer_norm_eps=layer_norm_eps,
-            bias=bias,
-            norm=norm,
-            num_kv_heads=num_kv_heads,
-            rotary=rotary,
-            window=window,
-            dtype=dtype,
-            seed=seed,
-        )
-        self.num_encoder_layers = checks.size("num_encoder_layers", num_encoder_layers, 1)
-        self.num_decoder_layers = checks.size("num_decoder_layers", num_decoder_layers, 1)
-        counts = {"num_encoder_layers": self.num_encoder_layers, "num_decoder_layers": self.num_decoder_layers}
-        for name, count in counts.items():
-            if count > MAX_LAYERS:
-                raise ValueError(f"{name} should be at most {MAX_LAYERS}, not {count}")
-        self._config = {**counts, **config, "seed": self.seed}
+    def _build(self) -> None:
+        config = {**self._of_layers(), "final_norm": True}
         first, second = seeds_of(self.seed, 2)
         of = self._backend.of
-        self.encoder = of(TransformerEncoder)(self.num_encoder_layers, **config, final_norm=True, seed=first)
-        self.decoder = of(TransformerDecoder)(self.num_decoder_layers, **config, final_norm=True, seed=second)
+        self.encoder = of(TransformerEncoder)(num_layers=self.num_encoder_layers, seed=first, **config)
+        self.decoder = of(TransformerDecoder)(num_layers=self.num_decoder_layers, seed=second, **config)
         self._children = {"encoder": self.encoder, "decoder": self.decoder}
 
     def _opened(
