@@ -8,13 +8,14 @@ the loop of _decoding.pyx steps without Python.
 cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from decoding.decoder cimport FS_AGAIN, FS_DONE, FS_FULL, FS_NO_MEMORY, fs_decoder
-from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_PAGE, FS_RELU, fs_kernels, fs_page, fs_weights
+from fastseq._packing cimport PackedWeight, kernels_of
+from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_PAGE, FS_RELU, fs_page, fs_weights
 from transformer.kv_tables cimport (
     fs_lines_new, fs_page_kind, fs_page_layer, fs_table, fs_table_clear, fs_table_extend, fs_table_first,
     fs_table_reserve, fs_table_roll, fs_table_share,
@@ -23,20 +24,14 @@ from transformer.schedule cimport Cursor, Layer, Mask, Norm, Plan, Task, plan_fr
 
 import numpy as np
 
-from fastseq import _simd
-
 cnp.import_array()
 
 cdef dict ACTIVATIONS = {"relu": FS_RELU, "gelu": FS_GELU, "gelu_tanh": FS_GELU_TANH}
 
 
-cdef const fs_kernels *kernels_of(Py_ssize_t item) except NULL:
-    return <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[item], "fastseq.kernels")
-
-
-cdef const fs_weights *weights_of(packed) except NULL:
-    """The panels of a `Packed`, good as long as it is."""
-    return <const fs_weights *> PyCapsule_GetPointer(packed.panels(), "fastseq.weights")
+cdef const fs_weights *weights_of(PackedWeight packed) except NULL:
+    """The panels of some packed weights, valid as long as these are kept."""
+    return &packed.panels
 
 
 cdef Norm norm_of(bint rms, double eps, cnp.ndarray weight, cnp.ndarray bias) noexcept:
