@@ -156,7 +156,8 @@ class Build(build_ext):
 # The compiled modules of each room of src/.
 ROOMS = {
     "runtime": ["_simd", "_parallel"],
-    "recurrent": ["_recurrent"],
+    "packing": ["_packing"],
+    "recurrent": ["_cells", "_bptt", "_recurrent"],
     "dense": ["_dense"],
     "attention": ["_attention", "_additive_attention"],
     "transformer": ["_schedule", "_kv_pages", "_transformer"],

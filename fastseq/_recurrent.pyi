@@ -1,25 +1,10 @@
-from typing import Final
-
+from fastseq._bptt import Tape
+from fastseq._bptt import backward as backward
+from fastseq._bptt import gates as gates
+from fastseq._cells import Cell
+from fastseq._cells import pack as pack
 from fastseq.checks import Array
 
-KINDS: Final[dict[str, tuple[int, int]]]
-GATE_NAMES: Final[dict[int, str]]
-
-class Cell:
-    def weights(self) -> object: ...
-    def panels(self) -> object: ...
-
-class Rows: ...
-class Tape: ...
-
-def pack(
-    kind: str,
-    weight_ih: Array,
-    weight_hh: Array,
-    bias_ih: Array | None,
-    bias_hh: Array | None,
-    weight_hr: Array | None,
-) -> Cell: ...
 def input_table(cell: Cell, embedding: Array, n_threads: int) -> Array | None: ...
 def run(
     cells: tuple[tuple[Cell, ...], ...],
@@ -59,14 +44,3 @@ def forward(
     resets: Array | None,
     n_threads: int,
 ) -> tuple[Array, Array, Array | None, Tape]: ...
-def gates(tape: Tape) -> dict[str, Array]: ...
-def backward(
-    tape: Tape,
-    dy: Array,
-    dh: Array | None,
-    dc: Array | None,
-    truncate: int | None,
-    grads: tuple[tuple[Array | None, ...], ...],
-    keep: bool,
-    n_threads: int,
-) -> tuple[Array, Array, Array | None, tuple[Array, Array | None] | None]: ...

@@ -1,21 +1,23 @@
 from collections.abc import Sequence
 
-from fastseq._dense import Packed
-from fastseq._recurrent import Cell
+from fastseq._cells import Cell
+from fastseq._packing import PackedWeight
 from fastseq.checks import Array
+
+def pack_pair(weight: Array, bias: Array | None, columns: int) -> PackedWeight: ...
 
 class Weights:
     def __init__(
         self,
         embedding: Array,
         inputs: Cell,
+        table: Array | None,
         cells: Sequence[Cell],
-        output: Packed | Cell,
-        n_threads: int,
+        output: PackedWeight,
         *,
         attention: str | None = None,
-        combine: Cell | None = None,
-        query: Packed | None = None,
+        combine: PackedWeight | None = None,
+        query: PackedWeight | None = None,
         score: Array | None = None,
     ) -> None: ...
 

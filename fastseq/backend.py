@@ -412,6 +412,9 @@ class Decoding(Protocol):
 class RecurrentDecoder(Protocol):
     """Compiled decoders of recurrent models."""
 
+    def pack_pair(self, weight: Array, bias: Array | None, columns: int, /) -> Any:
+        """Weights of a linear map over two vectors one after another, split at `columns`."""
+
     @property
     def Weights(self) -> Any:
         """The class of the weights of a decoder."""

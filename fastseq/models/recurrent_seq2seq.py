@@ -580,18 +580,16 @@ class Seq2Seq(SequencePairModel):
         cells = [cell for (cell,) in self._decoder_layer._cells()]
         inputs, output = cells[0], self._output._weights()
         more: dict[str, Any] = {}
-        pack = self._decoder_layer._backend.recurrent.pack
         if self.attention == "multiplicative":
-            of_context, of_output = _parts(self._combine._arrays["weight"], -self.hidden_size)
-            more["combine"] = pack("rnn_tanh", of_context, of_output, None, None, None)
+            more["combine"] = compiled.pack_pair(self._combine._arrays["weight"], None, -self.hidden_size)
         elif self.attention == "additive":
+            pack = self._backend.recurrent.pack
             ((weight_ih, weight_hh, *biases),) = self._decoder_layer._by_direction(self._decoder_layer._arrays, 0)
             of_symbol, of_context = _parts(weight_ih, self.embedding_dim)
             inputs = pack(self._decoder_layer._cell, of_symbol, weight_hh[:, :0], *biases)
             cells[0] = pack(self._decoder_layer._cell, of_context, weight_hh, *biases)
-            of_output, of_context = _parts(self._output._arrays["weight"], self.hidden_size)
-            bias = self._output._arrays["bias"]
-            output = pack("linear", of_output, of_context, bias, np.full_like(bias, -0.0), None)  # x + -0 is x
+            arrays = self._output._arrays
+            output = compiled.pack_pair(arrays["weight"], arrays["bias"], self.hidden_size)
             more["query"] = self._attention._query._weights()
             more["score"] = self._attention._score._arrays["weight"][0]
         embedding = self._target_embedding._arrays["weight"]

@@ -11,17 +11,18 @@ Threads split rows or panels as in `_recurrent.pyx`, and the bits are those of a
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from attention.additive_attention cimport TANH_WORK, align_one, real
-from recurrent.cells cimport (
-    CellPointers, CellStep, CellWeights, GRU_BEFORE, Split, cell_work, do_cell, init_bytes, input_parts, inputs_bytes,
-    set_cell_step, set_init, split_of, take_share,
-)
 from decoding.decoder cimport FS_AGAIN, FS_DONE, FS_NO_MEMORY, fs_decoder
 from runtime.kernels cimport FS_IDENTITY, FS_TANH, fs_attention, fs_epilogue, fs_kernels, fs_step, fs_weights
+from fastseq._cells cimport (
+    Cell, CellPointers, CellStep, CellWeights, Split, cell_work, do_cell, init_bytes, input_parts, inputs_bytes,
+    set_cell_step, set_init, split_of, take_share,
+)
+from fastseq._packing cimport PackedWeight, pack_linear
 from fastseq._parallel cimport (
     CACHE_LINE, SIGNAL_WORK, fs_barrier, lines, run_team, team_wait,
 )
@@ -63,6 +64,11 @@ cdef struct Network:
     const char *score
 
 
+def pack_pair(cnp.ndarray weight not None, cnp.ndarray bias, Py_ssize_t columns):
+    """Pack a linear map whose input is two vectors; the first `columns` columns of the weight are of the first."""
+    return pack_linear(np.ascontiguousarray(weight[:, :columns]), np.ascontiguousarray(weight[:, columns:]), bias)
+
+
 cdef class Weights:
     """The weights of a model, packed before. Immutable.
 
@@ -75,13 +81,12 @@ cdef class Weights:
         That of all symbols, `_recurrent.input_table`.
     cells : sequence of Cell
         One a layer. The inputs of the first are the context, with additive attention; else they are not looked at.
-    output : Packed or Cell
-        From what a step says to logits: its output, or with additive attention output and context, of which a cell
-        takes the output for its input, and the context for its state.
+    output : PackedWeight
+        From the output of a step to its logits; with additive attention, from output and context (`pack_pair`).
     attention : {"multiplicative", "additive"}, optional
-    combine : Cell, optional
-        With multiplicative attention: from context and output, which are its input and its state, to what is said.
-    query : Packed, optional
+    combine : PackedWeight, optional
+        With multiplicative attention: from context and output (`pack_pair`) to what the logits are made of.
+    query : PackedWeight, optional
         With additive attention: what the scores take of the output of the last layer.
     score : ndarray of shape (A,), optional
         And what they are made with.
@@ -116,15 +121,15 @@ cdef class Weights:
         network.table_row = inputs_bytes(network.inputs)
         network.table = NULL if table is None else cnp.PyArray_BYTES(table)
 
-    cdef const CellWeights *cell(self, cell) except NULL:
+    cdef const CellWeights *cell(self, Cell cell) except NULL:
         self.kept.append(cell)
-        return <const CellWeights *> PyCapsule_GetPointer(cell.weights(), "fastseq.cell")
+        return &cell.w
 
-    cdef const fs_weights *panels(self, packed) except? NULL:
+    cdef const fs_weights *panels(self, PackedWeight packed) except? NULL:
         if packed is None:
             return NULL
         self.kept.append(packed)
-        return <const fs_weights *> PyCapsule_GetPointer(packed.panels(), "fastseq.weights")
+        return &packed.panels
 
 
 # What rows attend to: keys and what scores take of them, of one source after another.
@@ -417,7 +422,7 @@ cdef Split plan(const Rows *job, Py_ssize_t *some) noexcept nogil:
     for layer in range(network.layers):
         cell = network.cells[layer]
         work += cell_work(cell)
-        meetings += 2 if cell.kind == GRU_BEFORE or cell.projection.units else 1
+        meetings += 2 if cell.candidate.units or cell.projection.units else 1
     cell = network.cells[0]
     if network.attention != ADDITIVE:
         work -= network.table_row // network.item * cell.input_size

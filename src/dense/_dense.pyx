@@ -9,24 +9,21 @@ may lie apart. Threads split rows, columns or elements, never a sum.
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from runtime.huge_pages cimport huge_zeros
 from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_epilogue, fs_kernels, fs_step, fs_weights
 from dense.weight_gradient cimport (
     GRADIENT_ROWS, WeightGradient, add_row, lay_out_factors, lay_out_sums, multiply_share, pack_share, set_factor,
     set_product, sum_weight_gradients, take_sums, taken,
 )
+from fastseq._packing cimport PackedWeight, kernels_of, pack_linear
 from fastseq._parallel cimport (
     SIGNAL_WORK, TEAM_WORK, fs_barrier, fs_flush_denormals, fs_restore_denormals, parallel_for, run_team, team_wait,
 )
 
 import numpy as np
-
-from fastseq import _simd
 
 cnp.import_array()
 
@@ -34,7 +31,6 @@ cdef enum:
     LINE = 64         # bytes of a cache line: two threads do not write to one
     SCATTERED = 512   # bytes of a row below which reading the ids once more costs more than another thread gives
     BLOCK_ROWS = 512  # rows whose pointers are made at once
-    PANEL_BLOCKS = 4
 
 # What an element takes, in multiply-adds.
 cdef double NORM_WORK = 24
@@ -44,82 +40,12 @@ cdef double ACTIVATION_WORK = 40
 
 
 cdef const fs_kernels *table(cnp.ndarray x) except NULL:
-    return <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[x.itemsize], "fastseq.kernels")
-
-
-cdef class Packed:
-    """The packed weights of a linear layer. Immutable."""
-
-    cdef const fs_kernels *kernels
-    cdef fs_weights part
-    cdef cnp.ndarray weight
-    cdef list buffers  # keeps what the pointers above point into
-    # For dx, packed when it is first asked for.
-    cdef fs_weights transposed
-    cdef bint has_transposed
-
-    def panels(self):
-        """The panels, for the other compiled modules: a capsule that is good as long as this is."""
-        return PyCapsule_New(<void *> &self.part, "fastseq.weights", NULL)
-
-
-cdef char *panels_for(Packed packed, Py_ssize_t units, Py_ssize_t k):
-    """Room for the panels of `units` columns and k rows; zeros."""
-    cdef Py_ssize_t per_panel = PANEL_BLOCKS * packed.kernels.lanes
-    room = huge_zeros((units + per_panel - 1) // per_panel * per_panel * k * packed.kernels.item_size)
-    packed.buffers.append(room)
-    return cnp.PyArray_BYTES(room)
-
-
-cdef fs_weights no_panels(Packed packed, Py_ssize_t units, Py_ssize_t k):
-    """Weights of this size, still to be packed."""
-    cdef fs_weights part
-    cdef Py_ssize_t per_panel = PANEL_BLOCKS * packed.kernels.lanes
-    part.units = units
-    part.panels = (units + per_panel - 1) // per_panel
-    part.x_size = 0
-    part.h_size = k
-    part.x = part.h_bias = NULL
-    part.h = panels_for(packed, units, k)
-    part.bias = panels_for(packed, units, 1)
-    return part
+    return kernels_of(cnp.PyArray_ITEMSIZE(x))
 
 
 def linear_pack(cnp.ndarray weight not None, cnp.ndarray bias):
-    """Pack the weights of a linear layer; returns a `Packed`."""
-    cdef Packed packed = Packed()
-    cdef Py_ssize_t units = weight.shape[0], k = weight.shape[1]
-    cdef ptrdiff_t no_gate = 0
-    packed.kernels = table(weight)
-    packed.weight = weight
-    packed.buffers = []
-    packed.part = no_panels(packed, units, k)
-    cdef const void *source = cnp.PyArray_DATA(weight)
-    with nogil:
-        packed.kernels.pack(source, &no_gate, 1, PANEL_BLOCKS, units, k, <void *> packed.part.h)
-    if bias is not None:
-        packed.kernels.pack(cnp.PyArray_DATA(bias), &no_gate, 1, PANEL_BLOCKS, units, 1, <void *> packed.part.bias)
-    return packed
-
-
-cdef int transpose(Packed packed) except -1:
-    """Pack the weights for dx, once. Two threads may meet here and both do it; what the first made is kept."""
-    cdef Py_ssize_t rows = cnp.PyArray_DIM(packed.weight, 0), columns = cnp.PyArray_DIM(packed.weight, 1), i
-    if packed.has_transposed:
-        return 0
-    cdef fs_weights made = no_panels(packed, columns, rows)
-    cdef const void **pointers = <const void **> PyMem_RawMalloc(rows * sizeof(void *))
-    if pointers == NULL:
-        raise MemoryError(f"{rows} pointers")
-    for i in range(rows):
-        pointers[i] = cnp.PyArray_BYTES(packed.weight) + i * cnp.PyArray_STRIDE(packed.weight, 0)
-    with nogil:
-        packed.kernels.pack_panels(pointers, rows, columns, 0, made.panels, <void *> made.h)
-    PyMem_RawFree(pointers)
-    if not packed.has_transposed:  # another thread may be multiplying with what it made meanwhile
-        packed.transposed = made
-        packed.has_transposed = True
-    return 0
+    """Pack the weights of a linear layer; returns a `PackedWeight`."""
+    return pack_linear(None, weight, bias)
 
 
 cdef struct Map:
@@ -159,16 +85,18 @@ cdef void product_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexc
         base += BLOCK_ROWS
 
 
-cdef cnp.ndarray mapped(Packed packed, const fs_weights *weights, cnp.ndarray x, int n_threads):
-    """The rows of x times packed weights."""
-    cdef Py_ssize_t rows = cnp.PyArray_DIM(x, 0), block = rows, first, items
-    cdef cnp.ndarray y = np.empty((rows, weights.units), x.dtype)
+cdef int multiply_rows(
+    PackedWeight packed, Py_ssize_t rows, const char *x, Py_ssize_t x_row, char *y, Py_ssize_t y_row, int n_threads,
+) except -1:
+    """Multiply some rows, x_row bytes apart, with packed weights."""
+    cdef const fs_weights *weights = &packed.panels
+    cdef Py_ssize_t block = rows, first, items
     cdef double work_row = <double> weights.units * weights.h_size
     cdef Map job
     job.kernels = packed.kernels
     job.weights = weights
-    job.x_row = cnp.PyArray_STRIDE(x, 0)
-    job.y_row = cnp.PyArray_STRIDE(y, 0)
+    job.x_row = x_row
+    job.y_row = y_row
     job.by_panels = rows < 2 * packed.kernels.tile_rows[4] * n_threads
     if work_row * BLOCK_ROWS > SIGNAL_WORK and weights.panels >= 8 * n_threads:
         # Few rows between two looks for Ctrl-C would have to wait for all of the weights.
@@ -176,16 +104,27 @@ cdef cnp.ndarray mapped(Packed packed, const fs_weights *weights, cnp.ndarray x,
         block = BLOCK_ROWS
     for first in range(0, rows, max(block, 1)):
         job.rows = min(block, rows - first)
-        job.x = cnp.PyArray_BYTES(x) + first * job.x_row
-        job.y = cnp.PyArray_BYTES(y) + first * job.y_row
+        job.x = x + first * x_row
+        job.y = y + first * y_row
         items = weights.panels if job.by_panels else job.rows
         parallel_for(product_part, &job, items, job.rows * work_row / items, n_threads)
+    return 0
+
+
+cdef cnp.ndarray mapped(PackedWeight packed, cnp.ndarray x, int n_threads):
+    """The rows of x times packed weights."""
+    cdef Py_ssize_t rows = cnp.PyArray_DIM(x, 0)
+    cdef cnp.ndarray y = np.empty((rows, packed.panels.units), x.dtype)
+    multiply_rows(
+        packed, rows, cnp.PyArray_BYTES(x), cnp.PyArray_STRIDE(x, 0), cnp.PyArray_BYTES(y), cnp.PyArray_STRIDE(y, 0),
+        n_threads,
+    )
     return y
 
 
-def linear_forward(Packed packed not None, cnp.ndarray x not None, int n_threads):
+def linear_forward(PackedWeight packed not None, cnp.ndarray x not None, int n_threads):
     """x W^T + b of the rows of x; see `fastseq.reference._dense.linear_forward`."""
-    return mapped(packed, &packed.part, x, n_threads)
+    return mapped(packed, x, n_threads)
 
 
 cdef struct Gradient:
@@ -285,12 +224,11 @@ cdef int add_weight_gradient(
 
 
 def linear_backward(
-    Packed packed not None, cnp.ndarray x not None, cnp.ndarray dy not None, cnp.ndarray dweight not None,
+    PackedWeight packed not None, cnp.ndarray x not None, cnp.ndarray dy not None, cnp.ndarray dweight not None,
     cnp.ndarray dbias, int n_threads,
 ):
     """Gradient of x; those of the parameters are added; see `fastseq.reference._dense.linear_backward`."""
-    transpose(packed)
-    cdef cnp.ndarray dx = mapped(packed, &packed.transposed, dy, n_threads)
+    cdef cnp.ndarray dx = mapped(packed.transposed(), dy, n_threads)
     add_weight_gradient(x, dy, dweight, dbias, n_threads)
     return dx
 

@@ -46,7 +46,7 @@ INLINE void multiply_tile(const int ROWS, const int VECTORS, const void *const *
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++)
             sums[r * VECTORS + v] = keep ? broadcast(keep[r]) * load(c + r * c_row + v * LANES) : (vec){0};
-    microkernel_ahead(ROWS, 1, VECTORS, w_row, x_stride, sums, x, w, 0, k_size, NULL);
+    microkernel_ahead(FS_REAL, ROWS, 1, VECTORS, w_row, x_stride, sums, x, w, 0, k_size, NULL);
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4

@@ -31,7 +31,7 @@ enum fs_epilogue {
     FS_ADD,      /* h += a                                */
     FS_GELU,     /* h = gelu(a), the erf form             */
     FS_GELU_TANH, /* h = gelu(a), the tanh form           */
-    /* And where the step is one of a backward pass: see backward.h. */
+    /* And where the step is one of a backward pass: see back.h. */
     FS_BACK_IDENTITY,
     FS_BACK_TANH,
     FS_BACK_RELU,
@@ -45,7 +45,12 @@ enum fs_epilogue {
 /* Sums of `multiply_adds`: enough to hide the latency of one behind the others. */
 enum { FS_ACCUMULATORS = 12 };
 
-/* The packed weights of one cell, or of one part of it. Read only. */
+/* Type of the numbers in packed panels: how the microkernel reads them, and how many bytes one takes. */
+enum fs_weight_type {
+    FS_REAL /* the real type of the table */
+};
+
+/* The packed weights of one product, a x + b h + bias. Read only. */
 typedef struct fs_weights {
     ptrdiff_t units;    /* outputs, before padding to whole lanes                        */
     ptrdiff_t panels;   /* ceil(units / (blocks * lanes))                                */
@@ -55,6 +60,7 @@ typedef struct fs_weights {
     const void *h;      /* [panels][h_size][blocks * gates][lanes]                       */
     const void *bias;   /* [panels][blocks * gates][lanes]; where the chain starts       */
     const void *h_bias; /* [panels][lanes]: b_hn of the GRU that resets after, else NULL */
+    enum fs_weight_type type; /* of x and h; biases are reals                             */
 } fs_weights;
 
 /*
@@ -101,6 +107,36 @@ typedef struct fs_step {
     void *const *z; /* GRU that resets before: OUT of `gru_gates`, IN of FS_BLEND, [units] */
     void *const *out; /* OUT [units]: h; of `gru_gates`: r * h; of `panels_product`: see below */
 } fs_step;
+
+/*
+ * A cell, as packing, forward, backward and decoding read it. `gates` is how many blocks of hidden_size rows weight_ih,
+ * weight_hh and the biases have; they are named in that order.
+ *
+ * A step is a product of the first gates, `main`, and for the last `candidate_gates` a second product, whose state part
+ * multiplies what `main` left in `middle`. Of the last `apart_gates`, input part and state part are summed apart, each from
+ * its own bias. The kernels for both products have blocks * gates (3 or 4) vectors to a panel row.
+ *
+ * Columns of the gradients, each hidden_size wide: the state parts of the apart gates, then all gates in order. The first
+ * gates - candidate_gates columns go back to h by the recurrent weights; the last `gates` columns go back to x.
+ */
+typedef struct fs_cell {
+    const char *name; /* the kind of a layer, as fastseq/layers/recurrent.py says it              */
+    int gates;
+    int candidate_gates; /* 0 or 1                                                                   */
+    int apart_gates; /* 0 or 1                                                                   */
+    int has_c; /* whether there is a cell state c beside h                                 */
+    int carries; /* whether h reaches the next h outside the products, too                  */
+    int tape_gates; /* vectors of hidden_size on the tape                                       */
+    const char *gate_names; /* a letter for each vector on the tape that has a name, the first ones     */
+    int blocks; /* of the panels of `main`                                                  */
+    void (*main)(const fs_step *step);
+    enum fs_epilogue epilogue; /* of `main`, where that is `plain`                                         */
+    enum fs_epilogue
+        candidate_epilogue; /* of the second product, by `plain`                                        */
+    enum fs_epilogue back; /* the epilogue of a backward step                                          */
+    enum fs_epilogue
+        back_candidate; /* that of the backward step of the second product                          */
+} fs_cell;
 
 /* What the softmax cross-entropy of a row is made of: see kernels/losses.h. */
 typedef struct fs_softmax_sums {
@@ -229,14 +265,10 @@ typedef struct fs_kernels {
     /* Input part of any cell, as it lies in `init`: out[row] is [panels][vectors][lanes], whole panels. */
     void (*panels_product)(const fs_step *step, int vectors);
 
-    /* One gate a unit, 4 blocks: the RNN, any dense product, the candidate of the GRU that resets before. */
+    /* One gate a unit, 4 blocks: any dense product, second products of cells, and backward steps. */
     void (*plain)(const fs_step *step);
-    /* Gates i, f, g, o; 1 block. */
-    void (*lstm)(const fs_step *step);
-    /* Gates r, z, n; 1 block; n = tanh(W_in x + b_in + r * (W_hn h + b_hn)). */
-    void (*gru)(const fs_step *step);
-    /* Gates r, z of the GRU that resets before; 2 blocks. */
-    void (*gru_gates)(const fs_step *step);
+    /* The cells, NULL after the last: src/kernels/cells/. */
+    const fs_cell *const *cells;
 
     /* Rows of n reals, one behind the other: kernels/rows.h has the equations. weight and bias may be NULL. */
     void (*layer_norm)(ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, const void *weight,

@@ -61,7 +61,7 @@ INLINE void weight_gradient_tile(const int VECTORS, ptrdiff_t n, const real *gro
         for (int v = 0; v < VECTORS; v++)
             sums[r * VECTORS + v] = load(c + r * c_row + v * LANES);
     }
-    microkernel(ROWS_OF_4, 1, VECTORS, 4, ROWS_OF_4, sums, a, panel, 0, n);
+    microkernel(FS_REAL, ROWS_OF_4, 1, VECTORS, 4, ROWS_OF_4, sums, a, panel, 0, n);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS_OF_4; r++)
 #pragma GCC unroll 4

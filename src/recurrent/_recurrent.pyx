@@ -1,8 +1,8 @@
-"""Recurrent layers, compiled: packing the weights, and the loops over layers, directions, time and rows.
+"""Recurrent layers, compiled: the loops over layers, directions, time and rows.
 
-`pack`, `run`, `fits`, `step` and `rollout` are the operations, and for training `forward`, `gates` and `backward`,
-which are in bptt.pxi; `fastseq.reference._recurrent` has the same in NumPy, and their documentation. Arguments were
-checked at the door.
+`pack`, `run`, `fits`, `step`, `rollout`, `forward`, `gates` and `backward` are the operations of a layer, of which
+`pack` is in `_cells`, `gates` and `backward` are in `_bptt`; `fastseq.reference._recurrent` has the same in NumPy, and
+their documentation. Arguments were checked by the layer.
 
 A direction of a layer is a `Job`. The rows of the batch stand longest first, so that the rows still running at a
 step are the first ones. A job is done in one of two ways, chosen by `plan`:
@@ -17,48 +17,29 @@ fill a tile, ahead of it for a chunk of time. No choice changes a bit of the res
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
-from recurrent.cells cimport (
-    GATE_WORK, GRU_AFTER, GRU_BEFORE, LSTM_CELL, RNN_CELL, CellPointers, CellStep, CellWeights, Kind, Split,
-    cell_work, do_cell, init_bytes, input_parts, inputs_bytes, set_cell_step, set_init, split_of, take_share, work_of,
+from fastseq._bptt cimport Rows, Tape
+from fastseq._cells cimport (
+    CHUNK_WORK, Cell, CellPointers, CellStep, CellWeights, Split, cell_work, do_cell, init_bytes, input_parts,
+    inputs_bytes, set_cell_step, set_init, split_of, work_of,
 )
-from runtime.huge_pages cimport huge_zeros
-from runtime.kernels cimport (
-    FS_ADD, FS_BACK_GRU_AFTER, FS_BACK_GRU_OUTPUT, FS_BACK_GRU_RESET, FS_BACK_IDENTITY, FS_BACK_LSTM, FS_BACK_RELU,
-    FS_BACK_SIGMOID, FS_BACK_TANH, FS_IDENTITY, FS_RELU, FS_SIGMOID, FS_TANH, fs_back, fs_epilogue, fs_kernels,
-    fs_step, fs_weights,
-)
-from dense.weight_gradient cimport (
-    GRADIENT_ROWS, WeightGradient, add_row, lay_out_factors, lay_out_sums, set_factor, set_product,
-    sum_weight_gradients, take_sums, taken,
-)
-from fastseq._parallel cimport (
-    fs_barrier, fs_flush_denormals, fs_restore_denormals, parallel_for, run_team, team_dissolved, team_wait,
-)
+from fastseq._dense cimport multiply_rows
+from fastseq._packing cimport PackedWeight, pack_linear
+from fastseq._parallel cimport fs_barrier, parallel_for, run_team, team_dissolved
+from recurrent.arrays cimport padded_bytes, sequence, slot_of, state_copy
 
 import os
 
 import numpy as np
 
-from fastseq import _simd
+from fastseq import _bptt, _cells
 
 cnp.import_array()
 
-KINDS = {
-    "linear": (RNN_CELL, FS_IDENTITY),  # no cell, but what `rollout` makes of its outputs
-    "rnn_tanh": (RNN_CELL, FS_TANH),
-    "rnn_relu": (RNN_CELL, FS_RELU),
-    "rnn_sigmoid": (RNN_CELL, FS_SIGMOID),
-    "lstm": (LSTM_CELL, FS_IDENTITY),
-    "gru_reset_after": (GRU_AFTER, FS_IDENTITY),
-    "gru_reset_before": (GRU_BEFORE, FS_IDENTITY),
-}
+pack, gates, backward = _cells.pack, _bptt.gates, _bptt.backward
 
-# Multiply-adds of a lane between two looks for Ctrl-C: tens of milliseconds on each processor.
-cdef Py_ssize_t CHUNK_WORK = 64 * 1024 * 1024
 cdef int PROCESSORS = os.cpu_count() or 1
 # The most rows processed at once, over all threads, and the most input parts computed ahead.
 cdef Py_ssize_t ROW_BLOCK = 4096
@@ -73,116 +54,6 @@ cdef enum:
     SMALL = 8192   # up to this many bytes of scratch stand on the stack
     POINTERS = 12  # arrays of pointers that `run_steps` keeps, one entry a row
     AHEAD = 3      # and those of the input parts, one entry a row and step
-
-
-# The weights of a cell as backward multiplies with them: gradients of pre-activations in, of what they saw out.
-cdef struct Transposed:
-    fs_weights recurrent   # to h; of GRU_BEFORE its gates r and z only
-    fs_weights candidate   # to r * h, GRU_BEFORE
-    fs_weights projection  # to o * tanh(c), where the LSTM has one
-    fs_weights input       # to x
-
-
-cdef class Cell:
-    """The packed weights of one layer in one direction. Immutable."""
-
-    cdef CellWeights w
-    cdef int item
-    cdef list buffers  # keeps what the pointers above point into
-    # For `backward`, which packs them its own way when it first runs.
-    cdef cnp.ndarray weight_ih, weight_hh, weight_hr
-    cdef Transposed transposed
-    cdef bint has_transposed
-
-    def weights(self):
-        """The weights, for the other compiled modules: a capsule that is good as long as this is."""
-        return PyCapsule_New(<void *> &self.w, "fastseq.cell", NULL)
-
-    def panels(self):
-        """Those of a cell of one gate, as of a linear layer."""
-        return PyCapsule_New(<void *> &self.w.main, "fastseq.weights", NULL)
-
-
-cdef cnp.ndarray aligned(Cell cell, Py_ssize_t count):
-    """`count` zeros on a cache line of their own, kept by the cell."""
-    array = huge_zeros(count * cell.item).view(f"f{cell.item}")
-    cell.buffers.append(array)
-    return array
-
-
-cdef const void *packed(Cell cell, cnp.ndarray weight, tuple gates, int blocks, Py_ssize_t units):
-    """Panels of some gates of a weight matrix of shape (gates * units, k)."""
-    cdef ptrdiff_t[4] gate_rows
-    cdef int n_gates = len(gates)
-    cdef Py_ssize_t per_panel = blocks * cell.w.kernels.lanes
-    cdef Py_ssize_t panels = (units + per_panel - 1) // per_panel
-    cdef Py_ssize_t k = weight.shape[1]
-    for i in range(n_gates):
-        gate_rows[i] = <int> gates[i] * units
-    cdef cnp.ndarray array = aligned(cell, panels * k * n_gates * per_panel)
-    cdef const void *source = cnp.PyArray_DATA(weight)
-    cdef void *target = cnp.PyArray_DATA(array)
-    with nogil:
-        cell.w.kernels.pack(source, gate_rows, n_gates, blocks, units, k, target)
-    return target
-
-
-cdef fs_weights packed_part(
-    Cell cell, cnp.ndarray weight_ih, cnp.ndarray weight_hh, cnp.ndarray bias, tuple gates, int blocks,
-):
-    """The weights of one fused step over the hidden units."""
-    cdef fs_weights part
-    cdef Py_ssize_t units = cell.w.hidden_size
-    cdef Py_ssize_t per_panel = blocks * cell.w.kernels.lanes
-    part.units = units
-    part.panels = (units + per_panel - 1) // per_panel
-    part.x_size = weight_ih.shape[1]
-    part.h_size = weight_hh.shape[1]
-    part.x = packed(cell, weight_ih, gates, blocks, units)
-    part.h = packed(cell, weight_hh, gates, blocks, units)
-    part.bias = packed(cell, bias.reshape(-1, 1), gates, blocks, units)
-    part.h_bias = NULL
-    return part
-
-
-def pack(str kind, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr):
-    """Pack the weights of one layer in one direction; returns a `Cell`."""
-    cdef Cell cell = Cell()
-    cell.buffers = []
-    cell.item = weight_ih.itemsize
-    cell.w.kernels = <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[cell.item], "fastseq.kernels")
-    cell.w.kind, cell.w.epilogue = KINDS[kind]
-    cdef int gates = 4 if cell.w.kind == LSTM_CELL else 1 if cell.w.kind == RNN_CELL else 3
-    cell.w.input_size = weight_ih.shape[1]
-    cell.w.hidden_size = weight_ih.shape[0] // gates
-    cell.w.output_size = weight_hh.shape[1]
-    cell.weight_ih, cell.weight_hh, cell.weight_hr = weight_ih, weight_hh, weight_hr
-    if bias_ih is None:
-        bias_ih = bias_hh = np.zeros(len(weight_ih), weight_ih.dtype)
-    with np.errstate(all="ignore"):  # inf and NaN are the user's
-        bias = bias_ih + bias_hh
-    units = cell.w.hidden_size
-    cell.w.main_vectors = 3 if cell.w.kind == GRU_AFTER else 4
-    if cell.w.kind == RNN_CELL:
-        cell.w.main = packed_part(cell, weight_ih, weight_hh, bias, (0,), 4)
-    elif cell.w.kind == LSTM_CELL:
-        cell.w.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1, 2, 3), 1)
-    elif cell.w.kind == GRU_AFTER:
-        bias[2 * units:] = bias_ih[2 * units:]
-        cell.w.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1, 2), 1)
-        cell.w.main.h_bias = packed(cell, bias_hh.reshape(-1, 1), (2,), 1, units)
-    else:
-        cell.w.main = packed_part(cell, weight_ih, weight_hh, bias, (0, 1), 2)
-        cell.w.candidate = packed_part(cell, weight_ih, weight_hh, bias, (2,), 4)
-    if weight_hr is not None:
-        no_bias = np.zeros((cell.w.output_size, 1), weight_hr.dtype)
-        cell.w.projection.units = cell.w.output_size
-        cell.w.projection.panels = (cell.w.output_size + 4 * cell.w.kernels.lanes - 1) // (4 * cell.w.kernels.lanes)
-        cell.w.projection.x_size = 0
-        cell.w.projection.h_size = units
-        cell.w.projection.h = packed(cell, weight_hr, (0,), 4, cell.w.output_size)
-        cell.w.projection.bias = packed(cell, no_bias, (0,), 4, cell.w.output_size)
-    return cell
 
 
 cdef struct Table:
@@ -339,8 +210,8 @@ cdef void run_steps(void *made, int thread, int team, fs_barrier *barrier) noexc
     at.middle = at.c + job.row_block
     at.z = at.middle + job.row_block
     at.out = at.z + job.row_block
-    cdef void **gates = at.out + job.row_block
-    at.gates = NULL if job.gates == NULL else gates
+    cdef void **on_tape = at.out + job.row_block
+    at.gates = NULL if job.gates == NULL else on_tape
 
     # The rows of this thread that run at from_step.
     i = lane
@@ -358,7 +229,7 @@ cdef void run_steps(void *made, int thread, int team, fs_barrier *barrier) noexc
         at.h[n] = job.h + row * job.h_row if from_step == 0 else y - y_step
         at.c[n] = job.c_out + row * job.c_out_row + t * job.c_out_time
         at.c_before[n] = job.c + row * job.c_row if from_step == 0 else <char *> at.c[n] - c_step
-        gates[n] = job.gates + row * job.gates_row + t * job.gates_time
+        on_tape[n] = job.gates + row * job.gates_row + t * job.gates_time
         if job.resets != NULL:
             reset[n] = job.resets + row * job.resets_row + t
         at.middle[n] = job.middle + i * job.middle_row
@@ -386,7 +257,7 @@ cdef void run_steps(void *made, int thread, int team, fs_barrier *barrier) noexc
         input_parts(&step, cell, m, ahead_x, ahead_init, ahead_out)
         for i in range(n):
             at.init[i] = job.input_part + (lane + i * stride) * job.input_part_row
-            if cell.kind == GRU_BEFORE:
+            if cell.candidate.units:
                 at.candidate_init[i] = <const char *> at.init[i] + job.input_part_main
 
     cdef Py_ssize_t init_step = job.row_block * job.input_part_row if job.ahead else 0
@@ -405,7 +276,7 @@ cdef void run_steps(void *made, int thread, int team, fs_barrier *barrier) noexc
         if job.table != NULL:
             for i in range(n):
                 at.init[i] = job.table + (<const int64_t *> at.x[i])[0] * job.input_part_row
-                if cell.kind == GRU_BEFORE:
+                if cell.candidate.units:
                     at.candidate_init[i] = <const char *> at.init[i] + job.input_part_main
         do_cell(&step, cell, n, False, shares, barrier)
         if shares > 1 and team_dissolved(barrier):
@@ -418,9 +289,9 @@ cdef void run_steps(void *made, int thread, int team, fs_barrier *barrier) noexc
             at.out[i] = <char *> at.out[i] + y_step
             at.c_before[i] = at.c[i]
             at.c[i] = <char *> at.c[i] + c_step
-            gates[i] = <char *> gates[i] + gates_step
+            on_tape[i] = <char *> on_tape[i] + gates_step
             at.init[i] = <const char *> at.init[i] + init_step
-        if cell.kind == GRU_BEFORE:
+        if cell.candidate.units:
             for i in range(n):
                 at.candidate_init[i] = <const char *> at.candidate_init[i] + init_step
 
@@ -431,7 +302,7 @@ cdef int execute(Job *job, int n_threads) except -1:
         return 0
     plan(job, n_threads)
     cdef Py_ssize_t work = cell_work(job.cell)
-    cdef Py_ssize_t limit = CHUNK_WORK * job.cell.kernels.lanes * min(job.threads, PROCESSORS)
+    cdef Py_ssize_t limit = <Py_ssize_t> CHUNK_WORK * job.cell.kernels.lanes * min(job.threads, PROCESSORS)
     # Blocks of even height, such that one step of one is done within the limit.
     cdef Py_ssize_t max_rows = min(ROW_BLOCK, POINTER_ROWS // job.threads, limit // work)
     max_rows = max(max_rows, job.cell.kernels.tile_rows[job.cell.main_vectors] * min(job.threads, PROCESSORS))
@@ -444,7 +315,7 @@ cdef int execute(Job *job, int n_threads) except -1:
     job.input_part_row = inputs_bytes(job.cell)
     cdef Py_ssize_t pointer_bytes = (job.threads * job.pointers_each + 63) // 64 * 64
     cdef Py_ssize_t middle_bytes = 0
-    if job.cell.kind == GRU_BEFORE or job.cell.projection.units:
+    if job.cell.candidate.units or job.cell.projection.units:
         middle_bytes = job.row_block * job.middle_row
     cdef Py_ssize_t n_bytes = 64 + pointer_bytes + 2 * middle_bytes + job.ahead * job.row_block * job.input_part_row
     cdef char[SMALL] small
@@ -487,16 +358,6 @@ cdef void set_cell(Job *job, Cell cell) noexcept:
     job.table = NULL
 
 
-cdef cnp.ndarray state_copy(cnp.ndarray state):
-    """A contiguous copy; of None, None."""
-    return None if state is None else cnp.PyArray_NewCopy(state, cnp.NPY_CORDER)
-
-
-cdef inline char *slot_of(cnp.ndarray state, Py_ssize_t slot) noexcept:
-    """State array (B, slots, H): the first row of one slot."""
-    return cnp.PyArray_BYTES(state) + slot * cnp.PyArray_STRIDE(state, 1)
-
-
 cdef void set_state(Job *job, cnp.ndarray h, cnp.ndarray c, Py_ssize_t slot) noexcept:
     """Where the rows of one slot start; c is where they end, too."""
     job.h = slot_of(h, slot)
@@ -522,31 +383,29 @@ cdef tuple finished(cnp.ndarray y, cnp.ndarray h, cnp.ndarray c):
     return y, h, c
 
 
-cdef class Rows:
-    """The rows of a batch, longest first: their lengths and resets, and the arrays that hold them."""
+cdef Rows rows_of(Job *job, cnp.ndarray x, lengths, resets, dtype, Py_ssize_t width):
+    """Put the rows and times of x into a job; the states are of a dtype and at most `width` wide.
 
-    cdef object lengths, resets
-    cdef cnp.ndarray order, steps, reset_bytes, zeros
-
-    cdef int set(self, Job *job, cnp.ndarray x, lengths, resets, dtype, Py_ssize_t width) except -1:
-        """Put them into a job over the rows and times of x, whose states are of a dtype and at most `width` wide."""
-        job.rows = cnp.PyArray_DIM(x, 0)
-        job.time = cnp.PyArray_DIM(x, 1)
-        job.order = NULL
-        job.steps = NULL
-        set_no_tape(job)
-        if lengths is not None:
-            self.order = np.argsort(-lengths, kind="stable").astype(np.intp, copy=False)
-            self.steps = lengths[self.order].astype(np.intp, copy=False)
-            job.order = <const Py_ssize_t *> cnp.PyArray_DATA(self.order)
-            job.steps = <const Py_ssize_t *> cnp.PyArray_DATA(self.steps)
-        if resets is not None:
-            self.reset_bytes = np.ascontiguousarray(resets).view(np.uint8)
-            self.zeros = np.zeros(width, dtype)
-            job.resets = cnp.PyArray_BYTES(self.reset_bytes)
-            job.resets_row = job.time
-            job.zeros = cnp.PyArray_BYTES(self.zeros)
-        return 0
+    The job points into what is returned.
+    """
+    cdef Rows rows = Rows.__new__(Rows)
+    job.rows = cnp.PyArray_DIM(x, 0)
+    job.time = cnp.PyArray_DIM(x, 1)
+    job.order = NULL
+    job.steps = NULL
+    set_no_tape(job)
+    if lengths is not None:
+        rows.order = np.argsort(-lengths, kind="stable").astype(np.intp, copy=False)
+        rows.steps = lengths[rows.order].astype(np.intp, copy=False)
+        job.order = <const Py_ssize_t *> cnp.PyArray_DATA(rows.order)
+        job.steps = <const Py_ssize_t *> cnp.PyArray_DATA(rows.steps)
+    if resets is not None:
+        rows.reset_bytes = np.ascontiguousarray(resets).view(np.uint8)
+        rows.zeros = np.zeros(width, dtype)
+        job.resets = cnp.PyArray_BYTES(rows.reset_bytes)
+        job.resets_row = job.time
+        job.zeros = cnp.PyArray_BYTES(rows.zeros)
+    return rows
 
 
 cdef void set_sequence(Job *job, cnp.ndarray x, cnp.ndarray y) noexcept:
@@ -555,15 +414,6 @@ cdef void set_sequence(Job *job, cnp.ndarray x, cnp.ndarray y) noexcept:
     job.x_time = cnp.PyArray_STRIDE(x, 1)
     job.y_row = cnp.PyArray_STRIDE(y, 0)
     job.y_time = cnp.PyArray_STRIDE(y, 1)
-
-
-cdef cnp.ndarray sequence(cnp.ndarray x, Py_ssize_t width, int dtype, bint padded):
-    """An array (B, T, width) for something of every step of x; what is padding holds zeros, the rest anything."""
-    cdef cnp.npy_intp[3] shape
-    shape[0], shape[1], shape[2] = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), width
-    if padded:
-        return cnp.PyArray_ZEROS(3, shape, dtype, 0)
-    return cnp.PyArray_EMPTY(3, shape, dtype, 0)
 
 
 cdef void take_last(
@@ -595,9 +445,9 @@ def run(
     cdef Py_ssize_t width = cnp.PyArray_DIM(h, 2), slot = 0
     cdef int direction, directions
     cdef Job job
-    cdef Rows rows = Rows()
+    cdef Rows _rows
     cdef cnp.ndarray ids = x, y = x, h_n = state_copy(h), c_n = state_copy(c)
-    rows.set(&job, x, lengths, resets, h.dtype, width if c is None else cnp.PyArray_DIM(c, 2))
+    _rows = rows_of(&job, x, lengths, resets, h.dtype, width if c is None else cnp.PyArray_DIM(c, 2))
     for layer in cells:
         directions = len(layer)
         y = sequence(x, directions * width, cnp.PyArray_TYPE(h), lengths is not None)
@@ -653,7 +503,7 @@ def fits(tuple cells not None, x, int dims, state, out):
         return False
     if not is_state(state.h, dtype, batch, slots, cell.w.output_size):
         return False
-    if cell.w.kind == LSTM_CELL and not is_state(state.c, dtype, batch, slots, cell.w.hidden_size):
+    if cell.w.cell.has_c and not is_state(state.c, dtype, batch, slots, cell.w.hidden_size):
         return False
     return out is None or (
         is_usual(out, 2, dtype)
@@ -714,8 +564,8 @@ def rollout(
     """Steps that each take what a linear map makes of the one before; see `fastseq.reference._recurrent.rollout`."""
     cdef Py_ssize_t slot, t
     cdef Job job
-    cdef cnp.ndarray nothing = np.zeros((cnp.PyArray_DIM(weight, 0), 0), weight.dtype)
-    cdef Cell head = pack("linear", weight, nothing, bias, np.zeros_like(bias), None)
+    cdef char *to
+    cdef PackedWeight head = pack_linear(None, weight, bias)
     cdef cnp.ndarray y = np.empty((x.shape[0], steps, weight.shape[0]), x.dtype)
     # A step may not write where it reads, so the states take turns.
     cdef cnp.ndarray before = state_copy(h), after = np.empty_like(before), c_n = state_copy(c)
@@ -737,16 +587,64 @@ def rollout(
             execute(&job, n_threads)
             job.x = job.y
             job.x_row = job.y_row
-        set_cell(&job, head)
-        set_state(&job, before, None, 0)
-        job.y = cnp.PyArray_BYTES(y)
-        job.y += t * cnp.PyArray_STRIDE(y, 1)
-        job.y_row = cnp.PyArray_STRIDE(y, 0)
-        execute(&job, n_threads)
-        job.x = job.y
-        job.x_row = job.y_row
+        to = cnp.PyArray_BYTES(y) + t * cnp.PyArray_STRIDE(y, 1)
+        multiply_rows(head, job.rows, job.x, job.x_row, to, cnp.PyArray_STRIDE(y, 0), n_threads)
+        job.x = to
+        job.x_row = cnp.PyArray_STRIDE(y, 0)
         before, after = after, before
     return finished(y, before, c_n)
 
 
-include "bptt.pxi"
+cdef cnp.ndarray steps_together(cnp.ndarray x, Py_ssize_t width, bint padded):
+    """`sequence` for what kernels alone read: the rows of a step lie together, each on cache lines of its own."""
+    cdef Py_ssize_t row = padded_bytes(width * x.itemsize)
+    n_bytes = x.shape[1] * x.shape[0] * row
+    raw = (np.zeros if padded else np.empty)(n_bytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    by_step = raw[start:start + n_bytes].view(x.dtype).reshape(x.shape[1], x.shape[0], row // x.itemsize)
+    return by_step[:, :, :width].swapaxes(0, 1)
+
+
+def forward(
+    tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, lengths, resets,
+    int n_threads,
+):
+    """One layer with a tape; see `fastseq.reference._recurrent.forward`."""
+    cdef Py_ssize_t width = cnp.PyArray_DIM(h, 2)
+    cdef int direction
+    cdef Job job
+    cdef Cell cell
+    cdef Tape tape = Tape.__new__(Tape)
+    cdef cnp.ndarray y, on_tape, c_steps, h_n = state_copy(h), c_n = state_copy(c)
+    cdef bint padded = lengths is not None
+    tape.cells, tape.x, tape.h, tape.c = cells, x, h, c
+    tape.gates, tape.c_steps = [], []
+    tape.rows = rows_of(&job, x, lengths, resets, x.dtype, width if c is None else cnp.PyArray_DIM(c, 2))
+    tape.y = y = sequence(x, len(cells) * width, cnp.PyArray_TYPE(x), padded)
+    set_sequence(&job, x, y)
+    for direction in range(len(cells)):
+        cell = cells[direction]
+        set_cell(&job, cell)
+        set_state(&job, h, c, direction)
+        on_tape = c_steps = None
+        if cell.w.cell.tape_gates:
+            on_tape = steps_together(x, cell.w.cell.tape_gates * cell.w.hidden_size, padded)
+            job.gates = cnp.PyArray_BYTES(on_tape)
+            job.gates_row = cnp.PyArray_STRIDE(on_tape, 0)
+            job.gates_time = cnp.PyArray_STRIDE(on_tape, 1)
+        if c is not None:
+            c_steps = steps_together(x, cell.w.hidden_size, padded)
+            job.c_out = cnp.PyArray_BYTES(c_steps)
+            job.c_out_row = cnp.PyArray_STRIDE(c_steps, 0)
+            job.c_out_time = cnp.PyArray_STRIDE(c_steps, 1)
+        tape.gates.append(on_tape)
+        tape.c_steps.append(c_steps)
+        job.reverse = direction == 1
+        job.y = cnp.PyArray_BYTES(y)
+        job.y += direction * width * job.item
+        execute(&job, n_threads)
+        take_last(&job, job.y, job.y_row, job.y_time, h_n, direction)
+        if c is not None:
+            take_last(&job, job.c_out, job.c_out_row, job.c_out_time, c_n, direction)
+    cnp.PyArray_CLEARFLAGS(y, cnp.NPY_ARRAY_WRITEABLE)
+    return *finished(y, h_n, c_n), tape

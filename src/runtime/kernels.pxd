@@ -8,21 +8,16 @@ cdef extern from "kernels/kernels.h" nogil:
         FS_TANH
         FS_RELU
         FS_SIGMOID
-        FS_BLEND
         FS_ADD
         FS_GELU
         FS_GELU_TANH
         FS_BACK_IDENTITY
-        FS_BACK_TANH
-        FS_BACK_RELU
-        FS_BACK_SIGMOID
-        FS_BACK_LSTM
-        FS_BACK_GRU_AFTER
-        FS_BACK_GRU_OUTPUT
-        FS_BACK_GRU_RESET
 
     enum:
         FS_ACCUMULATORS
+
+    ctypedef enum fs_weight_type "enum fs_weight_type":
+        FS_REAL
 
     ctypedef struct fs_weights:
         ptrdiff_t units
@@ -33,6 +28,7 @@ cdef extern from "kernels/kernels.h" nogil:
         const void *h
         const void *bias
         const void *h_bias
+        fs_weight_type type
 
     ctypedef struct fs_back:
         const void **dy
@@ -69,6 +65,22 @@ cdef extern from "kernels/kernels.h" nogil:
         const fs_back *back
         void **z
         void **out
+
+    ctypedef struct fs_cell:
+        const char *name
+        int gates
+        int candidate_gates
+        int apart_gates
+        bint has_c
+        bint carries
+        int tape_gates
+        const char *gate_names
+        int blocks
+        void (*main)(const fs_step *step) noexcept nogil
+        fs_epilogue epilogue
+        fs_epilogue candidate_epilogue
+        fs_epilogue back
+        fs_epilogue back_candidate
 
     ctypedef struct fs_softmax_sums:
         double others
@@ -168,9 +180,7 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*sum_rows)(const void **rows, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last, void *sum) noexcept nogil
         void (*panels_product)(const fs_step *step, int vectors) noexcept nogil
         void (*plain)(const fs_step *step) noexcept nogil
-        void (*lstm)(const fs_step *step) noexcept nogil
-        void (*gru)(const fs_step *step) noexcept nogil
-        void (*gru_gates)(const fs_step *step) noexcept nogil
+        const fs_cell **cells
         void (*layer_norm)(
             ptrdiff_t rows, ptrdiff_t n, double eps, const void *x, const void *weight, const void *bias, void *y,
             void *means, void *scales,

@@ -8,13 +8,14 @@ whose steps the loop of _decoding.pyx takes without Python.
 cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from decoding.decoder cimport FS_AGAIN, FS_DONE, FS_FULL, FS_NO_MEMORY, fs_decoder
-from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_kernels, fs_page, fs_weights
+from fastseq._packing cimport PackedWeight, kernels_of
+from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_page, fs_weights
 from transformer.kv_tables cimport (
     fs_lines_new, fs_page_kind, fs_table, fs_table_clear, fs_table_extend, fs_table_roll,
 )
@@ -28,7 +29,6 @@ from fastseq._schedule cimport (
 
 import numpy as np
 
-from fastseq import _simd
 from fastseq._kv_pages import Pages  # no-cython-lint: part of this set of operations
 
 cnp.import_array()
@@ -43,13 +43,9 @@ cdef dict ACTIVATIONS = {
 }
 
 
-cdef const fs_kernels *kernels_of(Py_ssize_t item) except NULL:
-    return <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[item], "fastseq.kernels")
-
-
-cdef const fs_weights *weights_of(packed) except NULL:
-    """The panels of a `Packed`, which has to be kept while they are used."""
-    return <const fs_weights *> PyCapsule_GetPointer(packed.panels(), "fastseq.weights")
+cdef const fs_weights *weights_of(PackedWeight packed) except NULL:
+    """The panels of some packed weights, valid as long as these are kept."""
+    return &packed.panels
 
 
 cdef Norm norm_of(bint rms, double eps, cnp.ndarray weight, cnp.ndarray bias) noexcept:

@@ -1,102 +1,61 @@
-# Backpropagation through time; part of _recurrent.pyx.
-#
-# A direction of a layer is undone in chunks of time, from its last step to its first. For each chunk the threads
-#
-# 1. take its steps backward: what comes back through the recurrent weights meets the gradient of the output, and the
-#    fused kernel turns their sum into the gradients of the pre-activations. Rows or panels are split as in the forward;
-# 2. multiply those with the weights of the input, which gives dx;
-# 3. add their product with the inputs and the states to the weight gradients: one product over batch and time, summed
-#    in one order (last step first, longest row first), whatever the chunks and the threads.
-#
-# A chunk has about GRADIENT_ROWS rows of gradients: few enough that what 1 has written is still in a cache for 2 and 3.
+"""Backpropagation through time, and the gates that a tape has.
 
-# The most rows of the batch processed at once. No number of threads may change it: the order of sums hangs on it.
-cdef Py_ssize_t BACK_BLOCK = 1024
+`backward` and `gates` are operations that `_recurrent` offers beside its own; `fastseq.reference._recurrent` has the
+same in NumPy. A direction of a layer is undone in chunks of time, from its last step to its first. For each chunk the
+threads
+
+1. take its steps backward: what comes back through the recurrent weights meets the gradient of the output, and the
+   fused kernel turns their sum into the gradients of the pre-activations. Rows or panels are split as in the forward;
+2. multiply those with the weights of the input, which gives dx;
+3. add their product with the inputs and the states to the weight gradients: one product over batch and time, summed
+   in one order (last step first, longest row first), whatever the chunks and the threads.
+
+A chunk has about GRADIENT_ROWS rows of gradients: few enough that what 1 has written is still in a cache for 2 and 3.
+What is particular to a cell is in its descriptor, fs_cell in kernels/kernels.h.
+"""
+
+cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from libc.string cimport memcpy, memset
+
+from dense.weight_gradient cimport (
+    GRADIENT_ROWS, Factor, WeightGradient, add_row, lay_out_factors, lay_out_sums, set_factor, set_product,
+    sum_weight_gradients, take_sums, taken,
+)
+from fastseq._cells cimport (
+    CHUNK_WORK, GATE_WORK, Cell, Split, TransposedCell, TransposedWeights, split_of, take_share, work_of,
+)
+from fastseq._parallel cimport fs_barrier, fs_flush_denormals, fs_restore_denormals, run_team, team_wait
+from recurrent.arrays cimport padded_bytes, sequence, slot_of, state_copy
+from runtime.kernels cimport FS_ADD, FS_BACK_IDENTITY, FS_IDENTITY, fs_back, fs_cell, fs_kernels, fs_step, fs_weights
+
+import numpy as np
+
+cnp.import_array()
 
 cdef enum:
+    # The most rows of the batch processed at once. No number of threads may change it: the order of sums depends on it.
+    BACK_BLOCK = 1024
     STEP_POINTERS = 16  # arrays of pointers a thread keeps while it runs, one entry a row
 
-# Columns of the gradients a cell kernels, by kind: RNN a; LSTM i f g o; GRU_AFTER q r z n, where q = W_hn h + b_hn;
-# GRU_BEFORE r z n. Each is `hidden_size` wide.
-cdef int[4] BACK_GATES = [1, 4, 4, 3]
-# Gates on the tape: LSTM i f g o; GRU_AFTER r z n q; GRU_BEFORE r z n. The RNN needs none.
-cdef int[4] TAPE_GATES = [0, 4, 4, 3]
-GATE_NAMES = {RNN_CELL: "", LSTM_CELL: "ifgo", GRU_AFTER: "rzn", GRU_BEFORE: "rzn"}
+
+cdef class Rows:
+    """The rows of a batch, longest first: their lengths and resets, and the arrays that hold them."""
 
 
 cdef class Tape:
     """What `backward` needs of one layer's `forward`."""
 
-    cdef tuple cells
-    cdef cnp.ndarray x, y, h, c
-    cdef Rows rows
-    cdef list gates    # of each direction: (B, T, gates * H), or None
-    cdef list c_steps  # of each direction: c after every step, (B, T, H), or None
-
-
-cdef cnp.ndarray steps_together(cnp.ndarray x, Py_ssize_t width, bint padded):
-    """`sequence` for what kernels alone read: the rows of a step lie together, each on cache lines of its own."""
-    cdef Py_ssize_t row = padded_bytes(width * x.itemsize)
-    n_bytes = x.shape[1] * x.shape[0] * row
-    raw = (np.zeros if padded else np.empty)(n_bytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    by_step = raw[start:start + n_bytes].view(x.dtype).reshape(x.shape[1], x.shape[0], row // x.itemsize)
-    return by_step[:, :, :width].swapaxes(0, 1)
-
-
-def forward(
-    tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, lengths, resets,
-    int n_threads,
-):
-    """One layer with a tape; see `fastseq.reference._recurrent.forward`."""
-    cdef Py_ssize_t width = cnp.PyArray_DIM(h, 2)
-    cdef int direction
-    cdef Job job
-    cdef Cell cell
-    cdef Tape tape = Tape()
-    cdef cnp.ndarray y, gates, c_steps, h_n = state_copy(h), c_n = state_copy(c)
-    cdef bint padded = lengths is not None
-    tape.cells, tape.x, tape.h, tape.c = cells, x, h, c
-    tape.gates, tape.c_steps = [], []
-    tape.rows = Rows()
-    tape.rows.set(&job, x, lengths, resets, x.dtype, width if c is None else cnp.PyArray_DIM(c, 2))
-    tape.y = y = sequence(x, len(cells) * width, cnp.PyArray_TYPE(x), padded)
-    set_sequence(&job, x, y)
-    for direction in range(len(cells)):
-        cell = cells[direction]
-        set_cell(&job, cell)
-        set_state(&job, h, c, direction)
-        gates = c_steps = None
-        if TAPE_GATES[<int> cell.w.kind]:
-            gates = steps_together(x, TAPE_GATES[<int> cell.w.kind] * cell.w.hidden_size, padded)
-            job.gates = cnp.PyArray_BYTES(gates)
-            job.gates_row = cnp.PyArray_STRIDE(gates, 0)
-            job.gates_time = cnp.PyArray_STRIDE(gates, 1)
-        if c is not None:
-            c_steps = steps_together(x, cell.w.hidden_size, padded)
-            job.c_out = cnp.PyArray_BYTES(c_steps)
-            job.c_out_row = cnp.PyArray_STRIDE(c_steps, 0)
-            job.c_out_time = cnp.PyArray_STRIDE(c_steps, 1)
-        tape.gates.append(gates)
-        tape.c_steps.append(c_steps)
-        job.reverse = direction == 1
-        job.y = cnp.PyArray_BYTES(y)
-        job.y += direction * width * job.item
-        execute(&job, n_threads)
-        take_last(&job, job.y, job.y_row, job.y_time, h_n, direction)
-        if c is not None:
-            take_last(&job, job.c_out, job.c_out_row, job.c_out_time, c_n, direction)
-    cnp.PyArray_CLEARFLAGS(y, cnp.NPY_ARRAY_WRITEABLE)
-    return *finished(y, h_n, c_n), tape
-
 
 def gates(Tape tape not None):
     """Every gate, h and c at every step; see `fastseq.reference._recurrent.gates`."""
     cdef Cell cell = tape.cells[0]
+    cdef int gate
     batch, time = tape.x.shape[:2]
     units = cell.w.hidden_size
     named = {}
-    for gate, name in enumerate(GATE_NAMES[cell.w.kind]):
+    for gate, name in enumerate(cell.w.cell.gate_names.decode()):
         named[name] = np.stack([part[:, :, gate * units:(gate + 1) * units] for part in tape.gates], axis=2)
     if tape.c is not None:
         named["c"] = np.stack(tape.c_steps, axis=2)
@@ -104,63 +63,15 @@ def gates(Tape tape not None):
     return named
 
 
-cdef fs_weights packed_rows(Cell cell, cnp.ndarray weight, Py_ssize_t first, Py_ssize_t last, Py_ssize_t rotate):
-    """Rows [first, last) of a weight matrix (rows, columns) for a product over rows; `rotate` of them come last."""
-    cdef fs_weights part
-    cdef Py_ssize_t columns = cnp.PyArray_DIM(weight, 1), k = last - first, i
-    cdef Py_ssize_t per_panel = 4 * cell.w.kernels.lanes
-    part.units = columns
-    part.panels = (columns + per_panel - 1) // per_panel
-    part.x_size = 0
-    part.h_size = k
-    part.x = part.h_bias = NULL
-    cdef cnp.ndarray array = aligned(cell, part.panels * k * per_panel)
-    part.h = cnp.PyArray_DATA(array)
-    part.bias = cnp.PyArray_DATA(aligned(cell, part.panels * per_panel))
-    cdef const void **rows = <const void **> PyMem_RawMalloc(k * sizeof(void *))
-    if rows == NULL:
-        raise MemoryError(f"{k} pointers")
-    for i in range(k):
-        rows[i] = cnp.PyArray_BYTES(weight) + (first + (i + rotate) % k) * cnp.PyArray_STRIDE(weight, 0)
-    with nogil:
-        cell.w.kernels.pack_panels(rows, k, columns, 0, part.panels, cnp.PyArray_DATA(array))
-    PyMem_RawFree(rows)
-    return part
-
-
-cdef int transpose(Cell cell) except -1:
-    """Pack the weights for backward, once. Two threads may meet here and both do it; what the first made is kept."""
-    cdef Transposed made
-    cdef Py_ssize_t units = cell.w.hidden_size
-    cdef Py_ssize_t rows = cnp.PyArray_DIM(cell.weight_ih, 0)
-    if cell.has_transposed:
-        return 0
-    memset(&made, 0, sizeof(Transposed))
-    made.input = packed_rows(cell, cell.weight_ih, 0, rows, 0)
-    if cell.w.kind == GRU_AFTER:
-        made.recurrent = packed_rows(cell, cell.weight_hh, 0, rows, 2 * units)
-    elif cell.w.kind == GRU_BEFORE:
-        made.recurrent = packed_rows(cell, cell.weight_hh, 0, 2 * units, 0)
-        made.candidate = packed_rows(cell, cell.weight_hh, 2 * units, rows, 0)
-    else:
-        made.recurrent = packed_rows(cell, cell.weight_hh, 0, rows, 0)
-    if cell.weight_hr is not None:
-        made.projection = packed_rows(cell, cell.weight_hr, 0, cnp.PyArray_DIM(cell.weight_hr, 0), 0)
-    if not cell.has_transposed:  # another thread may be multiplying with what it made meanwhile
-        cell.transposed = made
-        cell.has_transposed = True
-    return 0
-
-
 cdef struct Undo:
     const fs_kernels *kernels
-    Kind kind
-    fs_epilogue epilogue
-    const Transposed *weights
+    const fs_cell *cell
+    const TransposedWeights *weights
     Py_ssize_t item
     Py_ssize_t cell_units        # hidden_size
-    Py_ssize_t gradient_columns  # of a row of gradients; those for h come first, those for x from x_first on
-    Py_ssize_t x_first
+    Py_ssize_t gradient_columns  # of a row of gradients; see fs_cell
+    Py_ssize_t h_columns         # those for h: the first
+    Py_ssize_t x_first           # those for x begin there
     # Arrays by row and time, strides in bytes, the last axis contiguous.
     const char *x
     Py_ssize_t x_row
@@ -348,172 +259,229 @@ cdef void step_back(
         job.kernels.plain(&rest)
 
 
-cdef void run_steps_back(Undo *job, int thread, int team, fs_barrier *barrier) noexcept nogil:
-    """Step 1: what one thread does of the steps of the chunk, from the last to the first."""
-    cdef const fs_kernels *kernels = job.kernels
-    cdef const fs_weights *recurrent = &job.weights.recurrent
-    cdef Py_ssize_t stride = 1 if job.split_panels else team
-    cdef Py_ssize_t lane = 0 if job.split_panels else thread
-    cdef bint meet = job.split_panels and team > 1
-    cdef bint gru = job.kind == GRU_AFTER or job.kind == GRU_BEFORE
-    cdef bint projected = job.weights.projection.units != 0
-    # Where the rows of gradients of this step and of the one after it begin in the chunk; -1: in `later`.
-    cdef Py_ssize_t first = 0, first_later = -1
-    cdef Py_ssize_t step = job.to_step, count, n = 0, crossing, last, i, k, at, place, row, t
-    cdef bint crosses, joins, cut
-    cdef const void **init = <const void **> (job.pointers + thread * job.pointers_each)
-    cdef const void **later = init + job.row_block
-    cdef const void **dy = later + job.row_block
-    cdef const void **gates = dy + job.row_block
-    cdef const void **h = gates + job.row_block
-    cdef const void **h_before = h + job.row_block
-    cdef const void **c = h_before + job.row_block
-    cdef const void **c_before = c + job.row_block
-    cdef const void **dc = c_before + job.row_block
-    cdef void **dc_before = <void **> (dc + job.row_block)
-    cdef void **carry = dc_before + job.row_block
-    cdef void **out = carry + job.row_block
-    cdef void **middle = out + job.row_block
-    cdef void **output = middle + job.row_block
-    cdef void **dh_total = output + job.row_block
-    cdef void **dc_total = dh_total + job.row_block
-    cdef fs_weights nothing = recurrent[0]
-    nothing.h_size = 0
-    cdef fs_back back, second_back
-    cdef fs_step main, second
-    memset(&back, 0, sizeof(fs_back))
-    memset(&main, 0, sizeof(fs_step))
-    share_panels(&main, recurrent, job, thread, team)
-    main.epilogue = job.epilogue
-    main.init = init
-    main.h = later
-    main.out = out
-    main.back = &back
-    back.dy = dy
-    back.gates = gates
-    back.h = h
-    back.h_before = h_before
-    back.c = c
-    back.c_before = c_before
-    back.dc = dc
-    back.dc_before = dc_before
-    back.carry = carry
+# Arrays of pointers of one thread, one entry for each of its rows that runs at a step; see fs_step and fs_back.
+cdef struct BackPointers:
+    const void **init
+    const void **later       # gradients of the step after this one
+    const void **dy
+    const void **gates
+    const void **h
+    const void **h_before
+    const void **c
+    const void **c_before
+    const void **dc
+    void **dc_before
+    void **carry
+    void **out
+    void **middle
+    void **output
+    void **dh_total
+    void **dc_total
+
+
+# What one thread does of each step.
+cdef struct BackStep:
+    fs_step main
+    fs_back main_back
+    fs_step second           # through the candidate or the projection, where the cell has one
+    fs_back second_back
+    fs_weights nothing       # recurrent weights of no length
+    bint has_second
+
+
+cdef BackPointers pointers_of(const Undo *job, int thread) noexcept nogil:
+    """Divide the room for pointers that one thread has."""
+    cdef BackPointers at
+    cdef Py_ssize_t n = job.row_block
+    at.init = <const void **> (job.pointers + thread * job.pointers_each)
+    at.later = at.init + n
+    at.dy = at.later + n
+    at.gates = at.dy + n
+    at.h = at.gates + n
+    at.h_before = at.h + n
+    at.c = at.h_before + n
+    at.c_before = at.c + n
+    at.dc = at.c_before + n
+    at.dc_before = <void **> (at.dc + n)
+    at.carry = at.dc_before + n
+    at.out = at.carry + n
+    at.middle = at.out + n
+    at.output = at.middle + n
+    at.dh_total = at.output + n
+    at.dc_total = at.dh_total + n
+    return at
+
+
+cdef void set_back_step(
+    BackStep *step, const Undo *job, const BackPointers *at, int thread, int team,
+) noexcept nogil:
+    """Set all of a step that stays the same from one to the next."""
+    cdef const TransposedWeights *weights = job.weights
+    cdef fs_back *back = &step.main_back
+    memset(step, 0, sizeof(BackStep))
+    step.nothing = weights.recurrent
+    step.nothing.h_size = 0
+    share_panels(&step.main, &weights.recurrent, job, thread, team)
+    step.main.epilogue = job.cell.back
+    step.main.init = at.init
+    step.main.h = at.later
+    step.main.out = at.out
+    step.main.back = back
+    back.dy = at.dy
+    back.gates = at.gates
+    back.h = at.h
+    back.h_before = at.h_before
+    back.c = at.c
+    back.c_before = at.c_before
+    back.dc = at.dc
+    back.dc_before = at.dc_before
+    back.carry = at.carry
     back.dy_next = job.dy_time if job.reverse else -job.dy_time
     back.gates_next = job.gates_time if job.reverse else -job.gates_time
     back.h_next = job.y_time if job.reverse else -job.y_time
     back.c_next = job.c_steps_time if job.reverse else -job.c_steps_time
-    back.dh_total = dh_total if job.dh_total != NULL else NULL
-    second = main
-    second_back = back
-    second.back = &second_back
-    second_back.dy = NULL
-    second_back.dh_total = NULL
-    if projected:
+    back.dh_total = at.dh_total if job.dh_total != NULL else NULL
+    step.second = step.main
+    step.second_back = back[0]
+    step.second.back = &step.second_back
+    step.second.init = <const void **> job.no_init
+    step.second_back.dy = NULL
+    step.second_back.dh_total = NULL
+    if weights.projection.units:
         # The gradient of the projected output first, then through the projection to the cell.
-        main.epilogue = FS_BACK_IDENTITY
-        main.out = output
-        share_panels(&second, &job.weights.projection, job, thread, team)
-        second.init = <const void **> job.no_init
-        second.h = <const void **> output
-        second_back.middle = middle
-        second_back.dc_total = dc_total if job.dc_total != NULL else NULL
-    elif job.kind == GRU_BEFORE:
+        step.has_second = True
+        step.main.epilogue = FS_BACK_IDENTITY
+        step.main.out = at.output
+        share_panels(&step.second, &weights.projection, job, thread, team)
+        step.second.h = <const void **> at.output
+        step.second_back.middle = at.middle
+        step.second_back.dc_total = at.dc_total if job.dc_total != NULL else NULL
+    elif weights.candidate.units:
         # The gradients of z and n first, then through n to r.
-        share_panels(&second, &job.weights.candidate, job, thread, team)
-        second.epilogue = FS_BACK_GRU_RESET
-        second.init = <const void **> job.no_init
-        second.h = <const void **> middle  # for a moment: the gradients of n
-        second_back.middle = <void **> output
+        step.has_second = True
+        share_panels(&step.second, &weights.candidate, job, thread, team)
+        step.second.epilogue = job.cell.back_candidate
+        step.second.h = <const void **> at.middle  # in this one step: the gradients of n
+        step.second_back.middle = <void **> at.output
     else:
-        back.dc_total = dc_total if job.dc_total != NULL else NULL
+        back.dc_total = at.dc_total if job.dc_total != NULL else NULL
 
-    while step > job.from_step:
-        step -= 1
-        count = running(job, step, job.block)
-        cut = job.truncate != 0 and (step + 1) % job.truncate == 0
-        # Rows into which a gradient comes from the step after this one stand in front, the others behind them.
-        n = (count - lane + stride - 1) // stride
-        crossing = 0
-        last = n
-        for k in range(n):
-            at = lane + k * stride
-            place = job.base + at
-            row = place if job.order == NULL else job.order[place]
-            t = time_of(job, place, step)
-            joins = step + 1 == steps_of(job, place)
-            crosses = not joins and not cut and not resets_at(job, place, step + 1)
-            if crosses:
-                i = crossing
-                crossing += 1
-            else:
-                last -= 1
-                i = last
-            if first_later < 0:
-                later[i] = job.later + at * job.gradient_row
-            else:
-                later[i] = job.gradients + (first_later + at) * job.gradient_row
-            out[i] = job.gradients + (first + at) * job.gradient_row
-            carry[i] = job.carry + at * job.output_row
-            init[i] = <const void *> carry[i] if joins or (gru and crosses) else job.zeros
-            dy[i] = job.dy + row * job.dy_row + t * job.dy_time
-            h[i] = job.y + row * job.y_row + t * job.y_time
-            h_before[i] = job.h_rows[first + at]
-            if job.gates != NULL:
-                gates[i] = job.gates + row * job.gates_row + t * job.gates_time
-            if job.kind == LSTM_CELL:
-                c[i] = job.c_steps + row * job.c_steps_row + t * job.c_steps_time
-                c_before[i] = state_before(
-                    job, place, step, job.c_steps, job.c_steps_row, job.c_steps_time, job.c, job.c_row
-                )
-                dc_before[i] = job.dc + row * job.dc_row
-                dc[i] = <const void *> dc_before[i] if joins or crosses else job.zeros
-            if projected:
-                middle[i] = job.middle + (first + at) * job.middle_row
-                output[i] = job.outputs + (first + at) * job.output_row
-            elif job.kind == GRU_BEFORE:
-                middle[i] = <char *> out[i] + 2 * job.weights.recurrent.units * job.item
-                output[i] = job.middle + (first + at) * job.middle_row
-            if job.dh_total != NULL:
-                dh_total[i] = job.dh_total + row * job.dh_total_row + t * job.dh_total_time
-            if job.dc_total != NULL:
-                dc_total[i] = job.dc_total + row * job.dc_total_row + t * job.dc_total_time
-        first_later = first
-        first += count
-        main.rows = n
-        step_back(job, &main, &back, recurrent, &nothing, crossing)
-        if projected or job.kind == GRU_BEFORE:
-            if meet:
-                team_wait(barrier, team)
-            second.rows = n
-            if n:
-                kernels.plain(&second)
-        if meet:
-            team_wait(barrier, team)
 
-    # Before the first step: what is left reaches the initial state.
-    if job.from_step:
-        return
-    main.epilogue = FS_IDENTITY
-    main.back = NULL
-    crossing = 0
+cdef Py_ssize_t list_step(
+    const Undo *job, const BackPointers *at, Py_ssize_t step, Py_ssize_t n, Py_ssize_t lane, Py_ssize_t stride,
+    Py_ssize_t first, Py_ssize_t first_later,
+) noexcept nogil:
+    """Write down where the `n` rows of one thread have what a step reads and writes.
+
+    Rows into which a gradient comes from the step after this one stand in front, the others behind them; returns how
+    many those in front are. `first` and `first_later` are the rows of the chunk where the gradients of this step and of
+    the one after it begin; the latter is -1 where they are in `later`.
+    """
+    cdef bint cut = job.truncate != 0 and (step + 1) % job.truncate == 0, crosses, joins
+    cdef Py_ssize_t crossing = 0, last = n, i, k, place_in_block, place, row, t
     for k in range(n):
-        at = lane + k * stride
-        place = job.base + at
+        place_in_block = lane + k * stride
+        place = job.base + place_in_block
+        row = place if job.order == NULL else job.order[place]
+        t = time_of(job, place, step)
+        joins = step + 1 == steps_of(job, place)
+        crosses = not joins and not cut and not resets_at(job, place, step + 1)
+        if crosses:
+            i = crossing
+            crossing += 1
+        else:
+            last -= 1
+            i = last
+        if first_later < 0:
+            at.later[i] = job.later + place_in_block * job.gradient_row
+        else:
+            at.later[i] = job.gradients + (first_later + place_in_block) * job.gradient_row
+        at.out[i] = job.gradients + (first + place_in_block) * job.gradient_row
+        at.carry[i] = job.carry + place_in_block * job.output_row
+        at.init[i] = <const void *> at.carry[i] if joins or (job.cell.carries and crosses) else job.zeros
+        at.dy[i] = job.dy + row * job.dy_row + t * job.dy_time
+        at.h[i] = job.y + row * job.y_row + t * job.y_time
+        at.h_before[i] = job.h_rows[first + place_in_block]
+        if job.gates != NULL:
+            at.gates[i] = job.gates + row * job.gates_row + t * job.gates_time
+        if job.cell.has_c:
+            at.c[i] = job.c_steps + row * job.c_steps_row + t * job.c_steps_time
+            at.c_before[i] = state_before(
+                job, place, step, job.c_steps, job.c_steps_row, job.c_steps_time, job.c, job.c_row
+            )
+            at.dc_before[i] = job.dc + row * job.dc_row
+            at.dc[i] = <const void *> at.dc_before[i] if joins or crosses else job.zeros
+        if job.weights.projection.units:
+            at.middle[i] = job.middle + (first + place_in_block) * job.middle_row
+            at.output[i] = job.outputs + (first + place_in_block) * job.output_row
+        elif job.weights.candidate.units:
+            at.middle[i] = <char *> at.out[i] + job.h_columns * job.item
+            at.output[i] = job.middle + (first + place_in_block) * job.middle_row
+        if job.dh_total != NULL:
+            at.dh_total[i] = job.dh_total + row * job.dh_total_row + t * job.dh_total_time
+        if job.dc_total != NULL:
+            at.dc_total[i] = job.dc_total + row * job.dc_total_row + t * job.dc_total_time
+    return crossing
+
+
+cdef void reach_start(
+    const Undo *job, BackStep *step, const BackPointers *at, int thread, Py_ssize_t n, Py_ssize_t lane,
+    Py_ssize_t stride, Py_ssize_t first,
+) noexcept nogil:
+    """Give the initial states their gradients: what comes back from the first step, at `first` in the chunk."""
+    cdef Py_ssize_t crossing = 0, k, place_in_block, place, row
+    for k in range(n):
+        place_in_block = lane + k * stride
+        place = job.base + place_in_block
         row = place if job.order == NULL else job.order[place]
         if resets_at(job, place, 0):
             if thread == 0 or not job.split_panels:
-                memset(job.dh + row * job.dh_row, 0, recurrent.units * job.item)
+                memset(job.dh + row * job.dh_row, 0, job.weights.recurrent.units * job.item)
                 if job.dc != NULL:
                     memset(job.dc + row * job.dc_row, 0, job.cell_units * job.item)
             continue
-        later[crossing] = job.gradients + (first_later + at) * job.gradient_row
-        init[crossing] = <const void *> (job.carry + at * job.output_row) if gru else job.zeros
-        out[crossing] = job.dh + row * job.dh_row
+        at.later[crossing] = job.gradients + (first + place_in_block) * job.gradient_row
+        at.init[crossing] = (
+            <const void *> (job.carry + place_in_block * job.output_row) if job.cell.carries else job.zeros
+        )
+        at.out[crossing] = job.dh + row * job.dh_row
         crossing += 1
-    main.rows = crossing
-    main.out = out
+    step.main.epilogue = FS_IDENTITY
+    step.main.back = NULL
+    step.main.rows = crossing
+    step.main.out = at.out
     if crossing:
-        kernels.plain(&main)
+        job.kernels.plain(&step.main)
+
+
+cdef void run_steps_back(const Undo *job, int thread, int team, fs_barrier *barrier) noexcept nogil:
+    """Step 1: what one thread does of the steps of the chunk, from the last to the first."""
+    cdef Py_ssize_t stride = 1 if job.split_panels else team
+    cdef Py_ssize_t lane = 0 if job.split_panels else thread
+    cdef bint meet = job.split_panels and team > 1
+    cdef Py_ssize_t first = 0, first_later = -1, step = job.to_step, count, n = 0, crossing
+    cdef BackPointers at = pointers_of(job, thread)
+    cdef BackStep back
+    set_back_step(&back, job, &at, thread, team)
+    while step > job.from_step:
+        step -= 1
+        count = running(job, step, job.block)
+        n = (count - lane + stride - 1) // stride
+        crossing = list_step(job, &at, step, n, lane, stride, first, first_later)
+        first_later = first
+        first += count
+        back.main.rows = n
+        step_back(job, &back.main, &back.main_back, &job.weights.recurrent, &back.nothing, crossing)
+        if back.has_second:
+            if meet:
+                team_wait(barrier, team)
+            back.second.rows = n
+            if n:
+                job.kernels.plain(&back.second)
+        if meet:
+            team_wait(barrier, team)
+    if job.from_step == 0:
+        reach_start(job, &back, &at, thread, n, lane, stride, first_later)
 
 
 cdef void multiply_inputs(Undo *job, int thread, int team) noexcept nogil:
@@ -554,16 +522,10 @@ cdef void undo_chunk(void *undo, int thread, int team, fs_barrier *barrier) noex
     add_products(job, thread, team, barrier)
 
 
-cdef Py_ssize_t padded_bytes(Py_ssize_t n_bytes) noexcept nogil:
-    """Whole cache lines; and rows that lie a page apart would all meet in the same few lines of a cache."""
-    cdef Py_ssize_t lines = (n_bytes + 63) // 64 * 64
-    return lines + 64 if lines % 4096 == 0 else lines
-
-
 cdef Py_ssize_t lay_out(Undo *job, size_t base) noexcept nogil:
     """Give every scratch array its place from `base` on; returns how many bytes that takes."""
     cdef Py_ssize_t n_bytes = 0, pointer = sizeof(void *)
-    cdef const Transposed *weights = job.weights
+    cdef const TransposedWeights *weights = job.weights
     cdef bint with_middle = weights.projection.units or weights.candidate.units
     cdef Py_ssize_t widest = max(
         weights.recurrent.panels, weights.candidate.panels, weights.projection.panels, weights.input.panels,
@@ -591,52 +553,70 @@ cdef Py_ssize_t lay_out(Undo *job, size_t base) noexcept nogil:
     return n_bytes
 
 
+cdef const Factor *add_gradient_columns(
+    Undo *job, const void **rows, Py_ssize_t first, Py_ssize_t columns,
+) noexcept nogil:
+    """One factor more on the side of the gradients."""
+    cdef Factor *factor = &job.gradient.a[job.gradient.n_a]
+    set_factor(factor, rows, first, columns)
+    job.gradient.n_a += 1
+    return factor
+
+
+cdef const Factor *add_inputs(Undo *job, const void **rows, Py_ssize_t columns) noexcept nogil:
+    """One factor more on the side of what the weights multiplied."""
+    cdef Factor *factor = &job.gradient.b[job.gradient.n_b]
+    set_factor(factor, rows, 0, columns)
+    job.gradient.n_b += 1
+    return factor
+
+
+cdef void add_product(Undo *job, const Factor *a, const Factor *b, char *target) noexcept nogil:
+    set_product(&job.gradient.products[job.gradient.n_products], a, b, target)
+    job.gradient.n_products += 1
+
+
 cdef void set_products(Undo *job, char *weight_ih, char *weight_hh, char *weight_hr) noexcept nogil:
     """Which columns of the gradients meet which rows, and where the result belongs."""
+    cdef const fs_cell *cell = job.cell
     cdef Py_ssize_t units = job.cell_units, inputs = job.weights.input.units, outputs = job.weights.recurrent.units
-    cdef WeightGradient *gradient = &job.gradient
-    set_factor(&gradient.b[0], job.x_rows, 0, inputs)
-    set_factor(&gradient.b[1], job.h_rows, 0, outputs)
-    set_factor(&gradient.b[2], job.middle_rows, 0, units)
-    gradient.n_b = 2
-    if job.kind == GRU_AFTER or job.kind == GRU_BEFORE:
-        # r and z; n for the input; and n for the state: q, or n again, which then saw r * h.
-        set_factor(&gradient.a[0], job.g_rows, job.x_first, 2 * units)
-        set_factor(&gradient.a[1], job.g_rows, job.x_first + 2 * units, units)
-        set_factor(&gradient.a[2], job.g_rows, 0, units)
-        gradient.n_a, gradient.n_products = 3, 4
-        set_product(&gradient.products[0], &gradient.a[0], &gradient.b[0], weight_ih)
-        set_product(&gradient.products[1], &gradient.a[1], &gradient.b[0], weight_ih + 2 * units * inputs * job.item)
-        set_product(&gradient.products[2], &gradient.a[0], &gradient.b[1], weight_hh)
-        set_product(&gradient.products[3], &gradient.a[2], &gradient.b[1], weight_hh + 2 * units * outputs * job.item)
-        if job.kind == GRU_BEFORE:
-            gradient.products[3].a, gradient.products[3].b = &gradient.a[1], &gradient.b[2]
-            gradient.n_a, gradient.n_b = 2, 3
-        return
-    set_factor(&gradient.a[0], job.g_rows, 0, job.gradient_columns)
-    gradient.n_a, gradient.n_products = 1, 2
-    set_product(&gradient.products[0], &gradient.a[0], &gradient.b[0], weight_ih)
-    set_product(&gradient.products[1], &gradient.a[0], &gradient.b[1], weight_hh)
+    # Gates whose input part and state part have one gradient come first; then the one that is apart, or the candidate.
+    cdef Py_ssize_t shared = (cell.gates - cell.apart_gates - cell.candidate_gates) * units
+    cdef Py_ssize_t others = cell.gates * units - shared
+    cdef const Factor *x
+    cdef const Factor *h
+    cdef const Factor *a
+    job.gradient.n_a = job.gradient.n_b = job.gradient.n_products = 0
+    x = add_inputs(job, job.x_rows, inputs)
+    h = add_inputs(job, job.h_rows, outputs)
+    a = add_gradient_columns(job, job.g_rows, job.x_first, shared)
+    add_product(job, a, x, weight_ih)
+    add_product(job, a, h, weight_hh)
+    weight_hh += shared * outputs * job.item
+    if others:
+        a = add_gradient_columns(job, job.g_rows, job.x_first + shared, others)
+        add_product(job, a, x, weight_ih + shared * inputs * job.item)
+    if cell.apart_gates:
+        add_product(job, add_gradient_columns(job, job.g_rows, 0, others), h, weight_hh)
+    elif cell.candidate_gates:
+        add_product(job, a, add_inputs(job, job.middle_rows, units), weight_hh)
     if job.weights.projection.units:
-        set_factor(&gradient.a[1], job.output_rows, 0, outputs)
-        gradient.n_a, gradient.n_b, gradient.n_products = 2, 3, 3
-        set_product(&gradient.products[2], &gradient.a[1], &gradient.b[2], weight_hr)
+        a = add_gradient_columns(job, job.output_rows, 0, outputs)
+        add_product(job, a, add_inputs(job, job.middle_rows, units), weight_hr)
 
 
 cdef void add_gradients(Undo *job, char *bias_ih, char *bias_hh) noexcept nogil:
     """Add what was summed to the gradients of the parameters."""
     cdef const fs_kernels *kernels = job.kernels
-    cdef Py_ssize_t units = job.cell_units * job.item
-    cdef Py_ssize_t x_columns = job.weights.input.h_size
+    cdef Py_ssize_t x_columns = job.weights.input.h_size, apart = job.cell.apart_gates * job.cell_units
+    cdef const char *of_x = job.bias + job.x_first * job.item
     cdef unsigned long long before = fs_flush_denormals()
     take_sums(&job.gradient, kernels)
     if bias_ih != NULL:
-        add_row(kernels, job.bias + job.x_first * job.item, x_columns, bias_ih)
-        if job.kind == GRU_AFTER:
-            add_row(kernels, job.bias + units, 2 * job.cell_units, bias_hh)
-            add_row(kernels, job.bias, job.cell_units, bias_hh + 2 * units)
-        else:
-            add_row(kernels, job.bias, x_columns, bias_hh)
+        add_row(kernels, of_x, x_columns, bias_ih)
+        add_row(kernels, of_x, x_columns - apart, bias_hh)
+        if apart:
+            add_row(kernels, job.bias, apart, bias_hh + (x_columns - apart) * job.item)
     fs_restore_denormals(before)
 
 
@@ -646,13 +626,13 @@ cdef int undo(
     """Undo one direction of a layer."""
     if job.rows == 0 or job.time == 0:
         return 0
-    cdef const Transposed *weights = job.weights
+    cdef const TransposedWeights *weights = job.weights
     cdef Py_ssize_t lanes = job.kernels.lanes, wide = 4 * lanes
     cdef Py_ssize_t step_work = weights.recurrent.panels * wide * (weights.recurrent.h_size + GATE_WORK)
     step_work += (weights.candidate.panels + weights.projection.panels) * wide * job.cell_units
     cdef Py_ssize_t work = 2 * step_work + 2 * weights.input.panels * wide * weights.input.h_size
-    cdef Py_ssize_t limit = CHUNK_WORK * lanes
-    job.row_block = min(job.rows, BACK_BLOCK, max(limit // work, 2 * job.kernels.tile_rows[4]))
+    cdef Py_ssize_t limit = <Py_ssize_t> CHUNK_WORK * lanes
+    job.row_block = min(job.rows, <Py_ssize_t> BACK_BLOCK, max(limit // work, 2 * job.kernels.tile_rows[4]))
     cdef Py_ssize_t rows = min(job.row_block, job.rows)
     cdef Split split = split_of(
         rows, step_work, work_of(rows, work, job.time), 1, weights.recurrent.panels, job.kernels.tile_rows[4], job.item,
@@ -724,6 +704,7 @@ def backward(
     cdef cnp.ndarray x = tape.x, dh_0, dc_0 = None, gates, c_steps, flow_h = None, flow_c = None
     cdef cnp.ndarray dx = sequence(x, cnp.PyArray_DIM(x, 2), cnp.PyArray_TYPE(x), padded)
     cdef Cell cell
+    cdef TransposedCell weights
     cdef Undo job
     memset(&job, 0, sizeof(Undo))
     dh_0 = np.zeros_like(tape.h) if dh is None else state_copy(dh)
@@ -752,20 +733,13 @@ def backward(
     job.dc_total_row, job.dc_total_time = stride_of(flow_c, 0), stride_of(flow_c, 1)
     for direction in range(directions):
         cell = tape.cells[direction]
-        transpose(cell)
-        job.kernels, job.kind, job.item = cell.w.kernels, cell.w.kind, cell.item
-        job.weights = &cell.transposed
+        weights = cell.transposed()
+        job.kernels, job.cell, job.item = cell.w.kernels, cell.w.cell, cell.item
+        job.weights = &weights.w
         job.cell_units = cell.w.hidden_size
-        job.gradient_columns = BACK_GATES[<int> cell.w.kind] * cell.w.hidden_size
-        job.x_first = cell.w.hidden_size if cell.w.kind == GRU_AFTER else 0
-        job.epilogue = (
-            FS_BACK_LSTM if cell.w.kind == LSTM_CELL
-            else FS_BACK_GRU_AFTER if cell.w.kind == GRU_AFTER
-            else FS_BACK_GRU_OUTPUT if cell.w.kind == GRU_BEFORE
-            else FS_BACK_TANH if cell.w.epilogue == FS_TANH
-            else FS_BACK_RELU if cell.w.epilogue == FS_RELU
-            else FS_BACK_SIGMOID
-        )
+        job.x_first = job.cell.apart_gates * job.cell_units
+        job.gradient_columns = job.x_first + job.cell.gates * job.cell_units
+        job.h_columns = (job.cell.gates - job.cell.candidate_gates) * job.cell_units
         job.add_dx = direction > 0
         job.reverse = direction == 1
         at = direction * width * job.item

@@ -1,0 +1,181 @@
+/*
+ * The fused step: a tile of pre-activations, and what an epilogue makes of them before anything is stored.
+ *
+ * A kernel of the table is `step` with its epilogues: those of the cells are in cells/, that of plain products in plain.h.
+ */
+#ifndef FASTSEQ_STEP_H
+#define FASTSEQ_STEP_H
+
+#include "kernels.h"
+#include "microkernel.h"
+#include "units.h"
+#include "vec_math.h"
+
+enum step_kind {
+    PLAIN, /* one gate a unit, 4 blocks of units to a panel                                  */
+    PRODUCT, /* the input part alone, stored as it lies in `init` of a later step              */
+    FUSED, /* several gates a unit                                                           */
+    FUSED_APART /* the same; of the last gate, the input part and the state part are summed apart */
+};
+
+/*
+ * What a kernel makes of the sums of one row and one panel, a[vectors]. `apart`, of FUSED_APART: the input part of the
+ * last gate, whose state part is the last of `a`. Where a kernel has two epilogues, the first may leave values in `a`.
+ */
+typedef void (*tile_epilogue)(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, int vectors, vec *a,
+                              const vec *apart);
+
+/* One gate a unit: defined in plain.h, and the main kernel of the RNN. */
+static void plain(const fs_step *s);
+
+/* Panels from the weight `index` on. */
+INLINE const void *panels_from(const enum fs_weight_type TYPE, const void *panels, ptrdiff_t index)
+{
+    return (const char *)panels + index * weight_bytes(TYPE);
+}
+
+/*
+ * ROWS rows from `row` on, PANELS panels from `panel` on. The arguments before `s` are constants where this is
+ * inlined; SECOND may be NULL.
+ */
+INLINE void step_tile(const enum step_kind KIND, const tile_epilogue FIRST, const tile_epilogue SECOND,
+                      const enum fs_weight_type TYPE, const int ROWS, const int PANELS, const int VECTORS,
+                      const int STRIDE, const fs_step *s, ptrdiff_t row, ptrdiff_t panel, const char *ahead)
+{
+    const fs_weights *w = s->weights;
+    const ptrdiff_t panel_row = STRIDE * LANES;
+    vec sums[MAX_TILE];
+    vec apart[MAX_ROWS];
+
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++)
+                sums[(r * PANELS + p) * VECTORS + v] =
+                    load((const real *)s->init[row + r] + (panel + p) * panel_row + v * LANES);
+
+    if (s->with_x)
+        microkernel(TYPE, ROWS, PANELS, VECTORS, STRIDE, 1, sums, s->x + row,
+                    panels_from(TYPE, w->x, panel * w->x_size * panel_row), w->x_size * panel_row, w->x_size);
+    if (KIND == FUSED_APART) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int p = 0; p < PANELS; p++) {
+                apart[r * PANELS + p] = sums[(r * PANELS + p) * VECTORS + VECTORS - 1];
+                sums[(r * PANELS + p) * VECTORS + VECTORS - 1] =
+                    load((const real *)w->h_bias + (panel + p) * LANES);
+            }
+    }
+    if (KIND != PRODUCT)
+        microkernel_ahead(TYPE, ROWS, PANELS, VECTORS, panel_row, 1, sums, s->h + row,
+                          panels_from(TYPE, w->h, panel * w->h_size * panel_row), w->h_size * panel_row,
+                          w->h_size, ahead);
+
+    /* What is stored as it is, or added, needs no more than its registers. */
+    if (KIND == PLAIN && PANELS == 1 && !s->back && (s->epilogue == FS_IDENTITY || s->epilogue == FS_ADD) &&
+        (4 * panel + VECTORS) * LANES <= w->units) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            real *out = (real *)s->out[row + r] + 4 * panel * LANES;
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) {
+                const vec h = sums[r * VECTORS + v];
+                store(out + v * LANES, s->epilogue == FS_ADD ? h + load(out + v * LANES) : h);
+            }
+        }
+        return;
+    }
+
+    /*
+     * The gates are loops over what the tile holds, so the sums leave their registers here, once a step. A cell may
+     * take two loops: within one, no row waits for itself, and the processor works on several at once.
+     */
+    vec a[MAX_TILE];
+#pragma GCC unroll 24
+    for (int i = 0; i < ROWS * PANELS * VECTORS; i++)
+        a[i] = sums[i];
+    for (int i = 0; i < ROWS * PANELS; i++)
+        FIRST(s, row + i / PANELS, panel + i % PANELS, VECTORS, a + i * VECTORS,
+              KIND == FUSED_APART ? apart + i : NULL);
+    if (SECOND)
+        for (int i = 0; i < ROWS * PANELS; i++)
+            SECOND(s, row + i / PANELS, panel + i % PANELS, VECTORS, a + i * VECTORS, NULL);
+}
+
+/* All rows against one panel. Of a plain step, the tiles fetch the next panel meanwhile, a quarter or half of it each. */
+INLINE void step_panel(const enum step_kind KIND, const tile_epilogue FIRST, const tile_epilogue SECOND,
+                       const enum fs_weight_type TYPE, const int VECTORS, const int STRIDE, const fs_step *s,
+                       ptrdiff_t panel)
+{
+    const int limit = STRIDE == 3 ? ROWS_OF_3 : ROWS_OF_4;
+    const ptrdiff_t k_size = s->weights->h_size, next = panel + 1 < s->last ? panel + 1 : panel;
+    const char *base = KIND == PLAIN
+                           ? (const char *)s->weights->h + next * k_size * STRIDE * LANES * weight_bytes(TYPE)
+                           : NULL;
+    const char *ahead = base;
+    ptrdiff_t tile = 0;
+    for (ptrdiff_t row = 0, n; row < s->rows; row += n) {
+        n = tile_height(s->rows - row, limit);
+        if (KIND == PLAIN)
+            ahead = base + tile++ * LINES_AHEAD(n) % 4 * k_size * CACHE_LINE;
+        switch (n) {
+        case 1: step_tile(KIND, FIRST, SECOND, TYPE, 1, 1, VECTORS, STRIDE, s, row, panel, ahead); break;
+        case 2: step_tile(KIND, FIRST, SECOND, TYPE, 2, 1, VECTORS, STRIDE, s, row, panel, ahead); break;
+        case 3: step_tile(KIND, FIRST, SECOND, TYPE, 3, 1, VECTORS, STRIDE, s, row, panel, ahead); break;
+        case 4:
+            if (limit >= 4)
+                step_tile(KIND, FIRST, SECOND, TYPE, 4, 1, VECTORS, STRIDE, s, row, panel, ahead);
+            break;
+        case 5:
+            if (limit >= 5)
+                step_tile(KIND, FIRST, SECOND, TYPE, 5, 1, VECTORS, STRIDE, s, row, panel, ahead);
+            break;
+        case 6:
+            if (limit >= 6)
+                step_tile(KIND, FIRST, SECOND, TYPE, 6, 1, VECTORS, STRIDE, s, row, panel, ahead);
+            break;
+        case 7:
+            if (limit >= 7)
+                step_tile(KIND, FIRST, SECOND, TYPE, 7, 1, VECTORS, STRIDE, s, row, panel, ahead);
+            break;
+        case 8:
+            if (limit >= 8)
+                step_tile(KIND, FIRST, SECOND, TYPE, 8, 1, VECTORS, STRIDE, s, row, panel, ahead);
+            break;
+        }
+    }
+}
+
+INLINE void step(const enum step_kind KIND, const tile_epilogue FIRST, const tile_epilogue SECOND,
+                 const enum fs_weight_type TYPE, const int VECTORS, const fs_step *s)
+{
+    const fs_weights *w = s->weights;
+    ptrdiff_t panel = s->first;
+    /* The last panel of a plain step may hold fewer than 4 blocks of units. */
+    const ptrdiff_t last_blocks = (w->units + LANES - 1) / LANES - (w->panels - 1) * 4;
+    const int ragged = KIND == PLAIN && s->last == w->panels && last_blocks < 4;
+    const ptrdiff_t whole = s->last - ragged;
+
+    if (s->rows == 1) {
+        /* A single row reads weights as fast as the cache gives them: from several panels at once, because few
+         * sums wait on themselves and one stream of memory waits on the prefetcher. */
+        const int limit = 12 / VECTORS;
+        for (; panel + limit <= whole; panel += limit)
+            step_tile(KIND, FIRST, SECOND, TYPE, 1, limit, VECTORS, VECTORS, s, 0, panel, NULL);
+        for (; panel + 2 <= whole; panel += 2)
+            step_tile(KIND, FIRST, SECOND, TYPE, 1, 2, VECTORS, VECTORS, s, 0, panel, NULL);
+    }
+    for (; panel < whole; panel++)
+        step_panel(KIND, FIRST, SECOND, TYPE, VECTORS, VECTORS, s, panel);
+    if (ragged && panel < s->last)
+        switch (last_blocks) {
+        case 1: step_panel(KIND, FIRST, SECOND, TYPE, 1, VECTORS, s, panel); break;
+        case 2: step_panel(KIND, FIRST, SECOND, TYPE, 2, VECTORS, s, panel); break;
+        case 3: step_panel(KIND, FIRST, SECOND, TYPE, 3, VECTORS, s, panel); break;
+        }
+}
+
+#endif

@@ -1,0 +1,148 @@
+"""Packed weights: the one place that knows how the numbers of a weight matrix lie in memory for the kernels.
+
+A `PackedWeight` holds the panels of one product: of a linear map, of the gates of a recurrent cell, of attention's
+projections, of tied output weights, and of the transposed weights of a backward pass. kernels/kernels.h describes the
+layout, kernels/microkernel.h reads it. It says which type its numbers have and how many bytes they take.
+"""
+
+cimport numpy as cnp
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cpython.pycapsule cimport PyCapsule_GetPointer
+
+from runtime.huge_pages cimport huge_zeros
+from runtime.kernels cimport FS_REAL, fs_kernels
+
+from fastseq import _simd
+
+cnp.import_array()
+
+
+cdef const fs_kernels *kernels_of(Py_ssize_t item_size) except NULL:
+    """The kernels for reals of a size."""
+    return <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[item_size], "fastseq.kernels")
+
+
+cdef class PackedWeight:
+    """The packed weights of one product. Immutable, except that the transposed weights are added on first use."""
+
+    @property
+    def type(self):
+        """Type of the packed numbers: "float32" or "float64"."""
+        return f"float{8 * self.kernels.item_size}"
+
+    @property
+    def nbytes(self):
+        """Bytes of the panels and biases, without those of the transposed weights."""
+        return self.n_bytes
+
+    cdef PackedWeight transposed(self):
+        """Return the weights of dx = dy W; pack them on first use.
+
+        Threads that come here together may each pack them; every caller keeps what it was given.
+        """
+        cdef PackedWeight packed = self.gradient
+        if packed is None:
+            packed = pack_rows(self.kernels, self.weight, 0, cnp.PyArray_DIM(self.weight, 0), 0)
+            self.gradient = packed
+        return packed
+
+
+cdef PackedWeight no_panels(const fs_kernels *kernels, Py_ssize_t units, int blocks):
+    """A product of so many outputs whose weights are still to be packed."""
+    cdef PackedWeight packed = PackedWeight.__new__(PackedWeight)
+    cdef Py_ssize_t per_panel = blocks * kernels.lanes
+    packed.kernels = kernels
+    packed.buffers = []
+    packed.panels.type = FS_REAL
+    packed.panels.units = units
+    packed.panels.panels = (units + per_panel - 1) // per_panel
+    return packed
+
+
+cdef char *room(PackedWeight packed, Py_ssize_t count):
+    """Zeros for `count` packed numbers, on cache lines of their own."""
+    cdef cnp.ndarray array = huge_zeros(count * packed.kernels.item_size)
+    packed.buffers.append(array)
+    packed.n_bytes += cnp.PyArray_NBYTES(array)
+    return cnp.PyArray_BYTES(array)
+
+
+cdef const void *packed_matrix(PackedWeight packed, PanelLayout layout, cnp.ndarray weight):
+    """Panels of some gates of a weight matrix of shape (gates * units, k), C-contiguous."""
+    cdef ptrdiff_t[4] gate_rows
+    cdef const fs_kernels *kernels = packed.kernels
+    cdef Py_ssize_t k = cnp.PyArray_DIM(weight, 1)
+    cdef const void *source = cnp.PyArray_DATA(weight)
+    cdef void *target = room(packed, packed.panels.panels * k * layout.count * layout.blocks * kernels.lanes)
+    cdef int i
+    for i in range(layout.count):
+        gate_rows[i] = (layout.first + i) * layout.units
+    with nogil:
+        kernels.pack(source, gate_rows, layout.count, layout.blocks, layout.units, k, target)
+    return target
+
+
+cdef PackedWeight pack_gates(
+    const fs_kernels *kernels, PanelLayout layout, cnp.ndarray of_x, cnp.ndarray of_h, cnp.ndarray bias,
+    cnp.ndarray h_bias,
+):
+    """Pack some gates of W_x x + W_h h + bias.
+
+    Parameters
+    ----------
+    of_x, of_h : ndarrays of shapes (gates * units, I) and (gates * units, H), C-contiguous
+        `of_x` may be None.
+    bias : ndarray of shape (gates * units,), or None for zeros
+    h_bias : ndarray of shape (gates * units,), or None
+        Where the input part and the state part of the last gate are summed apart: the bias of its state part.
+    """
+    cdef PackedWeight packed = no_panels(kernels, layout.units, layout.blocks)
+    cdef fs_weights *panels = &packed.panels
+    cdef PanelLayout last = layout
+    if of_x is not None:
+        panels.x_size = cnp.PyArray_DIM(of_x, 1)
+        panels.x = packed_matrix(packed, layout, of_x)
+    panels.h_size = cnp.PyArray_DIM(of_h, 1)
+    panels.h = packed_matrix(packed, layout, of_h)
+    if bias is None:
+        panels.bias = room(packed, panels.panels * layout.count * layout.blocks * kernels.lanes)
+    else:
+        panels.bias = packed_matrix(packed, layout, bias.reshape(-1, 1))
+    if h_bias is not None:
+        last.first, last.count = layout.first + layout.count - 1, 1
+        panels.h_bias = packed_matrix(packed, last, h_bias.reshape(-1, 1))
+    return packed
+
+
+cdef PackedWeight pack_linear(cnp.ndarray of_x, cnp.ndarray of_h, cnp.ndarray bias):
+    """Pack a linear map, W_h h + bias, or W_x x + W_h h + bias of inputs that lie in two places."""
+    cdef PanelLayout layout
+    layout.first, layout.count, layout.blocks, layout.units = 0, 1, PLAIN_BLOCKS, cnp.PyArray_DIM(of_h, 0)
+    cdef PackedWeight packed = pack_gates(kernels_of(of_h.itemsize), layout, of_x, of_h, bias, None)
+    packed.weight = of_h
+    return packed
+
+
+cdef PackedWeight pack_rows(
+    const fs_kernels *kernels, cnp.ndarray weight, Py_ssize_t first, Py_ssize_t last, Py_ssize_t rotate,
+):
+    """Pack rows [first, last) of a matrix for a product over its rows, as a backward pass has it.
+
+    `rotate` of these rows come last.
+    """
+    cdef Py_ssize_t columns = cnp.PyArray_DIM(weight, 1), k = last - first, i
+    cdef PackedWeight packed = no_panels(kernels, columns, PLAIN_BLOCKS)
+    cdef Py_ssize_t panels = packed.panels.panels, panel_row = PLAIN_BLOCKS * kernels.lanes
+    cdef void *target = room(packed, panels * k * panel_row)
+    cdef const void **rows = <const void **> PyMem_RawMalloc(k * sizeof(void *))
+    if rows == NULL:
+        raise MemoryError(f"{k} pointers")
+    for i in range(k):
+        rows[i] = cnp.PyArray_BYTES(weight) + (first + (i + rotate) % k) * cnp.PyArray_STRIDE(weight, 0)
+    with nogil:
+        kernels.pack_panels(rows, k, columns, 0, panels, target)
+    PyMem_RawFree(rows)
+    packed.panels.h_size = k
+    packed.panels.h = target
+    packed.panels.bias = room(packed, panels * panel_row)
+    return packed
