@@ -6,7 +6,6 @@ cimport numpy as cnp
 from runtime.kernels cimport fs_attention
 
 cdef enum:
-    ROTARY_WORK = 8        # multiply-adds that a rotated element takes
     MAX_WINDOW = 1 << 30   # more keys than any sequence has
 
 # A mask that broadcasts to (batch, heads, queries, keys); the keys of a query are contiguous.

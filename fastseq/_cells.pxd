@@ -2,13 +2,8 @@
 
 cimport numpy as cnp
 
-from fastseq._parallel cimport fs_barrier
 from runtime.kernels cimport fs_cell, fs_kernels, fs_step, fs_weights
-
-
-cdef enum:
-    CHUNK_WORK = 64 << 20  # multiply-adds of a lane between two looks for Ctrl-C: tens of milliseconds
-    GATE_WORK = 32         # what a gate takes beside its sum, in multiply-adds
+from runtime.team cimport fs_barrier
 
 
 # The packed weights of one layer in one direction.

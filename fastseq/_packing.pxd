@@ -28,7 +28,6 @@ cdef class PackedWeight:
     cdef PackedWeight transposed(self)
 
 
-cdef const fs_kernels *kernels_of(Py_ssize_t item_size) except NULL
 cdef PackedWeight pack_gates(
     const fs_kernels *kernels, PanelLayout layout, cnp.ndarray of_x, cnp.ndarray of_h, cnp.ndarray bias,
     cnp.ndarray h_bias,

@@ -3,10 +3,11 @@
 
 from libc.stdint cimport int64_t
 
-from fastseq._attention cimport Mask
-from fastseq._parallel cimport fs_counter
 from runtime.kernels cimport fs_attention, fs_epilogue, fs_kernels, fs_page, fs_weights
+from runtime.scratch cimport Scratch
+from runtime.team cimport fs_counter
 from transformer.kv_tables cimport fs_page_kind
+from fastseq._attention cimport Mask
 
 cdef enum:
     MAX_SUBLAYERS = 3
@@ -162,11 +163,11 @@ cdef struct Plan:
     Step *steps
     Py_ssize_t n_segments
     Segment *segments
-    char *room                 # everything
+    Scratch lists              # holds the rows that steps share, the steps and the segments
     char *memory               # rows that steps share; NULL while its size is being counted
     Py_ssize_t n_bytes         # of it
     Py_ssize_t own_bytes       # of a thread's own rows
-    char *scratch_room
+    Scratch of_threads         # holds what each thread has for itself
     char *scratch              # in it, of each thread
     Py_ssize_t scratch_each
     Py_ssize_t attend_bytes    # of them, for attention; then for norms; then the rows of its own

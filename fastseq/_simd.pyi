@@ -9,7 +9,6 @@ NAMES: Final[tuple[str, ...]]
 available: Final[tuple[str, ...]]
 chosen: Final[str]
 openmp: Final[bool]
-kernels: Final[dict[int, object]]
 lanes: Final[dict[int, int]]
 
 def exp(x: np.ndarray[Shape, np.dtype[Real]]) -> np.ndarray[Shape, np.dtype[Real]]: ...

@@ -4,26 +4,22 @@ Arguments were checked before. Threads split queries, and in the backward the se
 """
 
 cimport numpy as cnp
-from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 
-from attention.additive_attention cimport TANH_WORK, add_times, align_one, dot, hidden, real
+from attention.additive_attention cimport add_times, align_one, dot, hidden, real
+from runtime.costs cimport TANH_WORK
 from runtime.kernels cimport fs_kernels
 from fastseq._parallel cimport parallel_for, parallel_for_dynamic
+from fastseq._simd cimport kernels_of
 
 import numpy as np
 
-from fastseq import _simd
 
 cnp.import_array()
 
 # Elements of an item, where each is for itself.
 cdef Py_ssize_t LINE = 256
-
-cdef const fs_kernels *table(cnp.ndarray x) except NULL:
-    return <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[x.itemsize], "fastseq.kernels")
-
 
 cdef struct Elements:
     const fs_kernels *kernels
@@ -58,7 +54,7 @@ def tanh_forward(cnp.ndarray x not None, int n_threads):
     """tanh(x), elementwise, of a contiguous array."""
     cdef Elements job
     cdef cnp.ndarray y = np.empty_like(x)
-    job.kernels = table(x)
+    job.kernels = kernels_of(x)
     job.n = cnp.PyArray_SIZE(x)
     job.x = cnp.PyArray_BYTES(x)
     job.out = cnp.PyArray_BYTES(y)
@@ -70,7 +66,7 @@ def tanh_backward(cnp.ndarray y not None, cnp.ndarray dy not None, int n_threads
     """dx = dy (1 - y^2), of what `tanh_forward` gave."""
     cdef Elements job
     cdef cnp.ndarray dx = np.empty_like(y)
-    job.kernels = table(y)
+    job.kernels = kernels_of(y)
     job.n = cnp.PyArray_SIZE(y)
     job.x = cnp.PyArray_BYTES(y)
     job.dy = cnp.PyArray_BYTES(dy)
@@ -181,7 +177,7 @@ cdef int set_arrays(
     cnp.ndarray counts,
 ) except -1:
     memset(job, 0, sizeof(Alignment))
-    job.kernels = table(query)
+    job.kernels = kernels_of(query)
     job.units = cnp.PyArray_DIM(query, 1)
     job.width = cnp.PyArray_DIM(keys, 1)
     job.query = cnp.PyArray_BYTES(query)

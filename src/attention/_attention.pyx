@@ -6,29 +6,23 @@ sum. See kernels/attention.h. Masks, windows, costs and parts are prepared here 
 
 cimport cython
 cimport numpy as cnp
-from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport ceil, sqrt
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
 
+from runtime.costs cimport ATTENTION_WORK, COPY_WORK, SIGNAL_WORK, WEIGHT_WORK
 from runtime.kernels cimport fs_attention, fs_heads, fs_kernels
-from fastseq._parallel cimport SIGNAL_WORK, parallel_for, parallel_for_dynamic
+from fastseq._parallel cimport parallel_for, parallel_for_dynamic
+from fastseq._simd cimport kernels_of
 
 import numpy as np
 
-from fastseq import _simd
 
 cnp.import_array()
 
 cdef enum:
-    WEIGHT_WORK = 32       # multiply-adds that an attention weight takes beside the products
-    ALONE_WORK = 1 << 20   # multiply-adds of a call below which one thread is as quick as a team
     PARTS = 4              # parts that each thread finds at least, where there are so many queries
     PART_QUERIES = 8       # queries of a part at least: each part packs the keys for itself
-
-
-cdef const fs_kernels *table(cnp.ndarray x) except NULL:
-    return <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[x.itemsize], "fastseq.kernels")
 
 
 @cython.internal
@@ -92,7 +86,7 @@ cdef Job job_of(
     cdef cnp.ndarray q_starts, k_starts, counted, strided
     cdef Mask allowed
     memset(job, 0, sizeof(fs_attention))
-    made.kernels = table(q)
+    made.kernels = kernels_of(q)
     made.q, made.k, made.v = (
         widened(q, made.kernels.lanes), widened(k, made.kernels.lanes), widened(v, made.kernels.lanes),
     )
@@ -216,7 +210,7 @@ cdef object run(Job made, want_weights, int n_threads):
     made.out, made.stats = out, stats
     parallel_for_dynamic(
         forward_part, &items, pairs * job.parts, max(1.0, work / job.parts),
-        made.kernels.attend_scratch(job) * made.kernels.item_size, n_threads if pairs * work > ALONE_WORK else 1,
+        made.kernels.attend_scratch(job) * made.kernels.item_size, n_threads if pairs * work > ATTENTION_WORK else 1,
     )
     job.weights = NULL
     return narrowed(out, made.value_width), result
@@ -344,7 +338,7 @@ def rotary(
     """Heads turned by the angles of their positions; see `fastseq.reference._attention.rotary`."""
     cdef Rotation job
     cdef cnp.ndarray y = np.empty((x.shape[0], x.shape[1], x.shape[2]), x.dtype)
-    job.kernels = table(x)
+    job.kernels = kernels_of(x)
     job.x = cnp.PyArray_BYTES(x)
     job.x_row = cnp.PyArray_STRIDE(x, 0)
     job.x_head = cnp.PyArray_STRIDE(x, 1) // job.kernels.item_size
@@ -357,5 +351,5 @@ def rotary(
     job.positions = <const int64_t *> cnp.PyArray_DATA(positions)
     job.interleaved = interleaved
     job.inverse = inverse
-    parallel_for(rotary_part, &job, cnp.PyArray_DIM(x, 0), ROTARY_WORK * job.heads * job.width, n_threads)
+    parallel_for(rotary_part, &job, cnp.PyArray_DIM(x, 0), COPY_WORK * job.heads * job.width, n_threads)
     return y

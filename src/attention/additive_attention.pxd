@@ -10,7 +10,6 @@ ctypedef fused real:
 
 cdef enum:
     ACCUMULATORS = 16     # partial sums of a dot product: vectors of any width add in the same order
-    TANH_WORK = 16  # what a tanh takes, in multiply-adds
 
 
 cdef inline real dot(Py_ssize_t n, const real *a, const real *b) noexcept nogil:

@@ -6,11 +6,13 @@ at the door. Threads split the series; a series is one chain of sums in one orde
 
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport hypot
 
-from fastseq._parallel cimport TEAM_WORK, fs_barrier, run_team
+from runtime.costs cimport SIGNAL_WORK_SCALAR, threads_for
 from runtime.kernels cimport fs_kernels
+from runtime.team cimport fs_barrier
+from fastseq._parallel cimport run_team
+from fastseq._simd cimport kernels_of
 
 import numpy as np
 
@@ -22,10 +24,7 @@ ctypedef fused real:
     float
     double
 
-ctypedef void (*activation_leaf)(ptrdiff_t n, const void *x, void *y) noexcept nogil
-
-# Multiply-adds between two looks for Ctrl-C: tens of milliseconds.
-cdef Py_ssize_t CHUNK_WORK = 16 * 1024 * 1024
+ctypedef void (*activation_kernel)(ptrdiff_t n, const void *x, void *y) noexcept nogil
 
 ctypedef struct Job:
     Py_ssize_t rows
@@ -41,7 +40,7 @@ ctypedef struct Job:
     const char *hidden_weights  # (order, hidden), the oldest value first
     const char *hidden_bias
     const char *output_weights
-    activation_leaf activation
+    activation_kernel activation
     char *scratch           # (threads, hidden)
     char *y                 # what is written; its shape is the operation's
 
@@ -71,11 +70,11 @@ cdef void rows_of(void *block, int thread, int team, fs_barrier *barrier) noexce
 
 cdef int execute(row_job each, const Job *job, Py_ssize_t steps, Py_ssize_t step_work, int n_threads) except -1:
     """Do all rows and steps, in blocks between which Ctrl-C is looked for."""
-    cdef Py_ssize_t limit = max(1, CHUNK_WORK // step_work), block_rows = min(job.rows, limit), chunk
+    cdef Py_ssize_t limit = max(1, SIGNAL_WORK_SCALAR // step_work), block_rows = min(job.rows, limit), chunk
     cdef Block block
     if job.rows == 0 or steps == 0:
         return 0
-    cdef int threads = 1 if <double> job.rows * steps * step_work < TEAM_WORK else <int> min(n_threads, job.rows)
+    cdef int threads = threads_for(job.rows, <double> steps * step_work, n_threads)
     block.each, block.job, block.base = each, job, 0
     chunk = max(1, limit // block_rows)
     while block.base < job.rows:
@@ -282,9 +281,7 @@ def rollout_perceptron(
     """The same for a perceptron; see `fastseq.reference._autoregression.rollout_perceptron`."""
     cdef Job job
     cdef cnp.ndarray result = begun(&job, recent, horizon)
-    cdef const fs_kernels *kernels = <const fs_kernels *> PyCapsule_GetPointer(
-        _simd.kernels[recent.itemsize], "fastseq.kernels"
-    )
+    cdef const fs_kernels *kernels = kernels_of(recent)
     cdef cnp.ndarray turned = np.ascontiguousarray(hidden_weight.T)
     job.hidden = cnp.PyArray_DIM(hidden_bias, 0)
     job.hidden_weights = cnp.PyArray_BYTES(turned)

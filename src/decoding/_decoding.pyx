@@ -15,12 +15,12 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from decoding.decoder cimport FS_AGAIN, FS_DONE, FS_FULL, fs_decoder
 from runtime.kernels cimport fs_kernels
+from fastseq._simd cimport kernels_for
 
 import itertools
 
 import numpy as np
 
-from fastseq import _simd
 
 cnp.import_array()
 
@@ -275,7 +275,7 @@ cdef class Search:
         self.decoder = decoder
         self.prompts = prompts
         self.model = <fs_decoder *> PyCapsule_GetPointer(decoder.capsule(), "fastseq.decoder")
-        self.kernels = <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[8], "fastseq.kernels")
+        self.kernels = kernels_for(8)
         self.vocab = self.model.vocab
         self.single = self.model.item_size == 4
         dtype = np.float32 if self.single else np.float64

@@ -10,22 +10,22 @@ Threads split rows or panels as in `_recurrent.pyx`, and the bits are those of a
 
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
-from attention.additive_attention cimport TANH_WORK, align_one, real
+from attention.additive_attention cimport align_one, real
 from decoding.decoder cimport FS_AGAIN, FS_DONE, FS_NO_MEMORY, fs_decoder
+from runtime.costs cimport SIGNAL_WORK, TANH_WORK, WEIGHT_WORK
 from runtime.kernels cimport FS_IDENTITY, FS_TANH, fs_attention, fs_epilogue, fs_kernels, fs_step, fs_weights
+from runtime.scratch cimport CACHE_LINE, Scratch, lines, scratch_allocate, scratch_array, scratch_close
+from runtime.team cimport fs_barrier
 from fastseq._cells cimport (
     Cell, CellPointers, CellStep, CellWeights, Split, cell_work, do_cell, init_bytes, input_parts, inputs_bytes,
     set_cell_step, set_init, split_of, take_share,
 )
 from fastseq._packing cimport PackedWeight, pack_linear
-from fastseq._parallel cimport (
-    CACHE_LINE, SIGNAL_WORK, fs_barrier, lines, run_team, team_wait,
-)
+from fastseq._parallel cimport run_team, team_wait
 
 import numpy as np
 
@@ -40,7 +40,6 @@ cdef dict ATTENTIONS = {None: NONE, "multiplicative": MULTIPLICATIVE, "additive"
 
 cdef enum:
     BLOCK_ROWS = 128           # rows whose pointers are made at once
-    WEIGHT_WORK = 32           # what a weight of attention takes beside the products, in multiply-adds
 
 cdef double MAX_BYTES = 1e18  # sizes below do not overflow
 
@@ -151,7 +150,7 @@ cdef struct Rows:
     int n_threads
     Py_ssize_t rows
     Py_ssize_t room          # rows there is memory for
-    char *memory             # what all below is in
+    Scratch memory           # what all below is in
     char *before             # [room][state_row]: h of every layer, then c; zeros behind each
     char *after              # the same, which the next step writes
     Py_ssize_t state_row
@@ -182,42 +181,36 @@ cdef struct Rows:
     bint split_panels        # not rows
 
 
-cdef char *taken(char *memory, Py_ssize_t n_bytes, Py_ssize_t *all_bytes) noexcept nogil:
-    """The next so many bytes of memory that is being laid out; of NULL, to count them."""
-    cdef Py_ssize_t at = all_bytes[0]
-    all_bytes[0] += lines(n_bytes)
-    return NULL if memory == NULL else memory + at
-
-
-cdef Py_ssize_t lay_out(Rows *job, char *memory, Py_ssize_t room) noexcept nogil:
-    """Give everything its place; returns how many bytes that takes."""
-    cdef Py_ssize_t n_bytes = 0, item = job.network.item
+cdef void lay_out(Rows *job, Py_ssize_t room, Scratch *scratch) noexcept nogil:
+    """Give every array its place in memory for so many rows."""
+    cdef Py_ssize_t item = job.network.item
     job.room = room
-    job.before = taken(memory, room * job.state_row, &n_bytes)
-    job.after = taken(memory, room * job.state_row, &n_bytes)
-    job.middle = taken(memory, room * job.middle_row, &n_bytes)
-    job.z = taken(memory, room * job.middle_row, &n_bytes)
-    job.entered = taken(memory, room * job.network.table_row if job.network.table == NULL else 0, &n_bytes)
-    job.context = taken(memory, room * job.context_row, &n_bytes)
-    job.said = taken(memory, room * job.said_row, &n_bytes)
-    job.stats = taken(memory, room * 2 * item, &n_bytes)
-    job.parent = <Py_ssize_t *> taken(memory, room * sizeof(Py_ssize_t), &n_bytes)
-    job.source = <Py_ssize_t *> taken(memory, room * sizeof(Py_ssize_t), &n_bytes)
-    job.spare_parent = <Py_ssize_t *> taken(memory, room * sizeof(Py_ssize_t), &n_bytes)
-    job.spare_source = <Py_ssize_t *> taken(memory, room * sizeof(Py_ssize_t), &n_bytes)
-    return n_bytes
+    job.before = scratch_array(scratch, room * job.state_row)
+    job.after = scratch_array(scratch, room * job.state_row)
+    job.middle = scratch_array(scratch, room * job.middle_row)
+    job.z = scratch_array(scratch, room * job.middle_row)
+    job.entered = scratch_array(scratch, room * job.network.table_row if job.network.table == NULL else 0)
+    job.context = scratch_array(scratch, room * job.context_row)
+    job.said = scratch_array(scratch, room * job.said_row)
+    job.stats = scratch_array(scratch, room * 2 * item)
+    job.parent = <Py_ssize_t *> scratch_array(scratch, room * sizeof(Py_ssize_t))
+    job.source = <Py_ssize_t *> scratch_array(scratch, room * sizeof(Py_ssize_t))
+    job.spare_parent = <Py_ssize_t *> scratch_array(scratch, room * sizeof(Py_ssize_t))
+    job.spare_source = <Py_ssize_t *> scratch_array(scratch, room * sizeof(Py_ssize_t))
 
 
 cdef int make_room(Rows *job, Py_ssize_t room) noexcept nogil:
     """Memory for so many rows; what was there is left to the caller."""
     cdef Rows made = job[0]
-    if <double> room * lay_out(&made, NULL, 1) > MAX_BYTES:
+    memset(&made.memory, 0, sizeof(Scratch))
+    lay_out(&made, 1, &made.memory)
+    if <double> room * made.memory.n_bytes > MAX_BYTES:
         return FS_NO_MEMORY
-    cdef Py_ssize_t n_bytes = lay_out(&made, NULL, room) + CACHE_LINE
-    made.memory = <char *> PyMem_RawMalloc(n_bytes)
-    if made.memory == NULL:
+    made.memory.n_bytes = 0
+    lay_out(&made, room, &made.memory)
+    if scratch_allocate(&made.memory):
         return FS_NO_MEMORY
-    lay_out(&made, made.memory + (-<Py_ssize_t> made.memory & (CACHE_LINE - 1)), room)
+    lay_out(&made, room, &made.memory)
     memset(made.before, 0, room * made.state_row)
     memset(made.after, 0, room * made.state_row)
     job[0] = made
@@ -490,7 +483,7 @@ cdef int choose(void *self, ptrdiff_t rows, const int64_t *parents) noexcept nog
             )
             job.parent[row] = row
             job.source[row] = old.source[parents[row]]
-        PyMem_RawFree(old.memory)
+        scratch_close(&old.memory)
     job.rows = rows
     job.done = 0  # of a step that was begun, and then not wanted
     return FS_DONE
@@ -593,7 +586,7 @@ cdef class Decoder:
         return 0
 
     def __dealloc__(self):
-        PyMem_RawFree(self.job.memory)
+        scratch_close(&self.job.memory)
 
     def capsule(self):
         """How the search drives this; it lives as long as this does."""

@@ -8,39 +8,29 @@ may lie apart. Threads split rows, columns or elements, never a sum.
 
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_epilogue, fs_kernels, fs_step, fs_weights
 from dense.weight_gradient cimport (
     GRADIENT_ROWS, WeightGradient, add_row, lay_out_factors, lay_out_sums, multiply_share, pack_share, set_factor,
-    set_product, sum_weight_gradients, take_sums, taken,
+    set_product, sum_weight_gradients, take_sums,
 )
-from fastseq._packing cimport PackedWeight, kernels_of, pack_linear
-from fastseq._parallel cimport (
-    SIGNAL_WORK, TEAM_WORK, fs_barrier, fs_flush_denormals, fs_restore_denormals, parallel_for, run_team, team_wait,
-)
+from runtime.costs cimport ACTIVATION_WORK, COPY_WORK, DROPOUT_WORK, NORM_WORK, SIGNAL_WORK, threads_for
+from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_epilogue, fs_kernels, fs_step, fs_weights
+from runtime.scratch cimport CACHE_LINE, Scratch, scratch_array, scratch_close, scratch_open
+from runtime.team cimport fs_barrier, fs_flush_denormals, fs_restore_denormals
+from fastseq._packing cimport PackedWeight, pack_linear
+from fastseq._parallel cimport parallel_for, run_team, team_wait
+from fastseq._simd cimport kernels_of
 
 import numpy as np
 
 cnp.import_array()
 
 cdef enum:
-    LINE = 64         # bytes of a cache line: two threads do not write to one
     SCATTERED = 512   # bytes of a row below which reading the ids once more costs more than another thread gives
     BLOCK_ROWS = 512  # rows whose pointers are made at once
-
-# What an element takes, in multiply-adds.
-cdef double NORM_WORK = 24
-cdef double DROPOUT_WORK = 12
-cdef double COPY_WORK = 8
-cdef double ACTIVATION_WORK = 40
-
-
-cdef const fs_kernels *table(cnp.ndarray x) except NULL:
-    return kernels_of(cnp.PyArray_ITEMSIZE(x))
 
 
 def linear_pack(cnp.ndarray weight not None, cnp.ndarray bias):
@@ -131,6 +121,7 @@ cdef struct Gradient:
     const fs_kernels *kernels
     WeightGradient gradient
     char *bias           # sum so far, or NULL
+    Py_ssize_t zero_bytes  # from there on, which have to start as zeros
     const void **dy_rows
     const void **x_rows
     char *pointers       # of each thread, GRADIENT_ROWS
@@ -140,19 +131,16 @@ cdef struct Gradient:
     int parts
 
 
-cdef Py_ssize_t lay_out(
-    Gradient *job, Py_ssize_t rows, int threads, Py_ssize_t *zero_bytes, size_t base,
-) noexcept nogil:
-    """Give the scratch arrays their places from `base` on; returns how many bytes that takes."""
-    cdef Py_ssize_t n_bytes = 0, pointer = sizeof(void *)
-    job.bias = taken(base, &n_bytes, job.gradient.a[0].columns * job.kernels.item_size)
-    lay_out_sums(&job.gradient, job.kernels, base, &n_bytes)
-    zero_bytes[0] = n_bytes
-    lay_out_factors(&job.gradient, job.kernels, rows, base, &n_bytes)
-    job.dy_rows = <const void **> taken(base, &n_bytes, rows * pointer)
-    job.x_rows = <const void **> taken(base, &n_bytes, rows * pointer)
-    job.pointers = taken(base, &n_bytes, threads * GRADIENT_ROWS * pointer)
-    return n_bytes
+cdef void lay_out(Gradient *job, Py_ssize_t rows, int threads, Scratch *scratch) noexcept nogil:
+    """Give the scratch arrays their places."""
+    cdef Py_ssize_t pointer = sizeof(void *)
+    job.bias = scratch_array(scratch, job.gradient.a[0].columns * job.kernels.item_size)
+    lay_out_sums(&job.gradient, job.kernels, scratch)
+    job.zero_bytes = scratch.n_bytes
+    lay_out_factors(&job.gradient, job.kernels, rows, scratch)
+    job.dy_rows = <const void **> scratch_array(scratch, rows * pointer)
+    job.x_rows = <const void **> scratch_array(scratch, rows * pointer)
+    job.pointers = scratch_array(scratch, threads * GRADIENT_ROWS * pointer)
 
 
 cdef void gradient_share(void *gradient, int thread, int team, fs_barrier *barrier) noexcept nogil:
@@ -178,28 +166,28 @@ cdef int add_weight_gradient(
     """dweight += dy^T x;  dbias += the sum over the rows of dy"""
     cdef Gradient job
     cdef Py_ssize_t total = cnp.PyArray_DIM(x, 0), units = cnp.PyArray_DIM(dweight, 0), k = cnp.PyArray_DIM(dweight, 1)
-    cdef Py_ssize_t block, first, i, n_bytes, zero_bytes
+    cdef Py_ssize_t block, first, i
+    cdef Scratch scratch
     cdef unsigned long long before
     cdef char *bias = NULL if dbias is None else cnp.PyArray_BYTES(dbias)
-    job.kernels = table(x)
+    job.kernels = kernels_of(x)
     cdef double work = <double> units * k
     # Few enough rows that Ctrl-C is seen in time; and where that would be too few, some of the outputs at a time.
     block = min(total, max(GRADIENT_ROWS, <Py_ssize_t> min(8.0 * GRADIENT_ROWS, SIGNAL_WORK / work)))
     job.parts = <int> min(<double> units, ceil(block * work / SIGNAL_WORK)) if block <= GRADIENT_ROWS else 1
-    cdef int threads = <int> max(1, min(<double> min(n_threads, units), total * work / TEAM_WORK))
+    cdef int threads = threads_for(units, total * <double> k, n_threads)
     if total == 0:
         return 0
     job.gradient.n_a = job.gradient.n_b = job.gradient.n_products = 1
     set_factor(&job.gradient.a[0], NULL, 0, units)
     set_factor(&job.gradient.b[0], NULL, 0, k)
     set_product(&job.gradient.products[0], &job.gradient.a[0], &job.gradient.b[0], cnp.PyArray_BYTES(dweight))
-    n_bytes = lay_out(&job, block, threads, &zero_bytes, 0) + LINE
-    cdef char *scratch = <char *> PyMem_RawMalloc(n_bytes)
-    if scratch == NULL:
-        raise MemoryError(f"{n_bytes} bytes of scratch")
-    lay_out(&job, block, threads, &zero_bytes, <size_t> scratch + (-<size_t> scratch & (LINE - 1)))
+    memset(&scratch, 0, sizeof(scratch))
+    lay_out(&job, block, threads, &scratch)
+    scratch_open(&scratch)
+    lay_out(&job, block, threads, &scratch)
     with nogil:
-        memset(job.bias, 0, zero_bytes)
+        memset(job.bias, 0, job.zero_bytes)
     job.gradient.a[0].rows = job.dy_rows
     job.gradient.b[0].rows = job.x_rows
     try:
@@ -219,7 +207,7 @@ cdef int add_weight_gradient(
                 add_row(job.kernels, job.bias, units, bias)
             fs_restore_denormals(before)
     finally:
-        PyMem_RawFree(scratch)
+        scratch_close(&scratch)
     return 0
 
 
@@ -283,12 +271,12 @@ def embedding_forward(cnp.ndarray weight not None, cnp.ndarray ids not None, int
     """The rows of a matrix that ids (rows,) name."""
     cdef Rows job
     cdef cnp.ndarray y = np.empty((ids.shape[0], weight.shape[1]), weight.dtype)
-    job.kernels = table(weight)
+    job.kernels = kernels_of(weight)
     job.width = cnp.PyArray_DIM(weight, 1)
     job.weight = cnp.PyArray_BYTES(weight)
     job.ids = <const int64_t *> cnp.PyArray_DATA(ids)
     job.out = cnp.PyArray_BYTES(y)
-    parallel_for(gather_part, &job, cnp.PyArray_DIM(ids, 0), COPY_WORK * job.width, n_threads)
+    parallel_for(gather_part, &job, cnp.PyArray_DIM(ids, 0), <double> COPY_WORK * job.width, n_threads)
     return y
 
 
@@ -305,7 +293,7 @@ def embedding_backward(
 ):
     """Add each row of dy (rows, width) to the gradient of its id, in order; that of `padding_idx` to none."""
     cdef Rows job
-    job.kernels = table(dy)
+    job.kernels = kernels_of(dy)
     job.rows = cnp.PyArray_DIM(ids, 0)
     job.width = cnp.PyArray_DIM(dweight, 1)
     job.ids = <const int64_t *> cnp.PyArray_DATA(ids)
@@ -314,7 +302,7 @@ def embedding_backward(
     job.dy = cnp.PyArray_BYTES(dy)
     job.dweight = cnp.PyArray_BYTES(dweight)
     cdef Py_ssize_t items = strips(&job)
-    parallel_for(scatter_part, &job, items, COPY_WORK * job.rows * job.width / items, n_threads)
+    parallel_for(scatter_part, &job, items, <double> COPY_WORK * job.rows * job.width / items, n_threads)
 
 
 cdef void norm_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -333,7 +321,7 @@ def layer_norm_forward(
     cdef Rows job
     cdef cnp.ndarray y = np.empty_like(x)
     cdef cnp.ndarray means = np.empty(x.shape[0], x.dtype), scales = np.empty(x.shape[0], x.dtype)
-    job.kernels = table(x)
+    job.kernels = kernels_of(x)
     job.width = cnp.PyArray_DIM(x, 1)
     job.eps = eps
     job.x = cnp.PyArray_BYTES(x)
@@ -342,7 +330,7 @@ def layer_norm_forward(
     job.out = cnp.PyArray_BYTES(y)
     job.means = cnp.PyArray_BYTES(means)
     job.scales = cnp.PyArray_BYTES(scales)
-    parallel_for(norm_part, &job, cnp.PyArray_DIM(x, 0), NORM_WORK * job.width, n_threads)
+    parallel_for(norm_part, &job, cnp.PyArray_DIM(x, 0), <double> NORM_WORK * job.width, n_threads)
     return y, means, scales
 
 
@@ -369,7 +357,7 @@ def layer_norm_backward(
     """Gradient of x; those of the parameters are added."""
     cdef Rows job
     cdef cnp.ndarray dx = np.empty_like(x)
-    job.kernels = table(x)
+    job.kernels = kernels_of(x)
     job.rows = cnp.PyArray_DIM(x, 0)
     job.width = cnp.PyArray_DIM(x, 1)
     job.x = cnp.PyArray_BYTES(x)
@@ -380,11 +368,11 @@ def layer_norm_backward(
     job.out = cnp.PyArray_BYTES(dx)
     job.dweight = <char *> data_or_null(dweight)
     job.dbias = <char *> data_or_null(dbias)
-    job.strip = LINE
-    parallel_for(norm_dx_part, &job, job.rows, NORM_WORK * job.width, n_threads)
+    job.strip = CACHE_LINE
+    parallel_for(norm_dx_part, &job, job.rows, <double> NORM_WORK * job.width, n_threads)
     cdef Py_ssize_t items = strips(&job)
     if dweight is not None:
-        parallel_for(norm_sums_part, &job, items, NORM_WORK * job.rows * job.width / items, n_threads)
+        parallel_for(norm_sums_part, &job, items, <double> NORM_WORK * job.rows * job.width / items, n_threads)
     return dx
 
 
@@ -398,14 +386,14 @@ def rms_norm_forward(cnp.ndarray x not None, cnp.ndarray weight, double eps, int
     """y, and 1 / sqrt(mean of squares + eps) of each row of x (rows, width)."""
     cdef Rows job
     cdef cnp.ndarray y = np.empty_like(x), scales = np.empty(x.shape[0], x.dtype)
-    job.kernels = table(x)
+    job.kernels = kernels_of(x)
     job.width = cnp.PyArray_DIM(x, 1)
     job.eps = eps
     job.x = cnp.PyArray_BYTES(x)
     job.weight = <const char *> data_or_null(weight)
     job.out = cnp.PyArray_BYTES(y)
     job.scales = cnp.PyArray_BYTES(scales)
-    parallel_for(rms_part, &job, cnp.PyArray_DIM(x, 0), NORM_WORK * job.width, n_threads)
+    parallel_for(rms_part, &job, cnp.PyArray_DIM(x, 0), <double> NORM_WORK * job.width, n_threads)
     return y, scales
 
 
@@ -429,7 +417,7 @@ def rms_norm_backward(
     """Gradient of x; that of the weight is added."""
     cdef Rows job
     cdef cnp.ndarray dx = np.empty_like(x)
-    job.kernels = table(x)
+    job.kernels = kernels_of(x)
     job.rows = cnp.PyArray_DIM(x, 0)
     job.width = cnp.PyArray_DIM(x, 1)
     job.x = cnp.PyArray_BYTES(x)
@@ -438,11 +426,11 @@ def rms_norm_backward(
     job.dy = cnp.PyArray_BYTES(dy)
     job.out = cnp.PyArray_BYTES(dx)
     job.dweight = <char *> data_or_null(dweight)
-    job.strip = LINE
-    parallel_for(rms_dx_part, &job, job.rows, NORM_WORK * job.width, n_threads)
+    job.strip = CACHE_LINE
+    parallel_for(rms_dx_part, &job, job.rows, <double> NORM_WORK * job.width, n_threads)
     cdef Py_ssize_t items = strips(&job)
     if dweight is not None:
-        parallel_for(rms_sums_part, &job, items, NORM_WORK * job.rows * job.width / items, n_threads)
+        parallel_for(rms_sums_part, &job, items, <double> NORM_WORK * job.rows * job.width / items, n_threads)
     return dx
 
 
@@ -541,9 +529,9 @@ cdef void activation_part(const void *job, Py_ssize_t first, Py_ssize_t last) no
 cdef cnp.ndarray activated(cnp.ndarray x, cnp.ndarray dy, str kind, int n_threads):
     cdef Rows job
     cdef cnp.ndarray y = np.empty_like(x)
-    job.kernels = table(x)
+    job.kernels = kernels_of(x)
     job.width = cnp.PyArray_SIZE(x)
-    job.strip = LINE
+    job.strip = CACHE_LINE
     job.activation = activation_of(kind)
     job.smooth = smooth_of(kind)
     job.x = cnp.PyArray_BYTES(x)
@@ -551,7 +539,7 @@ cdef cnp.ndarray activated(cnp.ndarray x, cnp.ndarray dy, str kind, int n_thread
     job.out = cnp.PyArray_BYTES(y)
     parallel_for(
         activation_part if job.smooth == OTHER else smooth_part, &job, strips(&job),
-        ACTIVATION_WORK * LINE / job.kernels.item_size, n_threads,
+        <double> ACTIVATION_WORK * CACHE_LINE / job.kernels.item_size, n_threads,
     )
     return y
 
@@ -579,12 +567,12 @@ cdef void softmax_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexc
 cdef cnp.ndarray softmaxed(cnp.ndarray x, cnp.ndarray dy, int n_threads):
     cdef Rows job
     cdef cnp.ndarray y = np.empty_like(x)
-    job.kernels = table(x)
+    job.kernels = kernels_of(x)
     job.width = cnp.PyArray_DIM(x, 1)
     job.x = cnp.PyArray_BYTES(x)
     job.dy = <const char *> data_or_null(dy)
     job.out = cnp.PyArray_BYTES(y)
-    parallel_for(softmax_part, &job, cnp.PyArray_DIM(x, 0), ACTIVATION_WORK * job.width, n_threads)
+    parallel_for(softmax_part, &job, cnp.PyArray_DIM(x, 0), <double> ACTIVATION_WORK * job.width, n_threads)
     return y
 
 
@@ -611,14 +599,15 @@ def dropout(cnp.ndarray x not None, double p, seed, stream, int n_threads):
     """Each element of x times 1 / (1 - p), or 0 with probability p; see `fastseq.reference._dense.dropout`."""
     cdef Rows job
     cdef cnp.ndarray y = np.empty_like(x)
-    job.kernels = table(x)
+    job.kernels = kernels_of(x)
     job.width = cnp.PyArray_SIZE(x)
-    job.strip = LINE
+    job.strip = CACHE_LINE
     job.x = cnp.PyArray_BYTES(x)
     job.out = cnp.PyArray_BYTES(y)
     job.seed = seed
     job.stream = stream
     job.threshold = <uint32_t> min(ceil(p * 4294967296.0), 4294967295.0)
     job.factor = 1 / (1 - p)
-    parallel_for(dropout_part, &job, strips(&job), DROPOUT_WORK * LINE / job.kernels.item_size, n_threads)
+    cdef double strip_work = <double> DROPOUT_WORK * CACHE_LINE / job.kernels.item_size
+    parallel_for(dropout_part, &job, strips(&job), strip_work, n_threads)
     return y

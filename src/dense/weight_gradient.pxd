@@ -3,8 +3,10 @@
 # The rows of both factors are packed a block at a time, and each thread multiplies its share of the groups of A, which
 # are rows of the result, with every panel of B. A sum takes row after row, so neither blocks nor threads change it.
 
-from fastseq._parallel cimport fs_barrier, team_wait
 from runtime.kernels cimport fs_kernels
+from runtime.scratch cimport Scratch, scratch_array
+from runtime.team cimport fs_barrier
+from fastseq._parallel cimport team_wait
 
 cdef enum:
     GRADIENT_ROWS = 384           # rows of a block: a panel of so many stays in a core's second cache
@@ -59,15 +61,8 @@ cdef inline Py_ssize_t panels_of(const fs_kernels *kernels, const Factor *b) noe
     return (b.columns + 4 * kernels.lanes - 1) // (4 * kernels.lanes)
 
 
-cdef inline char *taken(size_t base, Py_ssize_t *n_bytes, Py_ssize_t more) noexcept nogil:
-    """The next `more` bytes of scratch that begins at `base`, of which n_bytes are taken."""
-    cdef char *at = <char *> (base + <size_t> n_bytes[0])
-    n_bytes[0] += (more + 63) // 64 * 64
-    return at
-
-
 cdef inline void lay_out_sums(
-    WeightGradient *job, const fs_kernels *kernels, size_t base, Py_ssize_t *n_bytes,
+    WeightGradient *job, const fs_kernels *kernels, Scratch *scratch,
 ) noexcept nogil:
     """Give the sums their place in the scratch; they have to start as zeros."""
     cdef Product *product
@@ -75,22 +70,22 @@ cdef inline void lay_out_sums(
     for i in range(job.n_products):
         product = &job.products[i]
         product.sum_columns = panels_of(kernels, product.b) * 4 * kernels.lanes
-        product.sum = taken(
-            base, n_bytes,
+        product.sum = scratch_array(
+            scratch,
             groups_of(kernels, product.a) * kernels.tile_rows[4] * product.sum_columns * kernels.item_size,
         )
 
 
 cdef inline void lay_out_factors(
-    WeightGradient *job, const fs_kernels *kernels, Py_ssize_t rows, size_t base, Py_ssize_t *n_bytes,
+    WeightGradient *job, const fs_kernels *kernels, Py_ssize_t rows, Scratch *scratch,
 ) noexcept nogil:
     """Give the packed factors of at most `rows` rows their place in the scratch."""
     cdef Py_ssize_t depth = min(rows, GRADIENT_ROWS) * kernels.item_size
     cdef int i
     for i in range(job.n_a):
-        job.a[i].packed = taken(base, n_bytes, groups_of(kernels, &job.a[i]) * kernels.tile_rows[4] * depth)
+        job.a[i].packed = scratch_array(scratch, groups_of(kernels, &job.a[i]) * kernels.tile_rows[4] * depth)
     for i in range(job.n_b):
-        job.b[i].packed = taken(base, n_bytes, panels_of(kernels, &job.b[i]) * 4 * kernels.lanes * depth)
+        job.b[i].packed = scratch_array(scratch, panels_of(kernels, &job.b[i]) * 4 * kernels.lanes * depth)
 
 
 cdef inline void pack_share(

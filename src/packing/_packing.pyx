@@ -7,19 +7,12 @@ layout, kernels/microkernel.h reads it. It says which type its numbers have and 
 
 cimport numpy as cnp
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from cpython.pycapsule cimport PyCapsule_GetPointer
 
 from runtime.huge_pages cimport huge_zeros
 from runtime.kernels cimport FS_REAL, fs_kernels
-
-from fastseq import _simd
+from fastseq._simd cimport kernels_for
 
 cnp.import_array()
-
-
-cdef const fs_kernels *kernels_of(Py_ssize_t item_size) except NULL:
-    """The kernels for reals of a size."""
-    return <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[item_size], "fastseq.kernels")
 
 
 cdef class PackedWeight:
@@ -118,7 +111,7 @@ cdef PackedWeight pack_linear(cnp.ndarray of_x, cnp.ndarray of_h, cnp.ndarray bi
     """Pack a linear map, W_h h + bias, or W_x x + W_h h + bias of inputs that lie in two places."""
     cdef PanelLayout layout
     layout.first, layout.count, layout.blocks, layout.units = 0, 1, PLAIN_BLOCKS, cnp.PyArray_DIM(of_h, 0)
-    cdef PackedWeight packed = pack_gates(kernels_of(of_h.itemsize), layout, of_x, of_h, bias, None)
+    cdef PackedWeight packed = pack_gates(kernels_for(of_h.itemsize), layout, of_x, of_h, bias, None)
     packed.weight = of_h
     return packed
 

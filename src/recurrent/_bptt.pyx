@@ -16,19 +16,19 @@ What is particular to a cell is in its descriptor, fs_cell in kernels/kernels.h.
 
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.string cimport memcpy, memset
 
 from dense.weight_gradient cimport (
     GRADIENT_ROWS, Factor, WeightGradient, add_row, lay_out_factors, lay_out_sums, set_factor, set_product,
-    sum_weight_gradients, take_sums, taken,
+    sum_weight_gradients, take_sums,
 )
-from fastseq._cells cimport (
-    CHUNK_WORK, GATE_WORK, Cell, Split, TransposedCell, TransposedWeights, split_of, take_share, work_of,
-)
-from fastseq._parallel cimport fs_barrier, fs_flush_denormals, fs_restore_denormals, run_team, team_wait
 from recurrent.arrays cimport padded_bytes, sequence, slot_of, state_copy
+from runtime.costs cimport GATE_WORK, SIGNAL_WORK_LANE
 from runtime.kernels cimport FS_ADD, FS_BACK_IDENTITY, FS_IDENTITY, fs_back, fs_cell, fs_kernels, fs_step, fs_weights
+from runtime.scratch cimport Scratch, scratch_array, scratch_close, scratch_open
+from runtime.team cimport fs_barrier, fs_flush_denormals, fs_restore_denormals
+from fastseq._cells cimport Cell, Split, TransposedCell, TransposedWeights, split_of, take_share, work_of
+from fastseq._parallel cimport run_team, team_wait
 
 import numpy as np
 
@@ -522,35 +522,34 @@ cdef void undo_chunk(void *undo, int thread, int team, fs_barrier *barrier) noex
     add_products(job, thread, team, barrier)
 
 
-cdef Py_ssize_t lay_out(Undo *job, size_t base) noexcept nogil:
-    """Give every scratch array its place from `base` on; returns how many bytes that takes."""
-    cdef Py_ssize_t n_bytes = 0, pointer = sizeof(void *)
+cdef void lay_out(Undo *job, Scratch *scratch) noexcept nogil:
+    """Give every scratch array its place."""
+    cdef Py_ssize_t pointer = sizeof(void *)
     cdef const TransposedWeights *weights = job.weights
     cdef bint with_middle = weights.projection.units or weights.candidate.units
     cdef Py_ssize_t widest = max(
         weights.recurrent.panels, weights.candidate.panels, weights.projection.panels, weights.input.panels,
     )
     # What has to start as zeros comes first: `zero_bytes` of them.
-    job.zeros = taken(base, &n_bytes, widest * 4 * job.kernels.lanes * job.item)
-    job.bias = taken(base, &n_bytes, job.gradient_columns * job.item)
-    job.carry = taken(base, &n_bytes, job.row_block * job.output_row)
-    lay_out_sums(&job.gradient, job.kernels, base, &n_bytes)
-    job.zero_bytes = n_bytes
-    job.gradients = taken(base, &n_bytes, job.chunk_rows * job.gradient_row)
-    job.later = taken(base, &n_bytes, job.row_block * job.gradient_row)
-    job.middle = taken(base, &n_bytes, job.chunk_rows * job.middle_row if with_middle else 0)
-    job.outputs = taken(base, &n_bytes, job.chunk_rows * job.output_row if job.weights.projection.units else 0)
-    lay_out_factors(&job.gradient, job.kernels, job.chunk_rows, base, &n_bytes)
-    job.g_rows = <const void **> taken(base, &n_bytes, job.chunk_rows * pointer)
-    job.h_rows = <const void **> taken(base, &n_bytes, job.chunk_rows * pointer)
-    job.x_rows = <const void **> taken(base, &n_bytes, job.chunk_rows * pointer)
-    job.dx_rows = <void **> taken(base, &n_bytes, job.chunk_rows * pointer)
-    job.middle_rows = <const void **> taken(base, &n_bytes, job.chunk_rows * pointer)
-    job.output_rows = <const void **> taken(base, &n_bytes, job.chunk_rows * pointer)
-    job.no_init = <const void **> taken(base, &n_bytes, job.chunk_rows * pointer)
+    job.zeros = scratch_array(scratch, widest * 4 * job.kernels.lanes * job.item)
+    job.bias = scratch_array(scratch, job.gradient_columns * job.item)
+    job.carry = scratch_array(scratch, job.row_block * job.output_row)
+    lay_out_sums(&job.gradient, job.kernels, scratch)
+    job.zero_bytes = scratch.n_bytes
+    job.gradients = scratch_array(scratch, job.chunk_rows * job.gradient_row)
+    job.later = scratch_array(scratch, job.row_block * job.gradient_row)
+    job.middle = scratch_array(scratch, job.chunk_rows * job.middle_row if with_middle else 0)
+    job.outputs = scratch_array(scratch, job.chunk_rows * job.output_row if job.weights.projection.units else 0)
+    lay_out_factors(&job.gradient, job.kernels, job.chunk_rows, scratch)
+    job.g_rows = <const void **> scratch_array(scratch, job.chunk_rows * pointer)
+    job.h_rows = <const void **> scratch_array(scratch, job.chunk_rows * pointer)
+    job.x_rows = <const void **> scratch_array(scratch, job.chunk_rows * pointer)
+    job.dx_rows = <void **> scratch_array(scratch, job.chunk_rows * pointer)
+    job.middle_rows = <const void **> scratch_array(scratch, job.chunk_rows * pointer)
+    job.output_rows = <const void **> scratch_array(scratch, job.chunk_rows * pointer)
+    job.no_init = <const void **> scratch_array(scratch, job.chunk_rows * pointer)
     job.pointers_each = (max(STEP_POINTERS * job.row_block, GRADIENT_ROWS) * pointer + 63) // 64 * 64
-    job.pointers = taken(base, &n_bytes, job.threads * job.pointers_each)
-    return n_bytes
+    job.pointers = scratch_array(scratch, job.threads * job.pointers_each)
 
 
 cdef const Factor *add_gradient_columns(
@@ -631,7 +630,7 @@ cdef int undo(
     cdef Py_ssize_t step_work = weights.recurrent.panels * wide * (weights.recurrent.h_size + GATE_WORK)
     step_work += (weights.candidate.panels + weights.projection.panels) * wide * job.cell_units
     cdef Py_ssize_t work = 2 * step_work + 2 * weights.input.panels * wide * weights.input.h_size
-    cdef Py_ssize_t limit = <Py_ssize_t> CHUNK_WORK * lanes
+    cdef Py_ssize_t limit = <Py_ssize_t> SIGNAL_WORK_LANE * lanes
     job.row_block = min(job.rows, <Py_ssize_t> BACK_BLOCK, max(limit // work, 2 * job.kernels.tile_rows[4]))
     cdef Py_ssize_t rows = min(job.row_block, job.rows)
     cdef Split split = split_of(
@@ -647,11 +646,11 @@ cdef int undo(
     job.output_row = padded_bytes(weights.recurrent.panels * wide * job.item)
     job.middle_row = padded_bytes(job.cell_units * job.item)
     set_products(job, weight_ih, weight_hh, weight_hr)
-    cdef Py_ssize_t n_bytes = lay_out(job, 0) + 64
-    cdef char *scratch = <char *> PyMem_RawMalloc(n_bytes)
-    if scratch == NULL:
-        raise MemoryError(f"{n_bytes} bytes of scratch")
-    lay_out(job, <size_t> scratch + (-<size_t> scratch & 63))
+    cdef Scratch scratch
+    memset(&scratch, 0, sizeof(scratch))
+    lay_out(job, &scratch)
+    scratch_open(&scratch)
+    lay_out(job, &scratch)
     set_products(job, weight_ih, weight_hh, weight_hr)
     with nogil:
         memset(<char *> job.zeros, 0, job.zero_bytes)
@@ -682,7 +681,7 @@ cdef int undo(
         with nogil:
             add_gradients(job, bias_ih, bias_hh)
     finally:
-        PyMem_RawFree(scratch)
+        scratch_close(&scratch)
     return 0
 
 

@@ -5,17 +5,18 @@ Which cells there are, and what is particular to each, is in src/kernels/cells/.
 
 cimport numpy as cnp
 
-from fastseq._packing cimport PLAIN_BLOCKS, PackedWeight, PanelLayout, kernels_of, pack_gates, pack_linear, pack_rows
-from fastseq._parallel cimport TEAM_WORK, fs_barrier, team_wait
+from runtime.costs cimport CORE_CACHE, GATE_WORK, STEP_WORK, TEAM_WORK
 from runtime.kernels cimport FS_IDENTITY, fs_cell, fs_kernels, fs_step, fs_weights
+from runtime.team cimport fs_barrier
+from fastseq._packing cimport PLAIN_BLOCKS, PackedWeight, PanelLayout, pack_gates, pack_linear, pack_rows
+from fastseq._parallel cimport team_wait
+from fastseq._simd cimport kernels_for
 
 import numpy as np
 
 cnp.import_array()
 
 cdef enum:
-    STEP_WORK = 32 * 1024   # below this many multiply-adds, a barrier costs more than another thread gives
-    CACHE = 1024 * 1024     # bytes of weights that a core's own cache holds
     # What factors are cut to, so that a product of two stays within 64 bits; far beyond what any decision turns on.
     BOUND = 1 << 30
 
@@ -76,7 +77,7 @@ def pack(str kind, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr):
     """Pack the weights of one layer in one direction; returns a `Cell`. See `fastseq.reference._recurrent.pack`."""
     cdef Cell packed = Cell.__new__(Cell)
     cdef CellWeights *w = &packed.w
-    cdef const fs_kernels *kernels = kernels_of(weight_ih.itemsize)
+    cdef const fs_kernels *kernels = kernels_for(weight_ih.itemsize)
     cdef const fs_cell *cell = cell_named(kernels, kind)
     cdef PanelLayout layout
     w.kernels, w.cell = kernels, cell
@@ -244,7 +245,7 @@ cdef Split split_of(
     cdef Py_ssize_t by_rows = min(n_threads, rows)
     cdef Py_ssize_t by_panels = min(n_threads, panels, rows * step_work // (STEP_WORK * meetings))
     # Panels where there are few rows to split, and where all weights would not stay in a core's cache.
-    split.panels = (rows < 2 * tile * n_threads and by_panels >= by_rows) or step_work * item > CACHE
+    split.panels = (rows < 2 * tile * n_threads and by_panels >= by_rows) or step_work * item > CORE_CACHE
     split.threads = <int> max(1, min(by_panels if split.panels else by_rows, all_work // TEAM_WORK))
     if split.threads == 1:
         split.panels = True

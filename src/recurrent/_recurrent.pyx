@@ -20,15 +20,17 @@ from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
+from recurrent.arrays cimport padded_bytes, sequence, slot_of, state_copy
+from runtime.costs cimport SIGNAL_WORK_LANE
+from runtime.team cimport fs_barrier
 from fastseq._bptt cimport Rows, Tape
 from fastseq._cells cimport (
-    CHUNK_WORK, Cell, CellPointers, CellStep, CellWeights, Split, cell_work, do_cell, init_bytes, input_parts,
-    inputs_bytes, set_cell_step, set_init, split_of, work_of,
+    Cell, CellPointers, CellStep, CellWeights, Split, cell_work, do_cell, init_bytes, input_parts, inputs_bytes,
+    set_cell_step, set_init, split_of, work_of,
 )
 from fastseq._dense cimport multiply_rows
 from fastseq._packing cimport PackedWeight, pack_linear
-from fastseq._parallel cimport fs_barrier, parallel_for, run_team, team_dissolved
-from recurrent.arrays cimport padded_bytes, sequence, slot_of, state_copy
+from fastseq._parallel cimport parallel_for, run_team, team_dissolved
 
 import os
 
@@ -302,7 +304,7 @@ cdef int execute(Job *job, int n_threads) except -1:
         return 0
     plan(job, n_threads)
     cdef Py_ssize_t work = cell_work(job.cell)
-    cdef Py_ssize_t limit = <Py_ssize_t> CHUNK_WORK * job.cell.kernels.lanes * min(job.threads, PROCESSORS)
+    cdef Py_ssize_t limit = <Py_ssize_t> SIGNAL_WORK_LANE * job.cell.kernels.lanes * min(job.threads, PROCESSORS)
     # Blocks of even height, such that one step of one is done within the limit.
     cdef Py_ssize_t max_rows = min(ROW_BLOCK, POINTER_ROWS // job.threads, limit // work)
     max_rows = max(max_rows, job.cell.kernels.tile_rows[job.cell.main_vectors] * min(job.threads, PROCESSORS))

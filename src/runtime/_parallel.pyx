@@ -6,34 +6,17 @@ region. Where other processes keep a team's threads from running, the process do
 """
 
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport parallel, threadid
 from libc.string cimport memset
 
-cdef extern from "runtime/team.h" nogil:
-    int FS_LATE
-    int FS_SPIN
-    int FS_END_SPIN
-    int fs_team_limit(int wanted)
-    int fs_team_size()
-    long long fs_now()
-    void fs_barrier_init(fs_barrier *barrier, long long patience)
-    void fs_barrier_meet(fs_barrier *barrier, int team, long long spin)
-    bint fs_barrier_dissolved(fs_barrier *barrier)
-    ctypedef struct fs_pace:
-        long long until
-        long long pause
-    int FS_MEASURED
-    int FS_HELD
-    int FS_BROKEN
-    int fs_pace_mode_of(fs_pace *pace)
-    void fs_pace_set_mode(fs_pace *pace, int mode)
-    bint fs_pace_allows(fs_pace *pace)
-    long long fs_pace_patience(fs_pace *pace)
-    void fs_pace_note(fs_pace *pace, long long opened, long long closed, long long late)
-    long long fs_barrier_late(fs_barrier *barrier)
-    void fs_barrier_delay(fs_barrier *barrier, long long late)
-    void fs_barrier_entered_late(fs_barrier *barrier, long long late)
+from runtime.costs cimport SIGNAL_WORK, threads_for
+from runtime.scratch cimport Scratch, lines, scratch_array, scratch_close, scratch_open
+from runtime.team cimport (
+    FS_BROKEN, FS_END_SPIN, FS_HELD, FS_LATE, FS_MEASURED, FS_SPIN, fs_barrier, fs_barrier_delay,
+    fs_barrier_dissolved, fs_barrier_entered_late, fs_barrier_init, fs_barrier_late, fs_barrier_meet, fs_counter,
+    fs_counter_set, fs_flush_denormals, fs_now, fs_pace, fs_pace_allows, fs_pace_mode_of, fs_pace_note,
+    fs_pace_patience, fs_pace_set_mode, fs_restore_denormals, fs_take, fs_team_limit, fs_team_size,
+)
 
 cdef enum:
     CHUNK_ITEMS = 1 << 20  # items between two looks for Ctrl-C at most: the least of them waits for memory
@@ -216,11 +199,12 @@ cdef int parallel_for_dynamic(
     cdef Py_ssize_t chunk = threads * <Py_ssize_t> max(1.0, min(<double> items, SIGNAL_WORK / work_each))
     cdef Py_ssize_t first = 0
     cdef Queue loop
+    cdef Scratch scratch
+    memset(&scratch, 0, sizeof(scratch))
     loop.body, loop.job, loop.scratch_each = body, job, lines(scratch_bytes)
-    cdef char *memory = <char *> PyMem_RawMalloc(threads * loop.scratch_each + CACHE_LINE)
-    if memory == NULL:
-        raise MemoryError(f"{threads * loop.scratch_each} bytes of scratch")
-    loop.scratch = memory + (-<Py_ssize_t> memory & (CACHE_LINE - 1))
+    scratch_array(&scratch, threads * loop.scratch_each)
+    scratch_open(&scratch)
+    loop.scratch = scratch_array(&scratch, threads * loop.scratch_each)
     try:
         for thread in range(threads):
             (<long long *> (loop.scratch + thread * loop.scratch_each))[0] = -1
@@ -232,5 +216,5 @@ cdef int parallel_for_dynamic(
             PyErr_CheckSignals()
             first = loop.last
     finally:
-        PyMem_RawFree(memory)
+        scratch_close(&scratch)
     return 0

@@ -1,23 +1,18 @@
 """The instruction set: which the machine can run, which is used, and its kernels over arrays.
 
-``FASTSEQ_ISA`` forces one. The other compiled modules take their table of kernels from `kernels`.
+``FASTSEQ_ISA`` forces one. The other compiled modules take their table of kernels from `kernels_for`.
 """
 
 import os
 
 cimport numpy as cnp
-from cpython.pycapsule cimport PyCapsule_New
 
 from runtime.kernels cimport FS_ACCUMULATORS, fs_find_kernels, fs_kernels
+from runtime.team cimport fs_flush_denormals, fs_has_openmp, fs_restore_denormals
 
 import numpy as np
 
 cnp.import_array()
-
-cdef extern from "runtime/team.h" nogil:
-    int fs_has_openmp()
-    unsigned long long fs_flush_denormals()
-    void fs_restore_denormals(unsigned long long before)
 
 NAMES = ("baseline", "avx2", "avx512")
 available = tuple(name for name in NAMES if fs_find_kernels(name.encode(), 4) != NULL)
@@ -31,12 +26,14 @@ openmp = bool(fs_has_openmp())
 cdef const fs_kernels *float32_kernels = fs_find_kernels(chosen.encode(), 4)
 cdef const fs_kernels *float64_kernels = fs_find_kernels(chosen.encode(), 8)
 
-# By bytes in a real.
-kernels = {
-    4: PyCapsule_New(<void *> float32_kernels, "fastseq.kernels", NULL),
-    8: PyCapsule_New(<void *> float64_kernels, "fastseq.kernels", NULL),
-}
+# Numbers of a vector, by bytes in a real.
 lanes = {4: float32_kernels.lanes, 8: float64_kernels.lanes}
+
+
+cdef const fs_kernels *kernels_for(Py_ssize_t item_size) noexcept nogil:
+    """The table of kernels of a real type, which has so many bytes: 4 or 8."""
+    return float32_kernels if item_size == 4 else float64_kernels
+
 
 ctypedef void (*map_function)(ptrdiff_t n, const void *x, void *y) noexcept nogil
 

@@ -5,29 +5,21 @@ neither the number of threads nor rows that do not count change a bit.
 """
 
 cimport numpy as cnp
-from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport log, log1p
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 
+from runtime.costs cimport LOSS_WORK, SOFTMAX_WORK
 from runtime.kernels cimport fs_kernels, fs_loss, fs_softmax_sums
 from fastseq._parallel cimport parallel_for
+from fastseq._simd cimport kernels_of
 
 import numpy as np
 
-from fastseq import _simd
-
 cnp.import_array()
 
-# What an element takes, in multiply-adds.
-cdef double SOFTMAX_WORK = 48
-cdef double ELEMENT_WORK = 32
 # Elements whose losses are added up at once.
 cdef Py_ssize_t BLOCK = 4096
-
-
-cdef const fs_kernels *table(cnp.ndarray x) except NULL:
-    return <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[x.itemsize], "fastseq.kernels")
 
 
 cdef struct Softmax:
@@ -61,7 +53,7 @@ def softmax_cross_entropy(
     cdef double total = 0
     cdef fs_softmax_sums one
     cdef Softmax job
-    job.kernels = table(logits)
+    job.kernels = kernels_of(logits)
     job.classes = cnp.PyArray_DIM(logits, 1)
     job.logits = cnp.PyArray_BYTES(logits)
     job.targets = <const int64_t *> cnp.PyArray_DATA(targets)
@@ -69,7 +61,7 @@ def softmax_cross_entropy(
     job.scale = 1.0 / max(count, 1)
     job.gradient = cnp.PyArray_BYTES(gradient)
     job.sums = <fs_softmax_sums *> cnp.PyArray_DATA(scratch)
-    parallel_for(softmax_part, &job, rows, SOFTMAX_WORK * job.classes, n_threads)
+    parallel_for(softmax_part, &job, rows, <double> SOFTMAX_WORK * job.classes, n_threads)
     with nogil:
         for row in range(rows):
             one = job.sums[row]
@@ -129,7 +121,7 @@ cdef tuple elements_loss(
     job.scale = 1.0 / max(count, 1)
     job.gradient = cnp.PyArray_BYTES(gradient)
     job.sums = <double *> cnp.PyArray_DATA(scratch)
-    parallel_for(elements_part, &job, rows, ELEMENT_WORK * job.width, n_threads)
+    parallel_for(elements_part, &job, rows, <double> LOSS_WORK * job.width, n_threads)
     with nogil:
         for row in range(rows):
             total += job.sums[row]
@@ -140,7 +132,7 @@ def binary_cross_entropy_with_logits(
     cnp.ndarray logits not None, cnp.ndarray targets not None, cnp.ndarray lengths, Py_ssize_t count, int n_threads,
 ):
     """max(x, 0) - x t + log(1 + exp(-|x|)), the mean; x (rows, time, inner)."""
-    return elements_loss(logits, targets, lengths, count, table(logits).binary_cross_entropy, 0, n_threads)
+    return elements_loss(logits, targets, lengths, count, kernels_of(logits).binary_cross_entropy, 0, n_threads)
 
 
 def mean_squared_error(
@@ -148,7 +140,7 @@ def mean_squared_error(
     int n_threads,
 ):
     """(x - t)^2, the mean; x (rows, time, inner)."""
-    return elements_loss(predictions, targets, lengths, count, table(predictions).squared_error, 0, n_threads)
+    return elements_loss(predictions, targets, lengths, count, kernels_of(predictions).squared_error, 0, n_threads)
 
 
 def huber(
@@ -156,4 +148,4 @@ def huber(
     Py_ssize_t count, int n_threads,
 ):
     """d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2), d = x - t, the mean; x (rows, time, inner)."""
-    return elements_loss(predictions, targets, lengths, count, table(predictions).huber, delta, n_threads)
+    return elements_loss(predictions, targets, lengths, count, kernels_of(predictions).huber, delta, n_threads)

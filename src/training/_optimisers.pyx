@@ -5,31 +5,21 @@ blocks of a fixed size that are added in order: the number of threads changes no
 """
 
 cimport numpy as cnp
-from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport sqrt
 
+from runtime.costs cimport CLIP_WORK, PASS_WORK
 from runtime.kernels cimport fs_kernels, fs_update
 from fastseq._parallel cimport parallel_for
+from fastseq._simd cimport kernels_of
 
 import numpy as np
-
-from fastseq import _simd
 
 cnp.import_array()
 
 cdef enum:
     BLOCK = 1 << 14   # elements of a block: of a sum, and what threads take whole
-    PASS_WORK = 8     # of an element; memory is the limit, and it counts for more than the arithmetic does
-    CLIP_WORK = 4
 
 ctypedef void (*pass_function)(const fs_update *update, ptrdiff_t first, ptrdiff_t last) noexcept nogil
-
-cdef const fs_kernels *float32_kernels = <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[4], "fastseq.kernels")
-cdef const fs_kernels *float64_kernels = <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[8], "fastseq.kernels")
-
-
-cdef const fs_kernels *kernels_of(cnp.ndarray x) noexcept:
-    return float32_kernels if cnp.PyArray_ITEMSIZE(x) == 4 else float64_kernels
 
 
 cdef void *data(cnp.ndarray x) noexcept:

@@ -4,20 +4,19 @@
 """
 
 cimport numpy as cnp
-from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
-from runtime.kernels cimport FS_PAGE, fs_kernels, fs_page
+from runtime.kernels cimport FS_PAGE, fs_page
 from transformer.kv_tables cimport (
     fs_page_kind, fs_page_layer, fs_table, fs_table_clear, fs_table_extend, fs_table_first, fs_table_reserve,
     fs_table_share,
 )
+from fastseq._simd cimport kernels_for
 
 import numpy as np
 
-from fastseq import _simd
 
 cnp.import_array()
 
@@ -143,7 +142,7 @@ cdef Pages pages_new(
     """Rows without tokens."""
     cdef Pages pages = Pages()
     cdef Py_ssize_t lanes
-    pages.kind.kernels = <const fs_kernels *> PyCapsule_GetPointer(_simd.kernels[item], "fastseq.kernels")
+    pages.kind.kernels = kernels_for(item)
     lanes = pages.kind.kernels.lanes
     pages.kind.layers = layers
     pages.kind.kv_heads = kv_heads

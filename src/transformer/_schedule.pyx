@@ -14,18 +14,19 @@ output is one chain over k, whoever computes it.
 
 from libc.math cimport sqrt
 from libc.stdint cimport int64_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from runtime.costs cimport (
+    ACTIVATION_WORK, BLOCK_WORK, COPY_WORK, CORE_CACHE, NORM_WORK, READ_WORK, SIGNAL_WORK, threads_for,
+)
 from runtime.kernels cimport (
     FS_ADD, FS_IDENTITY, FS_PAGE, fs_attention, fs_epilogue, fs_kernels, fs_page, fs_step, fs_weights,
 )
+from runtime.scratch cimport lines, scratch_allocate, scratch_array, scratch_close
+from runtime.team cimport fs_barrier, fs_counter_get, fs_counter_set, fs_take
 from transformer.kv_tables cimport fs_page_layer
-from fastseq._attention cimport MAX_WINDOW, ROTARY_WORK, pair_work, parts_for, set_mask
-from fastseq._parallel cimport (
-    CACHE_LINE, SIGNAL_WORK, fs_barrier, fs_counter_get, fs_counter_set, fs_take, lines, run_team, team_dissolved,
-    team_wait, threads_for,
-)
+from fastseq._attention cimport MAX_WINDOW, pair_work, parts_for, set_mask
+from fastseq._parallel cimport run_team, team_dissolved, team_wait
 
 ctypedef fused real:
     float
@@ -38,13 +39,7 @@ cdef enum:
     GATE_BLOCK = 256     # elements whose sigmoids are computed at once
     MAX_STEPS = 24       # of a block
     FEW_STEPS = 7        # of a block whose threads wait for each other, where rows are few
-    FEW_WORK = 1 << 17   # multiply-adds of such a step for each thread, or waiting costs more than it gives
-    CACHE = 1 << 20      # bytes of weights that surely stay in a core's own cache;
-    READ_WORK = 12       # if they do not, to read one takes as long as so many multiply-adds
     # What an element takes beside the products, in multiply-adds.
-    NORM_WORK = 24
-    COPY_WORK = 8
-    SILU_WORK = 40
 
 
 cdef inline char *row_of(const Place *place, char *own, Py_ssize_t row, Py_ssize_t first) noexcept nogil:
@@ -347,7 +342,7 @@ cdef void add_rotary(Plan *plan, const Task *task, const Layer *layer, Place hea
     step.cos = layer.cos
     step.sin = layer.sin
     step.positions = task.positions
-    step.work = <double> ROTARY_WORK * task.rows * step.heads * step.width
+    step.work = <double> COPY_WORK * task.rows * step.heads * step.width
 
 
 cdef void add_append_kv(
@@ -368,7 +363,7 @@ cdef void add_gate(Plan *plan, Py_ssize_t rows, Py_ssize_t width, Place x, Place
     step.width = width
     step.gated = gated
     step.gate = gate
-    step.work = <double> (SILU_WORK if gate == SILU_GATE else COPY_WORK) * rows * width
+    step.work = <double> (ACTIVATION_WORK if gate == SILU_GATE else COPY_WORK) * rows * width
 
 
 # The places that every block uses anew. `whole` heads have the width of whole vectors; where a head has that anyway,
@@ -698,8 +693,8 @@ cdef void make_segments(Plan *plan) noexcept nogil:
 
 
 cdef void plan_free(Plan *plan) noexcept nogil:
-    free(plan.room)
-    free(plan.scratch_room)
+    scratch_close(&plan.lists)
+    scratch_close(&plan.of_threads)
     memset(plan, 0, sizeof(Plan))
 
 
@@ -712,9 +707,9 @@ cdef void choose_threads(Plan *plan, const Task *task, bint of_memory, int n_thr
     plan.n_threads = n_threads
     plan.threads = threads_for(task.rows, work, n_threads)
     if task.rows < FEW_ROWS and not of_memory:
-        work_each = max(task.rows, READ_WORK) if work * plan.item > CACHE else task.rows
+        work_each = max(task.rows, READ_WORK) if work * plan.item > CORE_CACHE else task.rows
         plan.threads = <int> max(
-            1, min(<double> n_threads, work_each * work / (<double> FEW_STEPS * task.n_layers * FEW_WORK)),
+            1, min(<double> n_threads, work_each * work / (<double> FEW_STEPS * task.n_layers * BLOCK_WORK)),
         )
     plan.few = task.rows < FEW_ROWS * plan.threads
 
@@ -728,28 +723,33 @@ cdef int make_scratch(Plan *plan) noexcept nogil:
     plan.attend_bytes = lines(plan.attend_bytes * plan.item)
     plan.norm_bytes = lines(2 * ROW_BLOCK * plan.item)
     plan.scratch_each = plan.attend_bytes + plan.norm_bytes + plan.own_bytes
-    plan.scratch_room = <char *> malloc(plan.threads * plan.scratch_each + CACHE_LINE)
-    if plan.scratch_room == NULL:
+    scratch_array(&plan.of_threads, plan.threads * plan.scratch_each)
+    if scratch_allocate(&plan.of_threads):
         return -1
-    plan.scratch = plan.scratch_room + (-<Py_ssize_t> plan.scratch_room & (CACHE_LINE - 1))
+    plan.scratch = plan.of_threads.base
     return 0
+
+
+cdef void lay_out_lists(Plan *plan, Py_ssize_t n_bytes, Py_ssize_t max_steps) noexcept nogil:
+    """Give the rows between steps, the steps and the segments their places."""
+    plan.memory = scratch_array(&plan.lists, n_bytes)
+    plan.steps = <Step *> scratch_array(&plan.lists, max_steps * sizeof(Step))
+    plan.segments = <Segment *> scratch_array(&plan.lists, max_steps * sizeof(Segment))
 
 
 cdef int plan_make(Plan *plan, const Task *task, bint of_memory, int n_threads) noexcept nogil:
     """Steps, segments and memory of a run; -1 without memory."""
-    cdef Py_ssize_t max_steps = MAX_STEPS * task.n_layers + 2, n_bytes, step_bytes
+    cdef Py_ssize_t max_steps = MAX_STEPS * task.n_layers + 2, n_bytes
     memset(plan, 0, sizeof(Plan))
     plan.kernels = task.kernels
     plan.item = task.kernels.item_size
     choose_threads(plan, task, of_memory, n_threads)
     lay_out(plan, task, of_memory)  # counts the bytes
-    n_bytes, step_bytes = lines(plan.n_bytes), lines(max_steps * sizeof(Step))
-    plan.room = <char *> malloc(n_bytes + step_bytes + max_steps * sizeof(Segment) + CACHE_LINE)
-    if plan.room == NULL:
+    n_bytes = plan.n_bytes
+    lay_out_lists(plan, n_bytes, max_steps)
+    if scratch_allocate(&plan.lists):
         return -1
-    plan.memory = plan.room + (-<Py_ssize_t> plan.room & (CACHE_LINE - 1))
-    plan.steps = <Step *> (plan.memory + n_bytes)
-    plan.segments = <Segment *> (plan.memory + n_bytes + step_bytes)
+    lay_out_lists(plan, n_bytes, max_steps)
     lay_out(plan, task, of_memory)
     make_segments(plan)
     if make_scratch(plan):

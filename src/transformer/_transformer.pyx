@@ -14,18 +14,17 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from decoding.decoder cimport FS_AGAIN, FS_DONE, FS_FULL, FS_NO_MEMORY, fs_decoder
-from fastseq._packing cimport PackedWeight, kernels_of
 from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_page, fs_weights
-from transformer.kv_tables cimport (
-    fs_lines_new, fs_page_kind, fs_table, fs_table_clear, fs_table_extend, fs_table_roll,
-)
+from transformer.kv_tables cimport fs_lines_new, fs_page_kind, fs_table, fs_table_clear, fs_table_extend, fs_table_roll
 from fastseq._attention cimport mask_of, with_all_keys
 from fastseq._kv_pages cimport PageLists, clear_tables, extend, pages_new, share, tables_of
 from fastseq._kv_pages cimport Pages as PageTables
+from fastseq._packing cimport PackedWeight
 from fastseq._schedule cimport (
-    CROSS_ATTENTION, FEED_FORWARD, MAX_SUBLAYERS, NO_GATE, PRODUCT_GATE, SELF_ATTENTION, SILU_GATE, Cursor, Layer,
-    Norm, Plan, Sublayer, Task, plan_free, plan_make, run_some_steps, set_outputs,
+    CROSS_ATTENTION, FEED_FORWARD, MAX_SUBLAYERS, NO_GATE, PRODUCT_GATE, SELF_ATTENTION, SILU_GATE, Cursor, Layer, Norm,
+    Plan, Sublayer, Task, plan_free, plan_make, run_some_steps, set_outputs,
 )
+from fastseq._simd cimport kernels_for
 
 import numpy as np
 
@@ -216,7 +215,7 @@ def run_blocks(
         return y, weights
     own_mask, cross_mask = with_all_keys(mask, longest), with_all_keys(memory_mask, longest_memory)
     stack.start(&task)
-    task.kernels = kernels_of(y.itemsize)
+    task.kernels = kernels_for(y.itemsize)
     set_rows(&task, y, starts, positions, longest)
     task.causal = causal
     task.mask = mask_of(own_mask)
@@ -395,7 +394,7 @@ cdef void go_back(Decoding *d, Py_ssize_t rows) noexcept nogil:
 cdef int decoder_step(void *self, ptrdiff_t rows, const int64_t *symbols, void *logits) noexcept nogil:
     cdef Decoding *d = <Decoding *> self
     cdef Py_ssize_t i
-    if d.plan.room == NULL and make_room(d):
+    if d.plan.lists.block == NULL and make_room(d):
         return FS_NO_MEMORY
     if d.cursor.segment == 0 and d.cursor.item == 0:
         for i in range(rows):
@@ -442,7 +441,7 @@ cdef int decoder_choose(void *self, ptrdiff_t rows, const int64_t *parents) noex
     if rows != d.rows:
         plan_free(&d.plan)
     d.rows = rows
-    if d.memory_tables != NULL and d.plan.room != NULL:
+    if d.memory_tables != NULL and d.plan.lists.block != NULL:
         for i in range(rows):
             d.memory_lengths[i] = d.memory_tables[i].length
             d.memory_pages[i] = d.memory_tables[i].pages
