@@ -144,7 +144,7 @@ class Build(build_ext):
 ROOMS = {
     "runtime": ["_simd", "_parallel"],
     "recurrent": ["_recurrent"],
-    "dense": ["_dense"],
+    "dense": ["_weight_gradient", "_dense"],
     "attention": ["_attention", "_additive_attention"],
     "transformer": ["_schedule", "_kv_pages", "_transformer"],
     "training": ["_losses", "_optimisers"],

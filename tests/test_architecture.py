@@ -22,6 +22,7 @@ FLOORS = [
     [
         "fastseq.checks",
         "fastseq.elsewhere",
+        "fastseq._weight_gradient",
         "fastseq._recurrent",
         "fastseq._dense",
         "fastseq._losses",
@@ -181,6 +182,7 @@ def test_no_flag_lets_the_compiler_change_the_arithmetic():
 COMPILED = [
     "_simd",
     "_parallel",
+    "_weight_gradient",
     "_recurrent",
     "_dense",
     "_losses",

@@ -16,12 +16,12 @@ from libc.string cimport memcpy, memset
 
 from runtime.huge_pages cimport huge_zeros
 from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_epilogue, fs_kernels, fs_step, fs_weights
-from dense.weight_gradient cimport (
-    GRADIENT_ROWS, WeightGradient, add_row, lay_out_factors, lay_out_sums, multiply_share, pack_share, set_factor,
-    set_product, sum_weight_gradients, take_sums, taken,
-)
 from fastseq._parallel cimport (
     SIGNAL_WORK, TEAM_WORK, fs_barrier, fs_flush_denormals, fs_restore_denormals, parallel_for, run_team, team_wait,
+)
+from fastseq._weight_gradient cimport (
+    GRADIENT_ROWS, WeightGradient, add_row, lay_out_factors, lay_out_sums, multiply_share, pack_share, set_factor,
+    set_product, sum_weight_gradients, take_sums, taken,
 )
 
 import numpy as np

@@ -31,12 +31,12 @@ from runtime.kernels cimport (
     FS_BACK_SIGMOID, FS_BACK_TANH, FS_IDENTITY, FS_RELU, FS_SIGMOID, FS_TANH, fs_back, fs_epilogue, fs_kernels,
     fs_step, fs_weights,
 )
-from dense.weight_gradient cimport (
-    GRADIENT_ROWS, WeightGradient, add_row, lay_out_factors, lay_out_sums, set_factor, set_product,
-    sum_weight_gradients, take_sums, taken,
-)
 from fastseq._parallel cimport (
     fs_barrier, fs_flush_denormals, fs_restore_denormals, parallel_for, run_team, team_dissolved, team_wait,
+)
+from fastseq._weight_gradient cimport (
+    GRADIENT_ROWS, WeightGradient, add_row, lay_out_factors, lay_out_sums, set_factor, set_product,
+    sum_weight_gradients, take_sums, taken,
 )
 
 import os
