@@ -709,8 +709,8 @@ class Block(Runs):
         if self._cross:
             attentions["multihead_attn"] = self._attention_layer(next(seeds))
         inner = self.d_model, self.dim_feedforward
-        linears = {"linear1": inner, "linear2": inner[::-1]} | ({"linear3": inner} if self.activation in GATED else {})
-        linears = {n: kinds.Linear(*size, self.bias, seed=next(seeds), dtype=dtype) for n, size in linears.items()}
+        sizes = {"linear1": inner, "linear2": inner[::-1]} | ({"linear3": inner} if self.activation in GATED else {})
+        linears = {n: kinds.Linear(*size, self.bias, seed=next(seeds), dtype=dtype) for n, size in sizes.items()}
         norms = {f"norm{i + 1}": self._norm_layer() for i in range(3 if self._cross else 2)}
         self._children = {**attentions, **linears, **norms}
         self.self_attn, self.linear1, self.linear2 = (self._children[n] for n in ("self_attn", "linear1", "linear2"))
