@@ -157,8 +157,8 @@ class Build(build_ext):
 ROOMS = {
     "runtime": ["_simd", "_parallel"],
     "packing": ["_packing"],
+    "dense": ["_weight_gradient", "_dense"],
     "recurrent": ["_cells", "_bptt", "_recurrent"],
-    "dense": ["_dense"],
     "attention": ["_attention", "_additive_attention"],
     "transformer": ["_schedule", "_kv_pages", "_transformer"],
     "training": ["_losses", "_optimisers"],

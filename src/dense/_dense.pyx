@@ -12,10 +12,6 @@ from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from dense.weight_gradient cimport (
-    GRADIENT_ROWS, WeightGradient, add_row, lay_out_factors, lay_out_sums, multiply_share, pack_share, set_factor,
-    set_product, sum_weight_gradients, take_sums,
-)
 from runtime.costs cimport ACTIVATION_WORK, COPY_WORK, DROPOUT_WORK, NORM_WORK, SIGNAL_WORK, threads_for
 from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_epilogue, fs_kernels, fs_step, fs_weights
 from runtime.scratch cimport CACHE_LINE, Scratch, scratch_array, scratch_close, scratch_open
@@ -23,6 +19,10 @@ from runtime.team cimport fs_barrier, fs_flush_denormals, fs_restore_denormals
 from fastseq._packing cimport PackedWeight, pack_linear
 from fastseq._parallel cimport parallel_for, run_team, team_wait
 from fastseq._simd cimport kernels_of
+from fastseq._weight_gradient cimport (
+    GRADIENT_ROWS, WeightGradient, add_row, lay_out_factors, lay_out_sums, multiply_share, pack_share, set_factor,
+    set_product, sum_weight_gradients, take_sums,
+)
 
 import numpy as np
 

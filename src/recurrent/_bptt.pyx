@@ -18,10 +18,6 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from libc.string cimport memcpy, memset
 
-from dense.weight_gradient cimport (
-    GRADIENT_ROWS, Factor, WeightGradient, add_row, lay_out_factors, lay_out_sums, set_factor, set_product,
-    sum_weight_gradients, take_sums,
-)
 from recurrent.arrays cimport padded_bytes, sequence, slot_of, state_copy
 from runtime.costs cimport GATE_WORK, SIGNAL_WORK_LANE
 from runtime.kernels cimport FS_ADD, FS_BACK_IDENTITY, FS_IDENTITY, fs_back, fs_cell, fs_kernels, fs_step, fs_weights
@@ -29,6 +25,10 @@ from runtime.scratch cimport Scratch, scratch_array, scratch_close, scratch_open
 from runtime.team cimport fs_barrier, fs_flush_denormals, fs_restore_denormals
 from fastseq._cells cimport Cell, Split, TransposedCell, TransposedWeights, split_of, take_share, work_of
 from fastseq._parallel cimport run_team, team_wait
+from fastseq._weight_gradient cimport (
+    GRADIENT_ROWS, Factor, WeightGradient, add_row, lay_out_factors, lay_out_sums, set_factor, set_product,
+    sum_weight_gradients, take_sums,
+)
 
 import numpy as np
 

@@ -22,6 +22,7 @@ FLOORS = [
     [
         "fastseq.checks",
         "fastseq.elsewhere",
+        "fastseq._weight_gradient",
         "fastseq._packing",
         "fastseq._cells",
         "fastseq._bptt",
@@ -229,6 +230,7 @@ def test_recipes_list_the_files_they_touch(recipe):
 COMPILED = [
     "_simd",
     "_parallel",
+    "_weight_gradient",
     "_packing",
     "_cells",
     "_bptt",

@@ -1,67 +1,36 @@
-# The gradient of a weight matrix: products A^T B, summed over rows, by all threads of a region.
-#
-# The rows of both factors are packed a block at a time, and each thread multiplies its share of the groups of A, which
-# are rows of the result, with every panel of B. A sum takes row after row, so neither blocks nor threads change it.
+"""The gradient of a weight matrix: products A^T B, summed over rows, by all threads of a region.
+
+The rows of both factors are packed a block at a time, and each thread multiplies its share of the groups of A, which
+are rows of the result, with every panel of B. A sum takes row after row, so neither blocks nor threads change it.
+"""
 
 from runtime.kernels cimport fs_kernels
 from runtime.scratch cimport Scratch, scratch_array
 from runtime.team cimport fs_barrier
 from fastseq._parallel cimport team_wait
 
-cdef enum:
-    GRADIENT_ROWS = 384           # rows of a block: a panel of so many stays in a core's second cache
-    GROUPS_BYTES = 384 * 1024  # what may stay there of the groups, while every panel passes by
-    MAX_FACTORS = 3
-    MAX_PRODUCTS = 4
 
-
-# A factor: some columns of rows anywhere, and where a block of them is packed.
-cdef struct Factor:
-    const void **rows
-    Py_ssize_t first      # columns [first, first + columns) of each row
-    Py_ssize_t columns
-    char *packed
-
-
-# What a product is added to: a weight gradient, its rows one behind the other.
-cdef struct Product:
-    const Factor *a
-    const Factor *b
-    char *target
-    char *sum             # so far: whole groups of rows, whole panels of columns
-    Py_ssize_t sum_columns
-
-
-cdef struct WeightGradient:
-    int n_a
-    Factor[MAX_FACTORS] a
-    int n_b
-    Factor[MAX_FACTORS] b
-    int n_products
-    Product[MAX_PRODUCTS] products
-
-
-cdef inline void set_factor(Factor *factor, const void **rows, Py_ssize_t first, Py_ssize_t columns) noexcept nogil:
+cdef void set_factor(Factor *factor, const void **rows, Py_ssize_t first, Py_ssize_t columns) noexcept nogil:
     factor.rows = rows
     factor.first = first
     factor.columns = columns
 
 
-cdef inline void set_product(Product *product, const Factor *a, const Factor *b, char *target) noexcept nogil:
+cdef void set_product(Product *product, const Factor *a, const Factor *b, char *target) noexcept nogil:
     product.a = a
     product.b = b
     product.target = target
 
 
-cdef inline Py_ssize_t groups_of(const fs_kernels *kernels, const Factor *a) noexcept nogil:
+cdef Py_ssize_t groups_of(const fs_kernels *kernels, const Factor *a) noexcept nogil:
     return (a.columns + kernels.tile_rows[4] - 1) // kernels.tile_rows[4]
 
 
-cdef inline Py_ssize_t panels_of(const fs_kernels *kernels, const Factor *b) noexcept nogil:
+cdef Py_ssize_t panels_of(const fs_kernels *kernels, const Factor *b) noexcept nogil:
     return (b.columns + 4 * kernels.lanes - 1) // (4 * kernels.lanes)
 
 
-cdef inline void lay_out_sums(
+cdef void lay_out_sums(
     WeightGradient *job, const fs_kernels *kernels, Scratch *scratch,
 ) noexcept nogil:
     """Give the sums their place in the scratch; they have to start as zeros."""
@@ -76,7 +45,7 @@ cdef inline void lay_out_sums(
         )
 
 
-cdef inline void lay_out_factors(
+cdef void lay_out_factors(
     WeightGradient *job, const fs_kernels *kernels, Py_ssize_t rows, Scratch *scratch,
 ) noexcept nogil:
     """Give the packed factors of at most `rows` rows their place in the scratch."""
@@ -88,7 +57,7 @@ cdef inline void lay_out_factors(
         job.b[i].packed = scratch_array(scratch, panels_of(kernels, &job.b[i]) * 4 * kernels.lanes * depth)
 
 
-cdef inline void pack_share(
+cdef void pack_share(
     const WeightGradient *job, const fs_kernels *kernels, Py_ssize_t first, Py_ssize_t n, const void **rows, int thread,
     int team,
 ) noexcept nogil:
@@ -114,7 +83,7 @@ cdef inline void pack_share(
         )
 
 
-cdef inline void multiply_share(
+cdef void multiply_share(
     const Product *product, const fs_kernels *kernels, Py_ssize_t n, int thread, int team,
 ) noexcept nogil:
     """What one thread adds of a product of n rows that are packed."""
@@ -135,7 +104,7 @@ cdef inline void multiply_share(
         group += count
 
 
-cdef inline void sum_weight_gradients(
+cdef void sum_weight_gradients(
     const WeightGradient *job, const fs_kernels *kernels, Py_ssize_t rows, const void **pointers, int thread, int team,
     fs_barrier *barrier,
 ) noexcept nogil:
@@ -154,13 +123,13 @@ cdef inline void sum_weight_gradients(
             team_wait(barrier, team)
 
 
-cdef inline void add_row(const fs_kernels *kernels, const char *row, Py_ssize_t columns, char *target) noexcept nogil:
+cdef void add_row(const fs_kernels *kernels, const char *row, Py_ssize_t columns, char *target) noexcept nogil:
     """target += row"""
     cdef const void *one = row
     kernels.sum_rows(&one, 1, 0, columns, target)
 
 
-cdef inline void take_sums(const WeightGradient *job, const fs_kernels *kernels) noexcept nogil:
+cdef void take_sums(const WeightGradient *job, const fs_kernels *kernels) noexcept nogil:
     """Add all sums to their targets."""
     cdef const Product *product
     cdef Py_ssize_t row

@@ -1,0 +1,1 @@
+# Nothing for Python: what other compiled modules use is in _weight_gradient.pxd.
