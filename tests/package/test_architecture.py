@@ -69,6 +69,7 @@ FLOORS = [
 # What each floor may import from outside besides NumPy and the standard library.
 OUTSIDE = {
     "fastseq.io": {"safetensors"},
+    "fastseq.layers": {"typing_extensions"},  # for type checkers alone, which know it without its being installed
     "fastseq.plotting": {"matplotlib"},
     "fastseq.training": {"matplotlib", "safetensors", "tqdm"},
     "fastseq.cli": {"matplotlib", "safetensors"},
