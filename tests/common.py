@@ -203,7 +203,7 @@ def reduction(layer: Any) -> int:
 
 
 def assert_close(actual: Array, expected: Array, relative: float, what: str = "result") -> None:
-    """Equal but for `relative` of the largest finite magnitude expected; NaN and inf at the same places."""
+    """Equal within `relative` times the largest finite magnitude expected; NaN and inf at the same places."""
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
     wide = np.promote_types(np.promote_types(actual.dtype, expected.dtype), np.float64)
     a, e = actual.astype(wide), expected.astype(wide)

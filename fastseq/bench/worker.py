@@ -165,7 +165,7 @@ def main() -> None:
 def _reply(pipe: Connection, answer: Callable[[], Any]) -> None:
     try:
         pipe.send((None, answer()))
-    except Exception as error:  # an engine may raise anything; it is told, and the others go on
+    except Exception as error:  # an engine may raise anything; it is reported, and the others go on
         first, *_ = str(error).splitlines() or [""]
         pipe.send((f"{type(error).__name__}: {first}", None))
 

@@ -120,7 +120,7 @@ class Case:
 
     @property
     def terms(self) -> int:
-        """How many terms the sums have that a result goes through, one after another."""
+        """Number of terms in the sums behind a result, over all layers in order."""
         raise NotImplementedError
 
     @property
@@ -198,7 +198,7 @@ def largest_error(outputs: Outputs, expected: Outputs) -> float:
 
 
 def compare_symbols(ids: Array, expected: Array, margins: Array, allowed: float) -> Verdict:
-    """Hold symbols that were chosen one after another, the likeliest each time, against those of the reference.
+    """Compare greedily chosen symbols with those of the reference.
 
     Where the two likeliest are as good as equal, rounding chooses, and what follows in this row is another text.
 

@@ -43,8 +43,8 @@ class Model:
     call : callable
         What is timed: inputs lie ready in the layout of the engine, results are new arrays every time.
     outputs : callable
-        Takes what `call` returned to arrays that are the same in every engine: first those of the forward, in training
-        also the gradients. Not timed.
+        Converts the result of `call` to arrays that are the same in every engine: first those of the forward, in
+        training also the gradients. Not timed.
     """
 
     call: Callable[[], Any]

@@ -90,7 +90,7 @@ class Graph:
         return name
 
     def add(self, operator: str, *inputs: str, fused: bool = False, unused: int = 0, **attributes: Any) -> str:
-        """A node; what is computed of it has the name that is returned. It may have more outputs that nobody uses."""
+        """Add a node and return the name of its output. It may have more outputs, which are not used."""
         from onnx import helper
 
         name = f"value{len(self._nodes)}"
@@ -189,7 +189,7 @@ def _attended(graph: Graph, q: str, keys: str, v: str, width: int, mask: str | N
 
 
 class _Weights:
-    """The weights of an encoder as constants of a graph, those of linear maps the other way round, as it wants them."""
+    """The weights of an encoder as constants of a graph, those of linear maps transposed, as ONNX requires."""
 
     def __init__(self, graph: Graph, arrays: Mapping[str, Array]) -> None:
         self._graph = graph
@@ -197,8 +197,8 @@ class _Weights:
 
     def of(self, name: str) -> str:
         array = self._arrays[name]
-        turned = array.ndim == 2 and not name.startswith("embeddings.")
-        return self._graph.constant(array.T if turned else array)
+        transpose = array.ndim == 2 and not name.startswith("embeddings.")
+        return self._graph.constant(array.T if transpose else array)
 
     def both(self, name: str) -> tuple[str, str]:
         return self.of(f"{name}.weight"), self.of(f"{name}.bias")
