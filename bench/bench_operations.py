@@ -6,7 +6,10 @@ from pairs import assert_close, exact, pair
 
 from fastseq import _attention, _dense, _losses, _optimisers
 from fastseq.layers.positions import turns
-from fastseq.reference import attention_operations, dense, loss_operations, optimisers
+from fastseq.reference import _attention as attention_in_numpy
+from fastseq.reference import _dense as dense
+from fastseq.reference import _losses as losses_in_numpy
+from fastseq.reference import _optimisers as optimisers
 
 both = pytest.mark.parametrize("engine", ["fastseq", "numpy"])
 THREADS = 1
@@ -134,7 +137,7 @@ def bench_rotary(benchmark, rng, interleaved, engine):
     benchmark.group = f"rotary {rows}×{heads}×{size}{', interleaved' if interleaved else ''}"
     x = rng.standard_normal((rows, heads, size), np.float32)
     cos, sin = turns(size, 10000.0, np.dtype("float32")).up_to(rows)
-    operations = _attention.rotary, attention_operations.rotary
+    operations = _attention.rotary, attention_in_numpy.rotary
     compared(benchmark, engine, *operations, (x, cos, sin, np.arange(rows), interleaved, False, THREADS), 2)
 
 
@@ -157,7 +160,7 @@ def bench_attention(benchmark, rng, direction, batch, heads, time, width, causal
 
         return forward if direction == "forward" else forward_backward
 
-    compared(benchmark, engine, of(_attention), of(attention_operations), (q, k, v, dout), time + width)
+    compared(benchmark, engine, of(_attention), of(attention_in_numpy), (q, k, v, dout), time + width)
 
 
 @both
@@ -212,7 +215,7 @@ def bench_dropout(benchmark, rng, size, engine):
 def bench_softmax_cross_entropy(benchmark, rng, rows, classes, engine):
     benchmark.group = f"softmax cross-entropy {rows}×{classes}"
     logits, targets = rng.standard_normal((rows, classes), np.float32), rng.integers(0, classes, rows)
-    operations = _losses.softmax_cross_entropy, loss_operations.softmax_cross_entropy
+    operations = _losses.softmax_cross_entropy, losses_in_numpy.softmax_cross_entropy
     compared(benchmark, engine, *operations, (logits, targets, rows, 0.1, THREADS), classes)
 
 
@@ -224,7 +227,7 @@ def bench_loss(benchmark, rng, loss, engine):
     x = rng.standard_normal(shape, np.float32)
     t = rng.random(shape, np.float32)
     more = (1.0,) if loss == "huber" else ()
-    operations = getattr(_losses, loss), getattr(loss_operations, loss)
+    operations = getattr(_losses, loss), getattr(losses_in_numpy, loss)
     compared(benchmark, engine, *operations, (x, t, *more, None, x.size, THREADS), x.size)
 
 

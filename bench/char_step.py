@@ -1,7 +1,7 @@
 """A whole training step of a character model in fastseq and in PyTorch: first the same numbers, then time and memory.
 
-Checked and timed as by ``fastseq bench``: each engine in a process of its own, stopped but for its turn. Memory is the
-peak of a process that imports one engine, builds the model and takes some steps.
+Checked and timed as by ``fastseq bench``: each engine in its own process, stopped (SIGSTOP) except while it is timed.
+Memory is the peak of a process that imports one engine, builds the model and takes some steps.
 """
 
 import argparse
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import character
 
 from fastseq import threads
-from fastseq.cli import UsageError, bench, info
-from fastseq.cli.cases import ITEM
-from fastseq.cli.recurrent import Recurrent
-from fastseq.cli.report import as_json, size, table
-from fastseq.cli.worker import THREAD_VARIABLES
+from fastseq.bench import UsageError, engines
+from fastseq.bench.cases import ITEM
+from fastseq.bench.cases.recurrent import Recurrent
+from fastseq.bench.report import as_json
+from fastseq.bench.worker import THREAD_VARIABLES
+from fastseq.cli import bench, info
+from fastseq.cli.table import size, table
 from fastseq.io import write_whole
 
 ENGINES = ("fastseq", "torch")
@@ -53,9 +55,9 @@ class Step(Recurrent):
     def recurrent_bytes(self):
         return character.LAYERS * super().recurrent_bytes
 
-    def build(self, engine, threads):
-        return character.build(engine, threads)
 
+for _engine in (*ENGINES, "exact"):  # also in the processes of the engines, which import this to read the case
+    engines.builders(_engine)[Step] = lambda case, threads, engine=_engine: character.build(engine, threads)
 
 STEP = Step("lstm", character.BATCH, character.TIME, character.HIDDEN, character.HIDDEN, train=True)
 
@@ -80,7 +82,7 @@ def main():
     try:
         n_threads = info.thread_count()[0]
         if options.threads is not None:
-            n_threads = bench.whole_number("--threads", options.threads, threads.MOST)
+            n_threads = bench.whole_number("--threads", options.threads, threads.MAX_THREADS)
         rounds = bench.whole_number("--rounds", options.rounds, 10_000)
         bench.chosen_engines("torch", [STEP])
         json_file = bench.writable("--json", options.json)

@@ -307,10 +307,19 @@ def refuse_unknown(name: str, function: Callable[..., Any], given: Iterable[str]
 def hiding_unknown(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function that takes unknown arguments only to refuse them: they are no part of its signature.
 
-    For calls of few microseconds: `naming` has a call of its own, and this has none.
+    For calls of a few microseconds: `naming` adds a call, and this adds none.
     """
+    return _hiding(function, lambda one: one.kind is one.VAR_KEYWORD)
+
+
+def hiding_private(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function with arguments that only this package passes, ``_name``; its signature has none."""
+    return _hiding(function, lambda one: one.name.startswith("_"))
+
+
+def _hiding(function: Callable[P, R], hidden: Callable[[inspect.Parameter], bool]) -> Callable[P, R]:
     signature = inspect.signature(function)
-    takes = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    takes = [one for one in signature.parameters.values() if not hidden(one)]
     function.__signature__ = signature.replace(parameters=takes)  # type: ignore[attr-defined]
     return function
 

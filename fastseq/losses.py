@@ -16,15 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from fastseq import _losses, checks, threads
+from fastseq import checks, elsewhere, threads
+from fastseq.backend import COMPILED, Backend
 from fastseq.checks import Array
 
 __all__ = ["binary_cross_entropy_with_logits", "huber", "mean_squared_error", "softmax_cross_entropy"]
-
-_COMPILED = (_losses, ("float32", "float64"))
-
-# A set of operations, and the dtypes it is for; None: any.
-Engine = tuple[Any, tuple[str, ...] | None]
 
 _counts: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("fastseq.losses", default=None)
 
@@ -50,6 +46,7 @@ def report_count(count: int) -> None:
         counts.append(count)
 
 
+@elsewhere.hiding_private
 def softmax_cross_entropy(
     logits: Any,
     targets: Any,
@@ -57,6 +54,7 @@ def softmax_cross_entropy(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     lengths: Any = None,
+    _backend: Backend = COMPILED,
 ) -> tuple[float, Array]:
     """-log softmax(logits)[target], the mean over the positions that count.
 
@@ -85,84 +83,7 @@ def softmax_cross_entropy(
     TypeError, ValueError
         Naming the argument, what it was and what it should be; of a target out of range, its position and value.
     """
-    return over_softmax_cross_entropy(_COMPILED, logits, targets, ignore_index, label_smoothing, lengths)
-
-
-def binary_cross_entropy_with_logits(logits: Any, targets: Any, *, lengths: Any = None) -> tuple[float, Array]:
-    """-t log sigmoid(x) - (1 - t) log(1 - sigmoid(x)), the mean over the elements that count.
-
-    Parameters
-    ----------
-    logits : array
-        x: real floating numbers, of any shape.
-    targets : array of the shape of logits
-        t: probabilities, real floating numbers.
-    lengths : array of shape (B,), optional
-        The real steps of each row of logits (B, T, ...). Past them nothing counts, whatever stands there.
-
-    Returns
-    -------
-    loss : float
-        0 where nothing counts.
-    gradient : ndarray of the shape of logits
-    """
-    return over_elements(_COMPILED, "binary_cross_entropy_with_logits", "logits", logits, targets, (), lengths)
-
-
-def mean_squared_error(predictions: Any, targets: Any, *, lengths: Any = None) -> tuple[float, Array]:
-    """(prediction - target)^2, the mean over the elements that count.
-
-    Parameters
-    ----------
-    predictions : array
-        Real floating numbers, of any shape.
-    targets : array of the shape of predictions
-        Real floating numbers.
-    lengths : array of shape (B,), optional
-        The real steps of each row of predictions (B, T, ...). Past them nothing counts, whatever stands there.
-
-    Returns
-    -------
-    loss : float
-        0 where nothing counts.
-    gradient : ndarray of the shape of predictions
-    """
-    return over_elements(_COMPILED, "mean_squared_error", "predictions", predictions, targets, (), lengths)
-
-
-def huber(predictions: Any, targets: Any, *, delta: float = 1.0, lengths: Any = None) -> tuple[float, Array]:
-    """d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2), d = prediction - target; the mean [1]_.
-
-    Parameters
-    ----------
-    predictions : array
-        Real floating numbers, of any shape.
-    targets : array of the shape of predictions
-        Real floating numbers.
-    delta : float
-        Where the parabola becomes a line; more than 0.
-    lengths : array of shape (B,), optional
-        The real steps of each row of predictions (B, T, ...). Past them nothing counts, whatever stands there.
-
-    Returns
-    -------
-    loss : float
-        0 where nothing counts.
-    gradient : ndarray of the shape of predictions
-
-    References
-    ----------
-    .. [1] P. J. Huber, "Robust estimation of a location parameter", Annals of Mathematical Statistics 35, 1964.
-    """
-    more = (checks.number("delta", delta, above=0),)
-    return over_elements(_COMPILED, "huber", "predictions", predictions, targets, more, lengths)
-
-
-def over_softmax_cross_entropy(
-    engine: Engine, logits: Any, targets: Any, ignore_index: Any, label_smoothing: Any, lengths: Any
-) -> tuple[float, Array]:
-    """`softmax_cross_entropy` over a set of operations."""
-    x = _real(engine, "logits", logits)
+    x = _real(_backend, "logits", logits)
     if not x.ndim or not x.shape[-1]:
         raise ValueError(f"logits should be of shape (..., V) with V at least 1, not {x.shape}")
     smoothing = checks.number("label_smoothing", label_smoothing, least=0)
@@ -187,10 +108,89 @@ def over_softmax_cross_entropy(
     classes = checks.ids("targets", given, x.shape[-1], counted)
     count = classes.size if counted is None else int(np.count_nonzero(counted))
     report_count(count)
-    loss, gradient = engine[0].softmax_cross_entropy(
+    loss, gradient = _backend.losses.softmax_cross_entropy(
         x.reshape(-1, x.shape[-1]), classes.reshape(-1), count, smoothing, threads.get_num_threads()
     )
     return loss, gradient.reshape(x.shape)
+
+
+@elsewhere.hiding_private
+def binary_cross_entropy_with_logits(
+    logits: Any, targets: Any, *, lengths: Any = None, _backend: Backend = COMPILED
+) -> tuple[float, Array]:
+    """-t log sigmoid(x) - (1 - t) log(1 - sigmoid(x)), the mean over the elements that count.
+
+    Parameters
+    ----------
+    logits : array
+        x: real floating numbers, of any shape.
+    targets : array of the shape of logits
+        t: probabilities, real floating numbers.
+    lengths : array of shape (B,), optional
+        The real steps of each row of logits (B, T, ...). Past them nothing counts, whatever stands there.
+
+    Returns
+    -------
+    loss : float
+        0 where nothing counts.
+    gradient : ndarray of the shape of logits
+    """
+    return _over_elements(_backend, "binary_cross_entropy_with_logits", "logits", logits, targets, (), lengths)
+
+
+@elsewhere.hiding_private
+def mean_squared_error(
+    predictions: Any, targets: Any, *, lengths: Any = None, _backend: Backend = COMPILED
+) -> tuple[float, Array]:
+    """(prediction - target)^2, the mean over the elements that count.
+
+    Parameters
+    ----------
+    predictions : array
+        Real floating numbers, of any shape.
+    targets : array of the shape of predictions
+        Real floating numbers.
+    lengths : array of shape (B,), optional
+        The real steps of each row of predictions (B, T, ...). Past them nothing counts, whatever stands there.
+
+    Returns
+    -------
+    loss : float
+        0 where nothing counts.
+    gradient : ndarray of the shape of predictions
+    """
+    return _over_elements(_backend, "mean_squared_error", "predictions", predictions, targets, (), lengths)
+
+
+@elsewhere.hiding_private
+def huber(
+    predictions: Any, targets: Any, *, delta: float = 1.0, lengths: Any = None, _backend: Backend = COMPILED
+) -> tuple[float, Array]:
+    """d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2), d = prediction - target; the mean [1]_.
+
+    Parameters
+    ----------
+    predictions : array
+        Real floating numbers, of any shape.
+    targets : array of the shape of predictions
+        Real floating numbers.
+    delta : float
+        Where the parabola becomes a line; more than 0.
+    lengths : array of shape (B,), optional
+        The real steps of each row of predictions (B, T, ...). Past them nothing counts, whatever stands there.
+
+    Returns
+    -------
+    loss : float
+        0 where nothing counts.
+    gradient : ndarray of the shape of predictions
+
+    References
+    ----------
+    .. [1] P. J. Huber, "Robust estimation of a location parameter", Annals of Mathematical Statistics 35, 1964.
+    """
+    more = (checks.number("delta", delta, above=0),)
+    return _over_elements(_backend, "huber", "predictions", predictions, targets, more, lengths)
 
 
 def _check_classes(array: Array, shape: tuple[int, ...]) -> None:
@@ -205,11 +205,11 @@ def _check_classes(array: Array, shape: tuple[int, ...]) -> None:
         raise TypeError(f"targets should hold integers, not {array.dtype}; targets.astype(int) makes them of {what}")
 
 
-def over_elements(
-    engine: Engine, name: str, first: str, predictions: Any, targets: Any, more: tuple[float, ...], lengths: Any
+def _over_elements(
+    backend: Backend, name: str, first: str, predictions: Any, targets: Any, more: tuple[float, ...], lengths: Any
 ) -> tuple[float, Array]:
-    """The other losses over a set of operations; `first` is what the first argument is called."""
-    x = _real(engine, first, predictions)
+    """The other losses ; `first` is what the first argument is called."""
+    x = _real(backend, first, predictions)
     t = checks.like("targets", targets, x.dtype, x.shape)
     # Of `huber`: where the line begins has to be a number of the dtype, and more than 0.
     more = tuple(min(max(value, float(np.finfo(x.dtype).tiny)), float(np.finfo(x.dtype).max)) for value in more)
@@ -222,18 +222,17 @@ def over_elements(
         count = int(lengths.sum()) * int(np.prod(x.shape[2:]))
     report_count(count)
     shape = (rows, time, int(np.prod(x.shape[2:])))
-    loss, gradient = getattr(engine[0], name)(
+    loss, gradient = getattr(backend.losses, name)(
         x.reshape(shape), t.reshape(shape), *more, lengths, count, threads.get_num_threads()
     )
     return loss, gradient.reshape(x.shape)
 
 
-def _real(engine: Engine, name: str, value: Any) -> Array:
+def _real(backend: Backend, name: str, value: Any) -> Array:
     """An array of a dtype that the operations take, contiguous; it says itself which."""
     array = checks.as_array(name, value)
     if array.dtype.kind != "f":
         raise TypeError(f"{name} should hold real floating numbers, not {array.dtype}")
     dtype = np.dtype(array.dtype.type)
-    if engine[1] is not None and dtype.name not in engine[1]:
-        raise TypeError(f"{name} should be {' or '.join(engine[1])}, not {dtype.name}")
+    checks.real_dtype(name, dtype, backend.dtypes)
     return np.ascontiguousarray(checks.real_array(name, array, dtype)).reshape(array.shape)

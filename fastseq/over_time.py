@@ -1,6 +1,6 @@
 """What a row of a batch makes of all its steps: the last, the mean, the maximum; vectorised.
 
-`fastseq.reference.pooling_operations` has the same row by row. Arrays are (B, T, D), `lengths` (B,) int64 or None: no
+`fastseq.reference._pooling` has the same row by row. Arrays are (B, T, D), `lengths` (B,) int64 or None: no
 step past them is read into a result. Sums go from the first step to the last, so that neither the padding nor the rows
 beside a row change a bit of it.
 """

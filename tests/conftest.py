@@ -1,7 +1,7 @@
 """Settings of the whole suite.
 
 Modules marked `every_isa` run again, in a process of their own, for each other instruction set of this machine:
-see test_every_isa.py.
+see kernels/test_every_isa.py.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """Decoders for tests: of any function from a history to logits, driven compiled or by NumPy, with a record of calls."""
 
 import ctypes
+from dataclasses import replace
 
 import numpy as np
 
 from fastseq import _decoding
+from fastseq.backend import COMPILED
 from fastseq.models.symbol_model import SymbolModel
-from fastseq.reference import decoding as numpy_decoding
+from fastseq.reference import _decoding as numpy_decoding
 
 STEP = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p
@@ -106,7 +108,7 @@ class Whim(SymbolModel):
         self.vocab_size = vocab_size
         self.outputs = vocab_size if logits is None else logits
         self.seed, self.engine, self.dtype, self.shape, self.of_spy = seed, engine, dtype, shape, of_spy
-        self._decoding = _decoding if engine == "compiled" else numpy_decoding
+        self._backend = replace(COMPILED, decoding=_decoding if engine == "compiled" else numpy_decoding)
         self.spies = []
 
     def function(self, history):

@@ -921,12 +921,12 @@ def environment() -> None:
 
 def test_files(patterns: list[str]) -> list[str]:
     """The files of tests, relative to the tree."""
-    names = [path.name for path in sorted((ROOT / "tests").glob("test_*.py"))]
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
     if patterns:
-        names = [name for pattern in patterns for name in names if fnmatch.fnmatch(name, pattern)]
+        paths = [path for pattern in patterns for path in paths if fnmatch.fnmatch(path.name, pattern)]
     else:
-        names = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in LEFT_OUT)]
-    return [f"tests/{name}" for name in names]
+        paths = [path for path in paths if not any(fnmatch.fnmatch(path.name, pattern) for pattern in LEFT_OUT)]
+    return [path.relative_to(ROOT).as_posix() for path in paths]
 
 
 def make_map(arguments: argparse.Namespace) -> None:

@@ -8,11 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from fastseq.bench import UsageError
 from fastseq.version import __version__
-
-
-class UsageError(Exception):
-    """Something asked for that cannot be done: one line for standard error, exit status 2."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastseq import threads
+from fastseq.bench import UsageError
 from fastseq.checks import Array
-from fastseq.cli import UsageError
-from fastseq.cli.report import counted, duration
+from fastseq.cli.table import counted, duration
 
 MODEL = Path(__file__).parent.parent / "data" / "pronounce.safetensors"
 WORDS = ("fastseq", "recurrent", "attention", "knowledge")

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import numpy as np
 
 from fastseq import _simd, threads
-from fastseq.cli import UsageError
+from fastseq.bench import UsageError
+from fastseq.bench.runner import processor
 from fastseq.version import __version__
-
-
-def processor(source: Path = Path("/proc/cpuinfo")) -> str | None:
-    """The name of the processor; None where the system does not say."""
-    try:
-        lines = source.read_text(errors="replace").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == "model name" and value.strip():
-            return value.strip()
-    return None
 
 
 def thread_count() -> tuple[int, str]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from fastseq.cli import UsageError
-from fastseq.cli.report import Report, Row, size
+from fastseq.bench import UsageError
+from fastseq.bench.report import Report, Row
+from fastseq.cli.table import size
 
 INK, FAINT = "#22262b", "#9aa3ad"
 # Colours that people who do not see red or green can tell apart, each with a marker of its own.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastseq import _dense, checks, threads
+from fastseq import checks, threads
 from fastseq.checks import Array
 from fastseq.layers.base import Layer, Tape
 
@@ -15,15 +15,12 @@ from fastseq.layers.base import Layer, Tape
 class Elementwise(Layer):
     """What all but softmax share: a function of each element alone."""
 
-    # The set of operations, compiled or in NumPy.
-    _operations: ClassVar[Any] = _dense
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _keeps_width: ClassVar[bool] = True
     _kind: str
 
     def _start(self, kind: str, dtype: Any, **more: Any) -> None:
         self._kind = kind
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self._config = {**more, "dtype": self.dtype.name}
         self._arrays = {}
 
@@ -83,7 +80,7 @@ class Elementwise(Layer):
         x = self._kept(tape)
         dy = checks.like("dy", dy, self.dtype, x.shape)
         self._targets(grads)
-        dx: Array = self._operations.activation_backward(x, dy, self._kind, threads.get_num_threads())
+        dx: Array = self._backend.dense.activation_backward(x, dy, self._kind, threads.get_num_threads())
         return dx
 
     def _contiguous(self, x: Any) -> Array:
@@ -91,7 +88,7 @@ class Elementwise(Layer):
         return x if x.flags.c_contiguous else np.ascontiguousarray(x)
 
     def _applied(self, x: Array) -> Array:
-        y: Array = self._operations.activation_forward(x, self._kind, threads.get_num_threads())
+        y: Array = self._backend.dense.activation_forward(x, self._kind, threads.get_num_threads())
         return y
 
 
@@ -185,13 +182,10 @@ class Softmax(Layer):
 
     _features = 1
 
-    # The set of operations, compiled or in NumPy.
-    _operations: ClassVar[Any] = _dense
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _keeps_width: ClassVar[bool] = True
 
     def __init__(self, *, dtype: Any = "float32") -> None:
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self._config = {"dtype": self.dtype.name}
         self._arrays = {}
 
@@ -213,7 +207,7 @@ class Softmax(Layer):
             Naming the argument, what it was and what it should be.
         """
         rows, shape = self._rows(x)
-        y: Array = self._operations.softmax_forward(rows, threads.get_num_threads())
+        y: Array = self._backend.dense.softmax_forward(rows, threads.get_num_threads())
         return y.reshape(shape)
 
     def forward(self, x: Any, seed: int | None = None) -> tuple[Array, Tape]:
@@ -255,7 +249,7 @@ class Softmax(Layer):
         dy = checks.like("dy", dy, self.dtype, y.shape)
         self._targets(grads)
         width = y.shape[-1]
-        dx: Array = self._operations.softmax_backward(
+        dx: Array = self._backend.dense.softmax_backward(
             y.reshape(_count(y.shape), width), dy.reshape(_count(y.shape), width), threads.get_num_threads()
         )
         return dx.reshape(y.shape)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _additive_attention, _attention, _dense, checks, threads
+from fastseq import checks, threads
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import SEQUENCE, Composite, Layer, Tape, seeds_of
@@ -42,9 +42,6 @@ class Alignment(Layer):
     """What both kinds share: shapes."""
 
     time = SEQUENCE
-
-    _dense: ClassVar[Any] = _dense
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
 
     _naming: ClassVar[tuple[str, ...]] = ("__call__", "forward")
 
@@ -190,14 +187,12 @@ class MultiplicativeAttention(Alignment):
        translation", EMNLP 2015.
     """
 
-    _operations: ClassVar[Any] = _attention
-
     seed: int | None
 
     def __init__(self, query_size: int, key_size: int, *, dtype: Any = "float32", seed: int | None = None) -> None:
         self.query_size = checks.size("query_size", query_size, 1)
         self.key_size = checks.size("key_size", key_size, 1)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         self._config = {
             "query_size": self.query_size,
@@ -218,33 +213,33 @@ class MultiplicativeAttention(Alignment):
         arrays, packed = self._arrays, self._packed
         if packed is not None and packed[0] is arrays:
             return packed[1]
-        weights = self._dense.linear_pack(arrays["weight"], None)
+        weights = self._backend.dense.linear_pack(arrays["weight"], None)
         self._packed = (arrays, weights)
         return weights
 
     def _projected(self, keys: Array) -> Array:
-        projected: Array = self._dense.linear_forward(self._weights(), keys, threads.get_num_threads())
+        projected: Array = self._backend.dense.linear_forward(self._weights(), keys, threads.get_num_threads())
         return projected
 
     def _run(self, query: Array, keys: Array, projected: Array, frame: Frame, want: bool) -> tuple[Array, Any]:
         q, k, v = query[:, None], projected[:, None], keys[:, None]
-        context, weights = self._operations.attention(
+        context, weights = self._backend.attention.attention(
             q, k, v, frame.spans, None, None, False, None, 1.0, want, threads.get_num_threads()
         )
         return context[:, 0], None if weights is None else self._weights_of(weights, frame)
 
     def _step(self, query: Array, keys: Array, projected: Array, lengths: Array, want: bool) -> tuple[Array, Any]:
         q, k, v = query[:, None, None], projected[:, None], keys[:, None]
-        context, weights = self._operations.attention(
+        context, weights = self._backend.attention.attention(
             q, k, v, None, lengths, None, False, None, 1.0, want, threads.get_num_threads()
         )
         return context[:, 0, 0], None if weights is None else weights[:, 0, 0]
 
     def _run_forward(self, query: Array, keys: Array, frame: Frame) -> tuple[Array, Any]:
         weights, n_threads = self._weights(), threads.get_num_threads()
-        projected = self._dense.linear_forward(weights, keys, n_threads)
+        projected = self._backend.dense.linear_forward(weights, keys, n_threads)
         q, k, v = query[:, None], projected[:, None], keys[:, None]
-        context, kept = self._operations.attention_forward(
+        context, kept = self._backend.attention.attention_forward(
             q, k, v, frame.spans, None, None, False, None, 1.0, 0.0, 0, n_threads
         )
         return context[:, 0], (weights, keys, kept)
@@ -252,9 +247,9 @@ class MultiplicativeAttention(Alignment):
     def _run_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
         weights, keys, of_attention = kept
         n_threads = threads.get_num_threads()
-        dq, dk, dv = self._operations.attention_backward(of_attention, dcontext[:, None], n_threads)
+        dq, dk, dv = self._backend.attention.attention_backward(of_attention, dcontext[:, None], n_threads)
         dprojected = np.ascontiguousarray(dk[:, 0])
-        dkeys = self._dense.linear_backward(weights, keys, dprojected, targets["weight"], None, n_threads)
+        dkeys = self._backend.dense.linear_backward(weights, keys, dprojected, targets["weight"], None, n_threads)
         return dq[:, 0], dkeys + dv[:, 0]
 
 
@@ -279,9 +274,6 @@ class AdditiveAttention(Alignment, Composite):
        ICLR 2015.
     """
 
-    _operations: ClassVar[Any] = _additive_attention
-    _linear: ClassVar[Any] = Linear
-
     hidden_size: int
     bias: bool
     seed: int | None
@@ -300,7 +292,7 @@ class AdditiveAttention(Alignment, Composite):
         self.key_size = checks.size("key_size", key_size, 1)
         self.hidden_size = checks.size("hidden_size", hidden_size, 1)
         self.bias = checks.flag("bias", bias)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         self._config = {
             "query_size": self.query_size,
@@ -310,10 +302,11 @@ class AdditiveAttention(Alignment, Composite):
             "dtype": self.dtype.name,
             "seed": self.seed,
         }
+        linear = self._backend.of(Linear)
         seeds, of_type = seeds_of(self.seed, 3), {"dtype": self.dtype}
-        self._query = self._linear(self.query_size, self.hidden_size, False, seed=seeds[0], **of_type)
-        self._key = self._linear(self.key_size, self.hidden_size, self.bias, seed=seeds[1], **of_type)
-        self._score = self._linear(self.hidden_size, 1, False, seed=seeds[2], **of_type)
+        self._query = linear(self.query_size, self.hidden_size, False, seed=seeds[0], **of_type)
+        self._key = linear(self.key_size, self.hidden_size, self.bias, seed=seeds[1], **of_type)
+        self._score = linear(self.hidden_size, 1, False, seed=seeds[2], **of_type)
         self._children = {"query": self._query, "key": self._key, "score": self._score}
 
     @staticmethod
@@ -324,7 +317,7 @@ class AdditiveAttention(Alignment, Composite):
 
     def _aligned(self, q: Array, projected: Array, keys: Array, firsts: Array, counts: Array) -> tuple[Array, Array]:
         """Contexts of queries after their linear map, each with keys of its own, and weights."""
-        result: tuple[Array, Array] = self._operations.align(
+        result: tuple[Array, Array] = self._backend.additive_attention.align(
             q, projected, keys, self._score._arrays["weight"][0], firsts, counts, threads.get_num_threads()
         )
         return result
@@ -373,7 +366,7 @@ class AdditiveAttention(Alignment, Composite):
     ) -> Array:
         """The gradient of the queries; that of the keys is added to what all steps have together."""
         q, weights, counts, of_query = kept
-        dq = self._operations.align_backward(
+        dq = self._backend.additive_attention.align_backward(
             q,
             of_all.projected,
             of_all.keys,
@@ -399,15 +392,17 @@ class AdditiveAttention(Alignment, Composite):
         return context, (q, projected, keys, score, weights, self._places(frame), of_query, of_keys)
 
     def _run_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
-        q, projected, keys, score, weights, places, of_query, of_keys = kept
+        q, projected, keys, score, weights, (starts, firsts, counts), of_query, of_keys = kept
         of_children: Mapping[str, Any] = self._child_targets(targets)
         dprojected, dkeys = np.zeros_like(projected), np.zeros_like(keys)
-        dq = self._operations.align_backward(
+        dq = self._backend.additive_attention.align_backward(
             q,
             projected,
             keys,
             score,
-            *places,
+            starts,
+            firsts,
+            counts,
             weights,
             np.ascontiguousarray(dcontext),
             dprojected,

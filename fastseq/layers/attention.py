@@ -8,25 +8,21 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _attention, _dense, checks, elsewhere, threads
+from fastseq import checks, elsewhere, threads
+from fastseq.backend import COMPILED, Backend
 from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Layer, Tape, mask_seed
 from fastseq.layers.positions import turns
 from fastseq.layers.rows import Rows, cut, padded, rows_of
 
-# A set of operations, and the dtypes it is for; None: any.
-Engine = tuple[Any, tuple[str, ...] | None]
-
-_COMPILED: Engine = (_attention, ("float32", "float64"))
-
 
 class AttentionTape:
     """What `attention_backward` needs of one `attention_forward`: an opaque value that may be used again."""
 
-    __slots__ = ("_dtype", "_kept", "_operations", "_shape")
+    __slots__ = ("_backend", "_dtype", "_kept", "_shape")
 
-    def __init__(self, operations: Any, kept: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        self._operations = operations
+    def __init__(self, backend: Backend, kept: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        self._backend = backend
         self._kept = kept
         self._dtype = dtype
         self._shape = shape
@@ -36,6 +32,7 @@ class AttentionTape:
 
 
 @elsewhere.naming
+@elsewhere.hiding_private
 def attention(
     q: Any,
     k: Any,
@@ -47,6 +44,7 @@ def attention(
     scale: float | None = None,
     window: int | None = None,
     return_weights: bool = False,
+    _backend: Backend = COMPILED,
 ) -> Any:
     """Softmax attention [1]_: each query gets the mean of the values, weighted by softmax(scale q . k + mask).
 
@@ -88,9 +86,13 @@ def attention(
     ----------
     .. [1] A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
     """
-    return over_attention(_COMPILED, q, k, v, mask, causal, lengths, scale, window, return_weights)
+    given = _given(_backend, q, k, v, mask, causal, lengths, scale, window)
+    wanted = checks.flag("return_weights", return_weights)
+    out, weights = _backend.attention.attention(*given, wanted, threads.get_num_threads())
+    return (out, weights) if wanted else out
 
 
+@elsewhere.hiding_private
 def attention_forward(
     q: Any,
     k: Any,
@@ -101,6 +103,7 @@ def attention_forward(
     lengths: Any = None,
     scale: float | None = None,
     window: int | None = None,
+    _backend: Backend = COMPILED,
 ) -> tuple[Array, AttentionTape]:
     """`attention`, and what `attention_backward` needs.
 
@@ -117,10 +120,13 @@ def attention_forward(
         Not to be changed either.
     tape : AttentionTape
     """
-    return over_attention_forward(_COMPILED, q, k, v, mask, causal, lengths, scale, window)
+    given = _given(_backend, q, k, v, mask, causal, lengths, scale, window)
+    out, kept = _backend.attention.attention_forward(*given, 0.0, 0, threads.get_num_threads())
+    return out, AttentionTape(_backend, kept, out.dtype, out.shape)
 
 
-def attention_backward(dout: Any, tape: AttentionTape) -> tuple[Array, Array, Array]:
+@elsewhere.hiding_private
+def attention_backward(dout: Any, tape: AttentionTape, *, _backend: Backend = COMPILED) -> tuple[Array, Array, Array]:
     """Gradients of queries, keys and values, given that of the outputs.
 
     Parameters
@@ -134,15 +140,21 @@ def attention_backward(dout: Any, tape: AttentionTape) -> tuple[Array, Array, Ar
     dq, dk, dv : ndarrays of the shapes of q, k and v
         0 where a query may attend to nothing, and where no query may attend to a key.
     """
-    return over_attention_backward(_COMPILED, dout, tape)
+    if not isinstance(tape, AttentionTape):
+        raise TypeError(f"tape should be what attention_forward returned, not {checks.describe(tape)}")
+    if tape._backend is not _backend:
+        raise ValueError(f"tape should be of the attention_forward beside this attention_backward, not {tape!r}")
+    gradient = checks.like("dout", dout, tape._dtype, tape._shape)
+    return _backend.attention.attention_backward(tape._kept, gradient, threads.get_num_threads())
 
 
 class _Given(NamedTuple):
-    """Checked arguments of `attention`."""
+    """Checked arguments of `attention`, in the order of the operations."""
 
     q: Array
     k: Array
     v: Array
+    spans: tuple[Array, Array] | None
     lengths: Array | None
     mask: Array | None
     causal: bool
@@ -151,14 +163,13 @@ class _Given(NamedTuple):
 
 
 def _given(
-    engine: Engine, q: Any, k: Any, v: Any, mask: Any, causal: Any, lengths: Any, scale: Any, window: Any
+    backend: Backend, q: Any, k: Any, v: Any, mask: Any, causal: Any, lengths: Any, scale: Any, window: Any
 ) -> _Given:
     queries = checks.as_array("q", q)
     if queries.dtype.kind != "f":
         raise TypeError(f"q should hold real floating numbers, not {queries.dtype}")
     dtype = np.dtype(queries.dtype.type)
-    if engine[1] is not None and dtype.name not in engine[1]:
-        raise TypeError(f"q should be {' or '.join(engine[1])}, not {dtype.name}")
+    checks.real_dtype("q", dtype, backend.dtypes)
     arrays = [checks.real_array(name, a, dtype) for name, a in (("q", queries), ("k", k), ("v", v))]
     for name, form, array in zip("qkv", ("heads, Tq, D", "kv_heads, Tk, D", "kv_heads, Tk, E"), arrays, strict=True):
         if array.ndim != 4:
@@ -178,6 +189,7 @@ def _given(
         queries,
         keys,
         values,
+        None,
         None if lengths is None else checks.lengths(lengths, batch, tk),
         None if mask is None else checks.mask("mask", mask, dtype, (batch, heads, tq, tk)),
         checks.flag("causal", causal),
@@ -188,47 +200,6 @@ def _given(
 
 def _window(value: Any) -> int | None:
     return None if value is None else checks.size("window", value, 1)
-
-
-def over_attention(
-    engine: Engine,
-    q: Any,
-    k: Any,
-    v: Any,
-    mask: Any,
-    causal: Any,
-    lengths: Any,
-    scale: Any,
-    window: Any,
-    return_weights: Any,
-) -> Any:
-    """`attention` over a set of operations."""
-    given = _given(engine, q, k, v, mask, causal, lengths, scale, window)
-    wanted = checks.flag("return_weights", return_weights)
-    out, weights = engine[0].attention(*given[:3], None, *given[3:], wanted, threads.get_num_threads())
-    return (out, weights) if wanted else out
-
-
-def over_attention_forward(
-    engine: Engine, q: Any, k: Any, v: Any, mask: Any, causal: Any, lengths: Any, scale: Any, window: Any
-) -> tuple[Array, AttentionTape]:
-    """`attention_forward` over a set of operations."""
-    given = _given(engine, q, k, v, mask, causal, lengths, scale, window)
-    out, kept = engine[0].attention_forward(*given[:3], None, *given[3:], 0.0, 0, threads.get_num_threads())
-    return out, AttentionTape(engine[0], kept, out.dtype, out.shape)
-
-
-def over_attention_backward(engine: Engine, dout: Any, tape: Any) -> tuple[Array, Array, Array]:
-    """`attention_backward` over a set of operations."""
-    if not isinstance(tape, AttentionTape):
-        raise TypeError(f"tape should be what attention_forward returned, not {checks.describe(tape)}")
-    if tape._operations is not engine[0]:
-        raise ValueError(f"tape should be of the attention_forward beside this attention_backward, not {tape!r}")
-    gradient = checks.like("dout", dout, tape._dtype, tape._shape)
-    gradients: tuple[Array, Array, Array] = engine[0].attention_backward(
-        tape._kept, gradient, threads.get_num_threads()
-    )
-    return gradients
 
 
 class Frame(NamedTuple):
@@ -321,11 +292,6 @@ class MultiheadAttention(Layer):
 
     time = SEQUENCE
 
-    # The set of operations, compiled or in NumPy, and that of the projections.
-    _operations: ClassVar[Any] = _attention
-    _dense: ClassVar[Any] = _dense
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
-
     _naming: ClassVar[tuple[str, ...]] = ("__call__", "forward")
 
     embed_dim: int
@@ -364,7 +330,7 @@ class MultiheadAttention(Layer):
         self.dropout = checks.fraction("dropout", dropout)
         self.rotary = rotary_base(rotary, self._head_dim)
         self.window = _window(window)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         self._together = self.kdim == self.vdim == self.embed_dim
         if self.rotary is not None and not self._together:
@@ -444,7 +410,7 @@ class MultiheadAttention(Layer):
             packed = self._packed = (arrays, {})
         weights = packed[1].get(part)
         if weights is None:
-            weights = packed[1][part] = self._dense.linear_pack(*self._part(arrays, part))
+            weights = packed[1][part] = self._backend.dense.linear_pack(*self._part(arrays, part))
         return weights
 
     def _parts(self, sources: int) -> tuple[tuple[int, str], ...]:
@@ -459,13 +425,16 @@ class MultiheadAttention(Layer):
         """Queries, keys and values as heads; which projections made them; what turned them."""
         n_threads = threads.get_num_threads()
         projections = tuple((source, part, self._weights(part)) for source, part in self._parts(len(sources)))
-        parts = [self._dense.linear_forward(weights, sources[source], n_threads) for source, _, weights in projections]
+        parts = [
+            self._backend.dense.linear_forward(weights, sources[source], n_threads)
+            for source, _, weights in projections
+        ]
         heads = self._split([_heads(rows, self._head_dim) for rows in parts])
         turned = None
         if self._turns is not None:
-            steps = frame.queries.steps()
-            turned = (*self._turns.up_to(frame.queries.longest), steps)
-            heads[:2] = [self._operations.rotary(rows, *turned, False, False, n_threads) for rows in heads[:2]]
+            cos, sin = self._turns.up_to(frame.queries.longest)
+            turned = cos, sin, frame.queries.steps()
+            heads[:2] = [self._backend.attention.rotary(rows, *turned, False, False, n_threads) for rows in heads[:2]]
         return heads, projections, turned
 
     def _split(self, parts: list[Array]) -> list[Array]:
@@ -478,14 +447,14 @@ class MultiheadAttention(Layer):
         return parts
 
     def _output(self, out: Array, weights: Any) -> Array:
-        y: Array = self._dense.linear_forward(weights, out, threads.get_num_threads())
+        y: Array = self._backend.dense.linear_forward(weights, out, threads.get_num_threads())
         return y
 
-    def _arguments(self, heads: list[Array], frame: Frame, mask: Array | None, causal: bool) -> tuple[Any, ...]:
-        """What operations take first."""
+    def _arguments(self, heads: list[Array], frame: Frame, mask: Array | None, causal: bool) -> _Given:
+        """The arguments that operations have in common."""
         q, k, v = heads
         arranged = frame.arrange(q, frame.queries), frame.arrange(k, frame.keys), frame.arrange(v, frame.keys)
-        return (*arranged, frame.spans, frame.lengths, frame.mask(mask), causal, self.window, self._scale)
+        return _Given(*arranged, frame.spans, frame.lengths, frame.mask(mask), causal, self.window, self._scale)
 
     def _run(
         self, sources: tuple[Array, ...], frame: Frame, mask: Array | None, causal: bool, want_weights: bool
@@ -493,7 +462,7 @@ class MultiheadAttention(Layer):
         """A call over rows: outputs as rows, and the weights."""
         heads, _, _ = self._projected(sources, frame)
         arguments = self._arguments(heads, frame, mask, causal)
-        out, weights = self._operations.attention(*arguments, want_weights, threads.get_num_threads())
+        out, weights = self._backend.attention.attention(*arguments, want_weights, threads.get_num_threads())
         rows = _flat(frame.restore(out, frame.queries))
         y = self._output(rows, self._weights("out"))
         return y, None if weights is None else padded(weights, frame.queries, frame.keys)
@@ -504,25 +473,27 @@ class MultiheadAttention(Layer):
         """`_run` for training."""
         heads, projections, turned = self._projected(sources, frame)
         arguments = self._arguments(heads, frame, mask, causal)
-        out, kept = self._operations.attention_forward(*arguments, self.dropout, seed, threads.get_num_threads())
+        out, kept = self._backend.attention.attention_forward(*arguments, self.dropout, seed, threads.get_num_threads())
         rows, output = _flat(frame.restore(out, frame.queries)), self._weights("out")
         return self._output(rows, output), _Kept(sources, projections, frame, turned, kept, rows, output)
 
     def _run_backward(self, dy: Array, kept: _Kept, targets: Mapping[str, Array]) -> list[Array]:
         """The gradient of each source, as rows."""
         n_threads, frame = threads.get_num_threads(), kept.frame
-        drows = self._dense.linear_backward(kept.output, kept.out, dy, *self._part(targets, "out"), n_threads)
+        drows = self._backend.dense.linear_backward(kept.output, kept.out, dy, *self._part(targets, "out"), n_threads)
         dout = frame.arrange(_heads(drows, self._head_dim), frame.queries)
-        dq, dk, dv = self._operations.attention_backward(kept.attention, dout, n_threads)
+        dq, dk, dv = self._backend.attention.attention_backward(kept.attention, dout, n_threads)
         dheads = [frame.restore(dq, frame.queries), frame.restore(dk, frame.keys), frame.restore(dv, frame.keys)]
         if kept.turned is not None:
-            dheads[:2] = [self._operations.rotary(rows, *kept.turned, False, True, n_threads) for rows in dheads[:2]]
+            dheads[:2] = [
+                self._backend.attention.rotary(rows, *kept.turned, False, True, n_threads) for rows in dheads[:2]
+            ]
         dsources: list[Any] = [None] * len(kept.sources)
         for (source, part, weights), dpart in zip(
             kept.projections, self._joined(dheads, len(kept.projections)), strict=True
         ):
             rows = kept.sources[source]
-            dx = self._dense.linear_backward(weights, rows, dpart, *self._part(targets, part), n_threads)
+            dx = self._backend.dense.linear_backward(weights, rows, dpart, *self._part(targets, part), n_threads)
             dsources[source] = dx if dsources[source] is None else dsources[source] + dx
         return dsources
 

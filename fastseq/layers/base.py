@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from fastseq import checks, elsewhere, io
+from fastseq.backend import COMPILED, Backend
 from fastseq.checks import Array
 from fastseq.layers.rows import cleared
 
@@ -150,6 +151,7 @@ class Layer(metaclass=LayerType):
     time: str = POINTWISE
     carries_state: bool = False
 
+    _backend: ClassVar[Backend] = COMPILED  # what the layer runs on
     _keeps_width: ClassVar[bool] = False  # whether outputs are vectors of the size of the inputs, whatever that is
 
     # Verbs that say of an argument they do not have what it is called here. Calls of few microseconds are not among

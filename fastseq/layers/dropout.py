@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastseq import _dense, checks, threads
+from fastseq import checks, threads
 from fastseq.checks import Array
 from fastseq.layers.base import Layer, Tape, mask_seed
 
@@ -29,16 +29,13 @@ class Dropout(Layer):
     .. [1] N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 15, 2014.
     """
 
-    # The set of operations, compiled or in NumPy.
-    _operations: ClassVar[Any] = _dense
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _keeps_width: ClassVar[bool] = True
 
     p: float
 
     def __init__(self, p: float = 0.5, *, dtype: Any = "float32") -> None:
         self.p = checks.fraction("p", p)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self._config = {"p": self.p, "dtype": self.dtype.name}
         self._arrays = {}
 
@@ -94,7 +91,7 @@ class Dropout(Layer):
     def _masked(self, x: Array, seed: int) -> Array:
         if self.p == 0:
             return x
-        masked: Array = self._operations.dropout(
+        masked: Array = self._backend.dense.dropout(
             np.ascontiguousarray(x).reshape(x.shape), self.p, seed, 0, threads.get_num_threads()
         )
         return masked

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from fastseq import _dense, checks, threads
+from fastseq import checks, threads
 from fastseq.checks import Array
 from fastseq.layers.base import Layer, Tape
 from fastseq.layers.rows import cleared
@@ -27,10 +27,6 @@ class Embedding(Layer):
     seed : int, optional
         Fixes the initial parameters, normal with mean 0 and variance 1.
     """
-
-    # The set of operations, compiled or in NumPy.
-    _operations: ClassVar[Any] = _dense
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
 
     num_embeddings: int
     embedding_dim: int
@@ -54,7 +50,7 @@ class Embedding(Layer):
                 raise ValueError(f"padding_idx should be less than num_embeddings={num_embeddings}, not {index}")
             padding_idx = index % self.num_embeddings
         self.padding_idx = padding_idx
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         self._config = {
             "num_embeddings": self.num_embeddings,
@@ -121,7 +117,7 @@ class Embedding(Layer):
         return cleared(self._looked_up(numbers), lengths), Tape(self, (numbers, lengths))
 
     def _looked_up(self, ids: Array) -> Array:
-        y: Array = self._operations.embedding_forward(
+        y: Array = self._backend.dense.embedding_forward(
             self._arrays["weight"], ids.reshape(-1), threads.get_num_threads()
         )
         return y.reshape(*ids.shape, self.embedding_dim)
@@ -142,6 +138,6 @@ class Embedding(Layer):
         dy = cleared(dy, lengths).reshape(-1, self.embedding_dim)
         none = -1  # no id
         padding = none if self.padding_idx is None else self.padding_idx
-        self._operations.embedding_backward(
+        self._backend.dense.embedding_backward(
             ids.reshape(-1), dy, self._targets(grads)["weight"], padding, threads.get_num_threads()
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from fastseq import _dense, checks, threads
+from fastseq import checks, threads
 from fastseq.checks import Array
 from fastseq.layers.base import Layer, Tape
 
@@ -29,10 +29,6 @@ class Linear(Layer):
 
     _features = 1
 
-    # The set of operations, compiled or in NumPy.
-    _operations: ClassVar[Any] = _dense
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
-
     in_features: int
     out_features: int
     bias: bool
@@ -50,7 +46,7 @@ class Linear(Layer):
         self.in_features = checks.size("in_features", in_features, 1)
         self.out_features = checks.size("out_features", out_features, 1)
         self.bias = checks.flag("bias", bias)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         self._config = {
             "in_features": self.in_features,
@@ -79,7 +75,7 @@ class Linear(Layer):
         arrays, packed = self._arrays, self._packed
         if packed is not None and packed[0] is arrays:
             return packed[1]
-        weights = self._operations.linear_pack(arrays["weight"], arrays.get("bias"))
+        weights = self._backend.dense.linear_pack(arrays["weight"], arrays.get("bias"))
         self._packed = (arrays, weights)
         return weights
 
@@ -108,7 +104,7 @@ class Linear(Layer):
             Naming the argument, what it was and what it should be.
         """
         rows, shape = self._rows(x)
-        y: Array = self._operations.linear_forward(self._weights(), rows, threads.get_num_threads())
+        y: Array = self._backend.dense.linear_forward(self._weights(), rows, threads.get_num_threads())
         return y.reshape(shape)
 
     def forward(self, x: Any, seed: int | None = None) -> tuple[Array, Tape]:
@@ -129,7 +125,7 @@ class Linear(Layer):
         checks.seed("seed", seed)
         rows, shape = self._rows(x)
         weights = self._weights()
-        y = self._operations.linear_forward(weights, rows, threads.get_num_threads())
+        y = self._backend.dense.linear_forward(weights, rows, threads.get_num_threads())
         return y.reshape(shape), Tape(self, (weights, rows, shape))
 
     def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array:
@@ -150,7 +146,7 @@ class Linear(Layer):
         weights, rows, shape = self._kept(tape)
         dy = checks.like("dy", dy, self.dtype, shape).reshape(-1, self.out_features)
         targets = self._targets(grads)
-        dx: Array = self._operations.linear_backward(
+        dx: Array = self._backend.dense.linear_backward(
             weights, rows, dy, targets["weight"], targets.get("bias"), threads.get_num_threads()
         )
         return dx.reshape(*shape[:-1], self.in_features)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastseq import _dense, checks, threads
+from fastseq import checks, threads
 from fastseq.checks import Array
 from fastseq.layers.base import Layer, Tape
 
@@ -34,9 +34,6 @@ class LayerNorm(Layer):
     .. [1] J. L. Ba, J. R. Kiros, G. E. Hinton, "Layer normalization", arXiv:1607.06450, 2016.
     """
 
-    # The set of operations, compiled or in NumPy.
-    _operations: ClassVar[Any] = _dense
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _keeps_width: ClassVar[bool] = True
 
     normalized_shape: tuple[int, ...]
@@ -57,7 +54,7 @@ class LayerNorm(Layer):
         self.eps = checks.number("eps", eps, least=0)
         self.elementwise_affine = checks.flag("elementwise_affine", elementwise_affine)
         self.bias = checks.flag("bias", bias)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self._config = {
             "normalized_shape": self.normalized_shape,
             "eps": self.eps,
@@ -121,7 +118,7 @@ class LayerNorm(Layer):
         arrays = self._arrays
         x, rows = _rows(x, self.dtype, self.normalized_shape)
         weight = _flat(arrays, "weight")
-        y, means, scales = self._operations.layer_norm_forward(
+        y, means, scales = self._backend.dense.layer_norm_forward(
             rows, weight, _flat(arrays, "bias"), self.eps, threads.get_num_threads()
         )
         return y.reshape(x.shape), (x.shape, rows, weight, means, scales)
@@ -144,7 +141,7 @@ class LayerNorm(Layer):
         shape, rows, weight, means, scales = self._kept(tape)
         dy = checks.like("dy", dy, self.dtype, shape).reshape(-1, self._width)
         targets = self._targets(grads)
-        dx: Array = self._operations.layer_norm_backward(
+        dx: Array = self._backend.dense.layer_norm_backward(
             rows, weight, means, scales, dy, _flat(targets, "weight"), _flat(targets, "bias"), threads.get_num_threads()
         )
         return dx.reshape(shape)
@@ -169,9 +166,6 @@ class RMSNorm(Layer):
     .. [1] B. Zhang, R. Sennrich, "Root mean square layer normalization", NeurIPS 2019.
     """
 
-    # The set of operations, compiled or in NumPy.
-    _operations: ClassVar[Any] = _dense
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _keeps_width: ClassVar[bool] = True
 
     normalized_shape: tuple[int, ...]
@@ -189,7 +183,7 @@ class RMSNorm(Layer):
         self.normalized_shape = _shape(normalized_shape)
         self.eps = checks.number("eps", eps, least=0)
         self.elementwise_affine = checks.flag("elementwise_affine", elementwise_affine)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self._config = {
             "normalized_shape": self.normalized_shape,
             "eps": self.eps,
@@ -248,7 +242,7 @@ class RMSNorm(Layer):
     def _normalised(self, x: Any) -> tuple[Array, tuple[Any, ...]]:
         weight = _flat(self._arrays, "weight")
         x, rows = _rows(x, self.dtype, self.normalized_shape)
-        y, scales = self._operations.rms_norm_forward(rows, weight, self.eps, threads.get_num_threads())
+        y, scales = self._backend.dense.rms_norm_forward(rows, weight, self.eps, threads.get_num_threads())
         return y.reshape(x.shape), (x.shape, rows, weight, scales)
 
     def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array:
@@ -268,7 +262,7 @@ class RMSNorm(Layer):
         """
         shape, rows, weight, scales = self._kept(tape)
         dy = checks.like("dy", dy, self.dtype, shape).reshape(-1, self._width)
-        dx: Array = self._operations.rms_norm_backward(
+        dx: Array = self._backend.dense.rms_norm_backward(
             rows, weight, scales, dy, _flat(self._targets(grads), "weight"), threads.get_num_threads()
         )
         return dx.reshape(shape)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastseq import checks, over_time
+from fastseq import checks
 from fastseq.checks import Array
 from fastseq.layers.base import POOLING, Layer, Tape
 
@@ -17,14 +17,11 @@ class Pooling(Layer):
 
     time = POOLING
 
-    # The set of operations: `pooling_forward` and `pooling_backward`, vectorised or row by row.
-    _operations: ClassVar[Any] = over_time
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _keeps_width: ClassVar[bool] = True
     _kind: ClassVar[str]
 
     def __init__(self, *, dtype: Any = "float32") -> None:
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self._config = {"dtype": self.dtype.name}
         self._arrays = {}
 
@@ -88,7 +85,9 @@ class Pooling(Layer):
         kept, shape, y_shape = self._kept(tape)
         dy = checks.like("dy", dy, self.dtype, y_shape)
         self._targets(grads)
-        dx: Array = self._operations.pooling_backward(_flat(dy[None] if len(shape) == 2 else dy, 1), kept, self._kind)
+        dx: Array = self._backend.pooling.pooling_backward(
+            _flat(dy[None] if len(shape) == 2 else dy, 1), kept, self._kind
+        )
         return dx.reshape(shape)
 
     def _pooled(self, x: Any, lengths: Any) -> tuple[Array, Any]:
@@ -100,7 +99,7 @@ class Pooling(Layer):
         whole = x[None] if x.ndim == 2 else x
         if lengths is not None:
             lengths = checks.lengths(lengths, *whole.shape[:2])
-        y, kept = self._operations.pooling_forward(_flat(whole, 2), lengths, self._kind)
+        y, kept = self._backend.pooling.pooling_forward(_flat(whole, 2), lengths, self._kind)
         y = y[0] if x.ndim == 2 else y.reshape(len(x), *x.shape[2:])
         return y, (kept, x.shape, y.shape)
 

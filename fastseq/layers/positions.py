@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastseq import _attention, _dense, checks, threads
+from fastseq import checks, threads
 from fastseq.checks import Array
 from fastseq.layers.base import Layer, Tape
 
@@ -70,9 +70,6 @@ class Positions(Layer):
 
     _features = 1
 
-    # The set of operations, compiled or in NumPy.
-    _operations: ClassVar[Any] = _dense
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _keeps_width: ClassVar[bool] = True
 
     _width: tuple[int, ...]  # of the last axis: what it may be, or nothing where that is looked at elsewhere
@@ -134,7 +131,7 @@ class SinusoidalPositions(Positions):
     def __init__(self, d_model: int, *, base: float = 10000.0, dtype: Any = "float32") -> None:
         self.d_model = checks.size("d_model", d_model, 1)
         self.base = checks.number("base", base, above=0)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self._config = {"d_model": self.d_model, "base": self.base, "dtype": self.dtype.name}
         self._width = (self.d_model,)
         self._arrays = {}
@@ -231,7 +228,7 @@ class LearnedPositions(Positions):
     def __init__(self, max_length: int, d_model: int, *, dtype: Any = "float32", seed: int | None = None) -> None:
         self.max_length = checks.size("max_length", max_length, 1)
         self.d_model = checks.size("d_model", d_model, 1)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         self._config = {
             "max_length": self.max_length,
@@ -273,7 +270,7 @@ class LearnedPositions(Positions):
 
     def _added(self, x: Any, positions: Any) -> tuple[Array, Array]:
         x, places = self._given(x, positions)
-        vectors = self._operations.embedding_forward(
+        vectors = self._backend.dense.embedding_forward(
             self._arrays["weight"], places.reshape(-1), threads.get_num_threads()
         )
         spread = _spread(places, x)
@@ -316,7 +313,7 @@ class LearnedPositions(Positions):
         places = self._kept(tape)
         dx = checks.like("dy", dy, self.dtype, (*places.shape, self.d_model))
         none = -1  # no position is left out
-        self._operations.embedding_backward(
+        self._backend.dense.embedding_backward(
             np.ascontiguousarray(places).reshape(-1),
             dx.reshape(-1, self.d_model),
             self._targets(grads)["weight"],
@@ -348,8 +345,6 @@ class RotaryPositions(Positions):
     .. [1] J. Su et al., "RoFormer: enhanced transformer with rotary position embedding", arXiv:2104.09864, 2021.
     """
 
-    _operations: ClassVar[Any] = _attention
-
     dim: int
     base: float
     interleaved: bool
@@ -360,7 +355,7 @@ class RotaryPositions(Positions):
             raise ValueError(f"dim should be even, not {self.dim}")
         self.base = checks.number("base", base, above=0)
         self.interleaved = checks.flag("interleaved", interleaved)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self._config = {
             "dim": self.dim,
             "base": self.base,
@@ -403,7 +398,7 @@ class RotaryPositions(Positions):
 
     def _turned(self, x: Array, places: Array, inverse: bool) -> Array:
         (cos, sin), places = self._turns.of(places)
-        y: Array = self._operations.rotary(
+        y: Array = self._backend.attention.rotary(
             x.reshape(len(places), 1, x.shape[-1]),
             cos,
             sin,

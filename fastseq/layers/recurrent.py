@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import numpy as np
 
-from fastseq import _dense, _recurrent, checks, elsewhere, threads
+from fastseq import checks, elsewhere, threads
 from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Layer, Tape, mask_seed
 from fastseq.state import LSTMState, State, adopt
@@ -31,11 +31,6 @@ class Recurrent(Layer):
     time = SEQUENCE
     carries_state = True
 
-    # The set of operations: `pack`, `run`, `fits`, `step`, `forward`, `gates` and `backward`, compiled or in NumPy;
-    # and the set that has `dropout`.
-    _operations: ClassVar[Any] = _recurrent
-    _dense: ClassVar[Any] = _dense
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _gates: ClassVar[int]
     _state_class: ClassVar[type[State]] = State
 
@@ -72,7 +67,7 @@ class Recurrent(Layer):
         self.bias = checks.flag("bias", bias)
         self.dropout = checks.fraction("dropout", dropout)
         self.bidirectional = checks.flag("bidirectional", bidirectional)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         if self.proj_size >= self.hidden_size:
             raise ValueError(f"proj_size should be less than hidden_size={hidden_size}, not {self.proj_size}")
@@ -131,13 +126,13 @@ class Recurrent(Layer):
         if packed is not None and packed[0] is arrays:
             return packed[1]
         cells = tuple(
-            tuple(self._operations.pack(self._cell, *weights) for weights in self._by_direction(arrays, layer))
+            tuple(self._backend.recurrent.pack(self._cell, *weights) for weights in self._by_direction(arrays, layer))
             for layer in range(self.num_layers)
         )
         self._packed = (arrays, cells)
         return cells
 
-    def _by_direction(self, arrays: Mapping[str, Array], layer: int) -> tuple[tuple[Array | None, ...], ...]:
+    def _by_direction(self, arrays: Mapping[str, Array], layer: int) -> tuple[tuple[Any, ...], ...]:
         """The arrays of one layer in the order the operations have them; None for what it does not have."""
         suffixes = [_suffix(layer, direction) for direction in range(self._directions)]
         return tuple(tuple(arrays.get(f"{name}_{suffix}") for name in NAMES) for suffix in suffixes)
@@ -249,7 +244,7 @@ class Recurrent(Layer):
         cells = self._cells()
         if isinstance(x, list | tuple):
             x, lengths = checks.ragged("x", x, lengths)
-        if type(state) is self._state_class and self._operations.fits(cells, x, 3, state, None):
+        if type(state) is self._state_class and self._backend.recurrent.fits(cells, x, 3, state, None):
             h, c = state.h, getattr(state, "c", None)
             batched = True
         else:
@@ -260,18 +255,20 @@ class Recurrent(Layer):
             resets = checks.resets(resets, x.shape[0], x.shape[1], batched)
         if return_gates is not False and checks.flag("return_gates", return_gates):
             y, end, tapes = self._through(cells, x, h, c, lengths, resets, None)
-            of_layers = [self._operations.gates(tape) for tape in tapes]
+            of_layers = [self._backend.recurrent.gates(tape) for tape in tapes]
             gates = {name: _joined([gates[name] for gates in of_layers]) for name in of_layers[0]}
             y.flags.writeable = True  # nobody has the tape; and h, which it shares with y, becomes a copy
             gates["h"] = gates["h"].copy() if len(tapes) == 1 else gates["h"]
             return (y, end, gates) if batched else (y[0], end, {name: array[0] for name, array in gates.items()})
-        y, h, c = self._operations.run(cells, x, h, c, lengths, resets, threads.get_num_threads())
+        y, h, c = self._backend.recurrent.run(cells, x, h, c, lengths, resets, threads.get_num_threads())
         return (y if batched else y[0]), adopt(h, c)
 
     def _read(self, ids: Array, tables: Any, state: Any, lengths: Array | None) -> tuple[Array, State]:
-        """A call on symbols (B, T) whose inputs are in tables, `_operations.input_table`; `lengths` are checked."""
+        """A call on symbols (B, T) whose inputs are in tables, of `input_table`; `lengths` are checked."""
         h, c = self._state_arrays(state, *ids.shape)
-        y, h, c = self._operations.run(self._cells(), ids, h, c, lengths, None, threads.get_num_threads(), tables)
+        y, h, c = self._backend.recurrent.run(
+            self._cells(), ids, h, c, lengths, None, threads.get_num_threads(), tables
+        )
         return y, adopt(h, c)
 
     def _check_call(self, x: Any, state: Any) -> tuple[Array, Array, Array | None, bool]:
@@ -300,10 +297,10 @@ class Recurrent(Layer):
         tapes = []
         for layer, directions in enumerate(cells):
             if layer and seed is not None:
-                x = self._dense.dropout(x, self.dropout, seed, layer - 1, n_threads)
+                x = self._backend.dense.dropout(x, self.dropout, seed, layer - 1, n_threads)
             slots = self._slots_of(layer)
             c_0 = None if c is None else c[:, slots]
-            x, h_n[:, slots], end, tape = self._operations.forward(
+            x, h_n[:, slots], end, tape = self._backend.recurrent.forward(
                 directions, x, h[:, slots], c_0, lengths, resets, n_threads
             )
             if c_n is not None:
@@ -421,7 +418,7 @@ class Recurrent(Layer):
         flows: list[Any] = [None] * self.num_layers
         for layer in reversed(range(self.num_layers)):
             slots = self._slots_of(layer)
-            dy, dh_0[:, slots], start, flows[layer] = self._operations.backward(
+            dy, dh_0[:, slots], start, flows[layer] = self._backend.recurrent.backward(
                 kept.tapes[layer],
                 dy,
                 None if dh is None else dh[:, slots],
@@ -434,7 +431,7 @@ class Recurrent(Layer):
             if dc_0 is not None:
                 dc_0[:, slots] = start
             if layer and kept.seed is not None:
-                dy = self._dense.dropout(dy, self.dropout, kept.seed, layer - 1, n_threads)
+                dy = self._backend.dense.dropout(dy, self.dropout, kept.seed, layer - 1, n_threads)
         return (dy if kept.batched else dy[0]), _state_of(dh_0, dc_0), flows
 
     def step(self, x_t: Any, state: Any = None, *, out: Array | None = None) -> tuple[Array, State]:
@@ -463,11 +460,11 @@ class Recurrent(Layer):
             reverse direction has no next step.
         """
         cells = self._cells()
-        if type(state) is self._state_class and self._operations.fits(cells, x_t, 2, state, out):
+        if type(state) is self._state_class and self._backend.recurrent.fits(cells, x_t, 2, state, out):
             h, c = state.h, getattr(state, "c", None)
         else:
             x_t, h, c = self._check_step(x_t, state, out)
-        y, h, c = self._operations.step(cells, x_t, h, c, out, threads.get_num_threads())
+        y, h, c = self._backend.recurrent.step(cells, x_t, h, c, out, threads.get_num_threads())
         return y, adopt(h, c)
 
     def _step_on(self, x_t: Array, state: Any) -> tuple[Array, State]:

@@ -7,12 +7,11 @@ A call hands the packed weights of a whole stack to one operation. `forward` goe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _transformer, checks, threads
+from fastseq import checks, threads
 from fastseq.checks import Array
 from fastseq.layers.activation import GELU, ReLU
 from fastseq.layers.attention import Frame, MultiheadAttention, batched, head_dim, kv_heads, rotary_base
@@ -51,19 +50,6 @@ class Stack(Composite):
     """What encoders, decoders and the layers of both share: settings, and how arguments are looked at."""
 
     time = SEQUENCE
-
-    # The set of operations, compiled or in NumPy, and the layers over it.
-    _operations: ClassVar[Any] = _transformer
-    _layers: ClassVar[Any] = SimpleNamespace(
-        Dropout=Dropout,
-        GELU=GELU,
-        LayerNorm=LayerNorm,
-        Linear=Linear,
-        MultiheadAttention=MultiheadAttention,
-        RMSNorm=RMSNorm,
-        ReLU=ReLU,
-    )
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
 
     d_model: int
     nhead: int
@@ -111,7 +97,7 @@ class Stack(Composite):
         self.num_kv_heads = kv_heads(num_kv_heads, "nhead", self.nhead)
         self.rotary = rotary_base(rotary, size)
         self.window = None if window is None else checks.size("window", window, 1)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         return {
             "d_model": self.d_model,
@@ -137,11 +123,11 @@ class Stack(Composite):
 
     def _norm_layer(self) -> Layer:
         """A norm of the kind that was asked for."""
-        eps, dtype = self.layer_norm_eps, self.dtype
+        of, eps, dtype = self._backend.of, self.layer_norm_eps, self.dtype
         layer: Layer = (
-            self._layers.RMSNorm(self.d_model, eps=eps, dtype=dtype)
+            of(RMSNorm)(self.d_model, eps=eps, dtype=dtype)
             if self.norm == "rms"
-            else self._layers.LayerNorm(self.d_model, eps=eps, bias=self.bias, dtype=dtype)
+            else of(LayerNorm)(self.d_model, eps=eps, bias=self.bias, dtype=dtype)
         )
         return layer
 
@@ -194,7 +180,9 @@ class Runs(Stack):
 
     def _started(self, batch: int, memory: Any = None, tokens: Array | None = None) -> AttentionState:
         """The state of rows without tokens."""
-        return attention_state(self._operations.no_pages(self._packed_blocks(1), self.dtype, batch), memory, tokens)
+        return attention_state(
+            self._backend.transformer.no_pages(self._packed_blocks(1), self.dtype, batch), memory, tokens
+        )
 
     def _kept_by(self, state: Any, batch: int, tokens: bool = False) -> AttentionState:
         """A state that is of this layer, in the form of its operations; else an error."""
@@ -211,8 +199,8 @@ class Runs(Stack):
             raise ValueError(f"state should be of this {type(self).__name__}, not of another layer or model: {state!r}")
         if state.batch_size != batch:
             raise ValueError(f"state should have a batch of {batch}, not {state.batch_size}")
-        own = pages_for(self._operations, own)
-        memory = None if memory is None else pages_for(self._operations, memory)
+        own = pages_for(self._backend.transformer, own)
+        memory = None if memory is None else pages_for(self._backend.transformer, memory)
         return attention_state(own, memory, state._tokens, state._since)
 
     def _go_on(
@@ -221,7 +209,7 @@ class Runs(Stack):
         """Outputs of more tokens of each row, (N, d_model), and the state with them; `tokens` are all its ids."""
         own = state._own
         longest = int((own.lengths + np.diff(starts)).max(initial=1))
-        y, pages = self._operations.run_cached(
+        y, pages = self._backend.transformer.run_cached(
             self._packed_blocks(longest),
             x,
             starts,
@@ -244,7 +232,7 @@ class Runs(Stack):
         """A call over rows: the outputs as rows, and of every layer the weights (B, heads, Tq, Tk), or a pair."""
         rows = context.frame.queries
         keys = None if context.memory_frame is None else context.memory_frame.keys
-        y, maps = self._operations.run_blocks(
+        y, maps = self._backend.transformer.run_blocks(
             self._packed_blocks(rows.longest),
             x,
             rows.starts,
@@ -258,8 +246,10 @@ class Runs(Stack):
             want_weights,
             threads.get_num_threads(),
         )
-        if not want_weights or keys is None:
-            return y, [padded(own, rows, rows) for own in maps] if want_weights else None
+        if maps is None:
+            return y, None
+        if keys is None:
+            return y, [padded(own, rows, rows) for own in maps]
         return y, [(padded(own, rows, rows), padded(cross, rows, keys)) for own, cross in maps]
 
     def _returned(self, y: Array, weights: list[Any] | None, rows: Rows, unbatched: bool) -> Any:
@@ -425,7 +415,7 @@ class Decodes(Runs):
 
     def _remembering(self, memory: Tokens) -> AttentionState:
         """The state before the first token, given a memory as rows."""
-        pages = self._operations.memory_pages(
+        pages = self._backend.transformer.memory_pages(
             self._packed_blocks(1), memory.x, memory.rows.starts, threads.get_num_threads()
         )
         return self._started(memory.rows.batch, pages)
@@ -578,8 +568,8 @@ class Block(Runs):
     def _start(self, config: dict[str, Any], **more: Any) -> None:
         """Make the children."""
         self._config = {**config, "seed": self.seed}
-        kinds, dtype = self._layers, self.dtype
-        of_attention = {
+        of, dtype = self._backend.of, self.dtype
+        of_attention: dict[str, Any] = {
             "num_kv_heads": self.num_kv_heads,
             "bias": self.bias,
             "dropout": self.dropout,
@@ -587,26 +577,26 @@ class Block(Runs):
         }
         # Each has the seed of its place among the children.
         seeds = iter(seeds_of(self.seed, 8))
-        children = {
-            "self_attn": kinds.MultiheadAttention(
+        children: dict[str, Any] = {
+            "self_attn": of(MultiheadAttention)(
                 self.d_model, self.nhead, rotary=self.rotary, window=self.window, seed=next(seeds), **of_attention
             )
         }
         if self._cross:
-            children["multihead_attn"] = kinds.MultiheadAttention(
+            children["multihead_attn"] = of(MultiheadAttention)(
                 self.d_model, self.nhead, seed=next(seeds), **of_attention
             )
-        sizes = self.d_model, self.dim_feedforward
-        children["linear1"] = kinds.Linear(*sizes, self.bias, seed=next(seeds), dtype=dtype)
-        children["linear2"] = kinds.Linear(*reversed(sizes), self.bias, seed=next(seeds), dtype=dtype)
+        width, inner = self.d_model, self.dim_feedforward
+        children["linear1"] = of(Linear)(width, inner, self.bias, seed=next(seeds), dtype=dtype)
+        children["linear2"] = of(Linear)(inner, width, self.bias, seed=next(seeds), dtype=dtype)
         self._norms = [self._norm_layer() for _ in range(3 if self._cross else 2)]
         children |= {f"norm{i + 1}": norm for i, norm in enumerate(self._norms)}
         self._children = children
         self.self_attn, self.linear1, self.linear2 = (children[n] for n in ("self_attn", "linear1", "linear2"))
         self._cross_attn: Any = children.get("multihead_attn")
-        self._drop = kinds.Dropout(self.dropout, dtype=dtype)
+        self._drop = of(Dropout)(self.dropout, dtype=dtype)
         approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-        self._activate = kinds.ReLU(dtype=dtype) if self.activation == "relu" else kinds.GELU(approximate, dtype=dtype)
+        self._activate = of(ReLU)(dtype=dtype) if self.activation == "relu" else of(GELU)(approximate, dtype=dtype)
         self._packed: tuple[list[Any], Any] | None = None
 
     def _blocks(self) -> tuple[Block, ...]:
@@ -648,7 +638,7 @@ class Block(Runs):
             parts["cross_out"] = self._cross_attn._weights("out")
         for i, norm in enumerate(self._norms):
             parts[f"norm{i + 1}"] = norm._arrays.get("weight"), norm._arrays.get("bias")
-        block = self._operations.block_pack(settings, parts)
+        block = self._backend.transformer.block_pack(settings, parts)
         self._packed = (made_of, block)
         return block
 
@@ -739,7 +729,7 @@ class Block(Runs):
 class Tower(Runs):
     """What encoder and decoder share: some layers, and a norm after the last."""
 
-    _block: ClassVar[str]  # the class of a layer
+    _block: ClassVar[type[Block]]  # the class of a layer
 
     num_layers: int
     final_norm: bool
@@ -756,7 +746,7 @@ class Tower(Runs):
             "final_norm": self.final_norm,
             "seed": self.seed,
         }
-        kind = getattr(self._layers, self._block)
+        kind = self._backend.of(self._block)
         seeds = seeds_of(self.seed, self.num_layers)
         self._children = {f"layers.{i}": kind(**config, seed=seed) for i, seed in enumerate(seeds)}
         self._each: Any = tuple(self._children.values())
@@ -954,10 +944,6 @@ class TransformerDecoderLayer(Decodes, Block):
         self._start(config)
 
 
-Stack._layers.TransformerEncoderLayer = TransformerEncoderLayer
-Stack._layers.TransformerDecoderLayer = TransformerDecoderLayer
-
-
 class TransformerEncoder(Encodes, Tower):
     """The encoder of the Transformer [1]_: layers of self-attention and feed-forward.
 
@@ -1001,7 +987,7 @@ class TransformerEncoder(Encodes, Tower):
     .. [2] R. Xiong et al., "On layer normalization in the Transformer architecture", ICML 2020.
     """
 
-    _block: ClassVar[str] = "TransformerEncoderLayer"
+    _block = TransformerEncoderLayer
 
     def __init__(
         self,
@@ -1085,7 +1071,7 @@ class TransformerDecoder(Decodes, Tower):
     .. [2] R. Xiong et al., "On layer normalization in the Transformer architecture", ICML 2020.
     """
 
-    _block: ClassVar[str] = "TransformerDecoderLayer"
+    _block = TransformerDecoderLayer
 
     def __init__(
         self,
@@ -1124,10 +1110,6 @@ class TransformerDecoder(Decodes, Tower):
             seed=seed,
         )
         self._start(config, num_layers, final_norm)
-
-
-Stack._layers.TransformerEncoder = TransformerEncoder
-Stack._layers.TransformerDecoder = TransformerDecoder
 
 
 class Transformer(Stack):
@@ -1218,9 +1200,9 @@ class Transformer(Stack):
                 raise ValueError(f"{name} should be at most {MAX_LAYERS}, not {count}")
         self._config = {**counts, **config, "seed": self.seed}
         first, second = seeds_of(self.seed, 2)
-        kinds = self._layers
-        self.encoder = kinds.TransformerEncoder(self.num_encoder_layers, **config, final_norm=True, seed=first)
-        self.decoder = kinds.TransformerDecoder(self.num_decoder_layers, **config, final_norm=True, seed=second)
+        of = self._backend.of
+        self.encoder = of(TransformerEncoder)(self.num_encoder_layers, **config, final_norm=True, seed=first)
+        self.decoder = of(TransformerDecoder)(self.num_decoder_layers, **config, final_norm=True, seed=second)
         self._children = {"encoder": self.encoder, "decoder": self.decoder}
 
     def _opened(
@@ -1299,7 +1281,7 @@ class Transformer(Stack):
         memory, encoder_weights = self.encoder._run(source.x, of_encoder, wanted)
         y, decoder_weights = self.decoder._run(target.x, of_decoder._replace(memory=memory), wanted)
         out = _single(target.rows.scatter(y), target.unbatched)
-        if not wanted:
+        if encoder_weights is None or decoder_weights is None:
             return out
         return out, tuple(
             [_single(own, target.unbatched) for own in maps] for maps in (encoder_weights, decoder_weights)
@@ -1362,6 +1344,7 @@ class Transformer(Stack):
         targets = self._child_targets(grads)
         gradient = target.gather(_gradient(dy, self.dtype, target, self.d_model, unbatched))
         dtgt, dmemory = self.decoder._backward_rows(gradient, decoded, targets["decoder"])
+        assert dmemory is not None
         dsrc, _ = self.encoder._backward_rows(dmemory, encoded, targets["encoder"])
         return _single(source.scatter(dsrc), unbatched), _single(target.scatter(dtgt), unbatched)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from fastseq import _autoregression, checks, layers, losses, threads, training
+from fastseq import checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.base import seeds_of
 from fastseq.models.forms import BATCH_SIZE, no_targets
@@ -56,11 +56,6 @@ class AutoRegressive(ScaledModel):
     .. [1] G. E. P. Box and G. M. Jenkins, "Time Series Analysis: Forecasting and Control", 1970.
     """
 
-    _operations: ClassVar[Any] = _autoregression
-    _layers: ClassVar[Any] = layers
-    _losses: ClassVar[Any] = losses
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
-
     order: int
     hidden: int | None
     activation: str
@@ -80,7 +75,7 @@ class AutoRegressive(ScaledModel):
         self.activation = checks.choice("activation", activation, ("sigmoid", "tanh", "relu"))
         if self.hidden is None and self.activation != "sigmoid":
             raise ValueError(f"activation should not be given where hidden is None, but is {self.activation!r}")
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         config = {
             "order": self.order,
@@ -100,8 +95,8 @@ class AutoRegressive(ScaledModel):
         first, second = seeds_of(self.seed, 2)
         self._start(
             config,
-            hidden=self._layers.Linear(self.order, self.hidden, dtype=self.dtype, seed=first),
-            output=self._layers.Linear(self.hidden, 1, dtype=self.dtype, seed=second),
+            hidden=self._backend.of(layers.Linear)(self.order, self.hidden, dtype=self.dtype, seed=first),
+            output=self._backend.of(layers.Linear)(self.hidden, 1, dtype=self.dtype, seed=second),
         )
         self._first, self._second = self._children.values()
         self._measured = ("mean", "deviation", "sigma2", "counts")
@@ -229,7 +224,9 @@ class AutoRegressive(ScaledModel):
         with np.errstate(over="ignore", invalid="ignore"):
             apart = np.where(given.real(), given.values - base, 0)
         check_extent("series", np.abs(apart).max(axis=1, initial=0))
-        upper = self._operations.triangle(apart, given.lengths, self.order, first, threads.get_num_threads())
+        upper = self._backend.autoregression.triangle(
+            apart, given.lengths, self.order, first, threads.get_num_threads()
+        )
         solution = _solve(upper[:, :-1, :-1], upper[:, :-1, -1])
         coefficients = np.ascontiguousarray(solution[:, 1:]).astype(self.dtype)
         # Of the coefficients as they are kept: so far from 0 their rounding does not move what is predicted.
@@ -273,9 +270,9 @@ class AutoRegressive(ScaledModel):
             raise ValueError("a linear model is not trained; its fit solves for it")
         x, target = self._windows(batch)
         a, first = self._first.forward(x)
-        h = self._operations.activate(a, self.activation)
+        h = self._backend.autoregression.activate(a, self.activation)
         y, second = self._second.forward(h)
-        loss, dy = self._losses.mean_squared_error(y, target)
+        loss, dy = losses.mean_squared_error(y, target, _backend=self._backend)
         return loss, len(y), (dy, h, first, second), None
 
     def training_backward(self, tape: Any, grads: Any = None) -> None:
@@ -320,7 +317,7 @@ class AutoRegressive(ScaledModel):
         y: Array
         if self.hidden is None:
             coefficients = self.coefficients.astype(given.values.dtype)
-            y = self._operations.predict(
+            y = self._backend.autoregression.predict(
                 given.values, given.lengths, self.intercept, coefficients, threads.get_num_threads()
             )
             return y
@@ -328,7 +325,7 @@ class AutoRegressive(ScaledModel):
         if y.shape[1] >= self.order:
             standard = self._standard(given.values[..., None])[..., 0]
             windows = np.lib.stride_tricks.sliding_window_view(standard, self.order, axis=1)
-            hidden = self._operations.activate(self._first(windows), self.activation)
+            hidden = self._backend.autoregression.activate(self._first(windows), self.activation)
             y[:, self.order - 1 :] = self._raw(self._second(hidden))[..., 0]
         y[~given.real()] = 0
         return y
@@ -374,10 +371,11 @@ class AutoRegressive(ScaledModel):
         n_threads = threads.get_num_threads()
         if self.hidden is None:
             coefficients = self.coefficients.astype(recent.dtype)
-            y = self._operations.rollout(recent, self.intercept, coefficients, horizon, n_threads)
+            y = self._backend.autoregression.rollout(recent, self.intercept, coefficients, horizon, n_threads)
             return y
-        weights = [layer.parameters[name] for layer in (self._first, self._second) for name in ("weight", "bias")]
-        y = self._operations.rollout_perceptron(
+        first, second = (layer.parameters for layer in (self._first, self._second))
+        weights = first["weight"], first["bias"], second["weight"], second["bias"]
+        y = self._backend.autoregression.rollout_perceptron(
             self._standard(recent[..., None])[..., 0], *weights, self.activation, horizon, n_threads
         )
         return self._raw(y[..., None])[..., 0]

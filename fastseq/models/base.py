@@ -6,7 +6,7 @@ import contextlib
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -148,8 +148,6 @@ class TrainedModel(Model):
     undoes them in the reverse order.
     """
 
-    _losses: ClassVar[Any] = losses
-
     def _task(self, batch: Batch, state: Any) -> Task:
         """Check a batch and put it into the form that the layers take."""
         raise NotImplementedError
@@ -168,8 +166,7 @@ class TrainedModel(Model):
 
     def _loss(self, outputs: Array, task: Task) -> tuple[float, Array]:
         """Return the mean loss and its gradient: cross-entropy, unless a subclass has another."""
-        result: tuple[float, Array] = self._losses.softmax_cross_entropy(outputs, task.targets, lengths=task.lengths)
-        return result
+        return losses.softmax_cross_entropy(outputs, task.targets, lengths=task.lengths, _backend=self._backend)
 
     def training_forward(self, batch: Batch, state: Any = None, seed: int | None = None) -> tuple[float, int, Any, Any]:
         """Compute the mean loss of a batch, for `fastseq.training.fit`.

@@ -3,7 +3,7 @@
 A model of symbols begins with ``begin(copies)``: the logits (B, V) of what follows each of B prompts, and a `Decoder`
 whose rows stand there; `copies` says how many rows each prompt may be forked to. A compiled decoder has a method
 ``capsule`` (src/decoding/decoder.h), and what goes on from it runs compiled; any other is driven by
-`fastseq.reference.decoding`.
+the searches of `fastseq.reference`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from fastseq import checks
+from fastseq import backend, checks
 from fastseq.checks import Array
-from fastseq.reference import decoding as numpy_decoding
+from fastseq.splitmix import mixed
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,10 +49,19 @@ class Search(Protocol):
 
 
 class Searches(Protocol):
-    """A set of operations that search: `fastseq._decoding` or `fastseq.reference.decoding`."""
+    """A set of operations that search: `fastseq._decoding`, or its twin in `fastseq.reference`."""
 
     def search(self, decoder: Any, logits: Array, prompts: list[Array], keys: Array | None, settings: Any) -> Search:
         """Start the search that the options ask for."""
+        ...
+
+
+@runtime_checkable
+class CompiledDecoder(Protocol):
+    """A decoder that a compiled search drives."""
+
+    def capsule(self) -> Any:
+        """A capsule with its `fs_decoder` (src/decoding/decoder.h)."""
         ...
 
 
@@ -258,7 +267,7 @@ def keys(prompts: list[Array], options: Options) -> Array | None:
             seen[symbols] = seen.get(symbols, 0) + 1
             digest = hashlib.blake2b(symbols + seen[symbols].to_bytes(8, "little"), digest_size=8).digest()
             result[i, copy] = int.from_bytes(digest, "little")
-    return numpy_decoding.mixed(of_rows[:, None] + numpy_decoding.mixed(result)).reshape(-1)
+    return mixed(of_rows[:, None] + mixed(result)).reshape(-1)
 
 
 def generated(given: Given, options: Options) -> Any:
@@ -304,9 +313,7 @@ def _begun(given: Given, options: Options) -> Search | None:
     if not options.max_new or not prompts:
         return None
     logits, decoder = given.begin(options.copies)
-    searches: Searches = numpy_decoding
-    if hasattr(decoder, "capsule"):
-        searches = given.searches
+    searches: Searches = given.searches if isinstance(decoder, CompiledDecoder) else backend.general().decoding
     histories = prompts if end is None else [np.empty(0, np.int64)] * len(prompts)
     return searches.search(decoder, logits, histories, of_rows, options)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import _markov, checks
+from fastseq import checks
 from fastseq.checks import Array
 from fastseq.models.decoding import Decoder
 from fastseq.models.forms import no_targets
@@ -69,7 +69,6 @@ class MarkovChain(SymbolModel):
        Speech & Language 13, 1999: interpolated modified Kneser-Ney, discounts by their closed form.
     """
 
-    _operations: ClassVar[Any] = _markov
     _measured = ("grams", "counts")
 
     vocab_size: int
@@ -210,7 +209,7 @@ class MarkovChain(SymbolModel):
             last = prompt[max(0, len(prompt) - self.order) :]
             row[: len(last)] = last[::-1]
         levels = [(level.contexts, level.grams, level.starts, *weights) for level, weights in self._used()]
-        decoder = self._operations.Decoder(levels, recent, self.vocab_size)
+        decoder = self._backend.markov.Decoder(levels, recent, self.vocab_size)
         return decoder.logits(), decoder
 
     def aic(self) -> float:

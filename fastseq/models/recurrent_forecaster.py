@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from fastseq import checks, layers, training
+from fastseq import checks, layers, losses, training
 from fastseq.checks import Array
 from fastseq.layers.base import Tape, seeds_of
 from fastseq.layers.recurrent import advice_on_dropout
@@ -47,8 +47,6 @@ class RecurrentForecaster(ScaledModel, TrainedModel):
         The variance of e, the mean of the squared residuals of what was fitted.
     """
 
-    _layers: ClassVar[Any] = layers
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
     _measured = ("mean", "deviation", "sigma2")
 
     input_size: int
@@ -74,7 +72,7 @@ class RecurrentForecaster(ScaledModel, TrainedModel):
         self.num_layers = checks.size("num_layers", num_layers, 1)
         self.cell = checks.choice("cell", cell, CELLS)
         self.dropout = checks.fraction("dropout", dropout)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         first, second = seeds_of(self.seed, 2)
         config = {
@@ -87,11 +85,12 @@ class RecurrentForecaster(ScaledModel, TrainedModel):
             "seed": self.seed,
         }
         sizes = self.input_size, self.hidden_size, self.num_layers
-        kinds, of_type = self._layers, {"dtype": self.dtype}
+        of = self._backend.of
+        of_type: dict[str, Any] = {"dtype": self.dtype}
         self._start(
             config,
-            recurrent=recurrent_layer(kinds, self.cell, *sizes, dropout=self.dropout, seed=first, **of_type),
-            output=kinds.Linear(self.hidden_size, self.input_size, seed=second, **of_type),
+            recurrent=recurrent_layer(self._backend, self.cell, *sizes, dropout=self.dropout, seed=first, **of_type),
+            output=of(layers.Linear)(self.hidden_size, self.input_size, seed=second, **of_type),
         )
         self._recurrent: Any = self._children["recurrent"]
         self._output: Any = self._children["output"]
@@ -218,10 +217,9 @@ class RecurrentForecaster(ScaledModel, TrainedModel):
 
     def _loss(self, outputs: Array, task: Task) -> tuple[float, Array]:
         """Return the mean squared error in units of the deviation, and its gradient."""
-        result: tuple[float, Array] = self._losses.mean_squared_error(
-            outputs, self._standard(task.targets), lengths=task.lengths
+        return losses.mean_squared_error(
+            outputs, self._standard(task.targets), lengths=task.lengths, _backend=self._backend
         )
-        return result
 
     def training_backward(self, tape: Any, grads: Any = None, *, truncate: int | None = None) -> None:
         """Add the gradients of the loss that `training_forward` returned; `truncate` as of the recurrent layers."""

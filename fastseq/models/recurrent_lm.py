@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import _recurrent_decoder, checks, layers, threads, training
+from fastseq import checks, layers, threads, training
+from fastseq.backend import RecurrentDecoder
 from fastseq.checks import Array
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.models.base import ParameterCache, Task
@@ -58,10 +59,6 @@ class RecurrentLM(LanguageModel):
     .. [1] W. Zaremba, I. Sutskever and O. Vinyals, "Recurrent neural network regularization", arXiv:1409.2329, 2014.
     """
 
-    _layers: ClassVar[Any] = layers
-    _decoders: ClassVar[Any] = _recurrent_decoder  # None: a decoder takes `step`
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
-
     vocab_size: int
     embedding_dim: int
     hidden_size: int
@@ -88,10 +85,11 @@ class RecurrentLM(LanguageModel):
         self.num_layers = checks.size("num_layers", num_layers, 1)
         self.cell = checks.choice("cell", cell, CELLS)
         self.dropout = checks.fraction("dropout", dropout)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         first, second, third = seeds_of(self.seed, 3)
-        kinds, of_type = self._layers, {"dtype": self.dtype}
+        of = self._backend.of
+        of_type: dict[str, Any] = {"dtype": self.dtype}
         config = {
             "vocab_size": self.vocab_size,
             "embedding_dim": self.embedding_dim,
@@ -105,14 +103,14 @@ class RecurrentLM(LanguageModel):
         sizes = self.embedding_dim, self.hidden_size, self.num_layers
         self._start(
             config,
-            embedding=kinds.Embedding(self.vocab_size + 1, self.embedding_dim, seed=first, **of_type),
-            recurrent=recurrent_layer(kinds, self.cell, *sizes, dropout=self.dropout, seed=second, **of_type),
-            output=kinds.Linear(self.hidden_size, self.vocab_size, seed=third, **of_type),
+            embedding=of(layers.Embedding)(self.vocab_size + 1, self.embedding_dim, seed=first, **of_type),
+            recurrent=recurrent_layer(self._backend, self.cell, *sizes, dropout=self.dropout, seed=second, **of_type),
+            output=of(layers.Linear)(self.hidden_size, self.vocab_size, seed=third, **of_type),
         )
         self._embedding: Any = self._children["embedding"]
         self._recurrent: Any = self._children["recurrent"]
         self._output: Any = self._children["output"]
-        self._drop = kinds.Dropout(self.dropout, **of_type)
+        self._drop = of(layers.Dropout)(self.dropout, **of_type)
         self._reader = Reader(self._embedding, self._recurrent)
         self._for_decoders = ParameterCache(self._embedding, self._recurrent, self._output)
 
@@ -385,16 +383,17 @@ class RecurrentLM(LanguageModel):
         ids = self._after_begin(given.padded())
         y, state = self._reader(ids, None, given.lengths + 1)
         logits = self._output(y[np.arange(len(ids)), given.lengths])
-        if self._decoders is None:
+        compiled = self._backend.recurrent_decoder
+        if compiled is None:
             return logits, StateDecoder(self, state)
+        weights = self._for_decoders.get(lambda: self._decoder_weights(compiled))
         n_threads = threads.get_num_threads()
-        weights = self._for_decoders.get(self._decoder_weights)
-        return logits, self._decoders.Decoder(weights, state.h, getattr(state, "c", None), copies, n_threads)
+        return logits, compiled.Decoder(weights, state.h, getattr(state, "c", None), copies, n_threads)
 
-    def _decoder_weights(self) -> Any:
+    def _decoder_weights(self, compiled: RecurrentDecoder) -> Any:
         """The weights as a compiled decoder wants them."""
         cells = [cell for (cell,) in self._recurrent._cells()]
         tables = self._reader.tables()
-        return self._decoders.Weights(
+        return compiled.Weights(
             self._embedding._arrays["weight"], cells[0], tables and tables[0], cells, self._output._weights()
         )

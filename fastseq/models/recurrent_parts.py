@@ -6,16 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from fastseq import threads
+from fastseq import layers, threads
+from fastseq.backend import Backend
 from fastseq.checks import Array
 from fastseq.models.base import ParameterCache
 
 CELLS = ("rnn", "lstm", "gru")
 
 
-def recurrent_layer(kinds: Any, cell: str, *sizes: int, **settings: Any) -> Any:
+def recurrent_layer(backend: Backend, cell: str, *sizes: int, **settings: Any) -> Any:
     """A recurrent layer by the name of its cell."""
-    return {"rnn": kinds.RNN, "lstm": kinds.LSTM, "gru": kinds.GRU}[cell](*sizes, **settings)
+    classes: dict[str, Any] = {"rnn": layers.RNN, "lstm": layers.LSTM, "gru": layers.GRU}
+    return backend.of(classes[cell])(*sizes, **settings)
 
 
 class Reader:
@@ -40,9 +42,7 @@ class Reader:
         return tables
 
     def _make(self) -> tuple[Array, ...] | None:
-        operations, n_threads = self._layer._operations, threads.get_num_threads()
-        if not hasattr(operations, "input_table"):
-            return None
+        operations, n_threads = self._layer._backend.recurrent, threads.get_num_threads()
         weight = self._embedding._arrays["weight"]
         tables = [operations.input_table(cell, weight, n_threads) for cell in self._layer._cells()[0]]
         return None if any(table is None for table in tables) else tuple(tables)
@@ -62,7 +62,7 @@ def rollout(recurrent: Any, output: Any, x: Array, state: Any, steps: int) -> Ar
     weight, bias = output.parameters["weight"], output.parameters["bias"]
     h, c = state.h, getattr(state, "c", None)
     y: Array
-    y, _, _ = recurrent._operations.rollout(
+    y, _, _ = recurrent._backend.recurrent.rollout(
         recurrent._cells(), weight, bias, np.ascontiguousarray(x), h, c, steps, threads.get_num_threads()
     )
     return y

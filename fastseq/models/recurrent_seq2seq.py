@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import _additive_attention, _recurrent_decoder, checks, layers, losses, threads
+from fastseq import checks, layers, threads
+from fastseq.backend import RecurrentDecoder
 from fastseq.checks import Array
 from fastseq.layers.additive_attention import AllSteps
 from fastseq.layers.attention import Frame
@@ -108,12 +109,7 @@ class Seq2Seq(SequencePairModel):
        ICLR 2015.
     """
 
-    _layers: ClassVar[Any] = layers
-    _losses: ClassVar[Any] = losses
-    _decoders: ClassVar[Any] = _recurrent_decoder  # None: a decoder takes `step`
     # The set of operations of what has no layer of its own.
-    _operations: ClassVar[Any] = _additive_attention
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
 
     embedding_dim: int
     hidden_size: int
@@ -148,7 +144,7 @@ class Seq2Seq(SequencePairModel):
         self.bidirectional = checks.flag("bidirectional", bidirectional)
         self.attention = None if attention is None else checks.choice("attention", attention, ATTENTIONS)
         self.dropout = checks.fraction("dropout", dropout)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         config = {
             "source_vocab_size": self.source_vocab_size,
@@ -163,18 +159,21 @@ class Seq2Seq(SequencePairModel):
             "dtype": self.dtype.name,
             "seed": self.seed,
         }
-        kinds, of_type = self._layers, {"dtype": self.dtype}
+        of = self._backend.of
+        of_type: dict[str, Any] = {"dtype": self.dtype}
         hidden, keys = self.hidden_size, self.hidden_size * (2 if self.bidirectional else 1)
         seeds = seeds_of(self.seed, 7)
         more = {"dropout": self.dropout, **of_type}
         context = keys if self.attention == "additive" else 0
         children: dict[str, Any] = {
-            "source_embedding": kinds.Embedding(self.source_vocab_size, self.embedding_dim, seed=seeds[0], **of_type),
-            "target_embedding": kinds.Embedding(
+            "source_embedding": of(layers.Embedding)(
+                self.source_vocab_size, self.embedding_dim, seed=seeds[0], **of_type
+            ),
+            "target_embedding": of(layers.Embedding)(
                 self.target_vocab_size + 1, self.embedding_dim, seed=seeds[1], **of_type
             ),
             "encoder": recurrent_layer(
-                kinds,
+                self._backend,
                 self.cell,
                 self.embedding_dim,
                 hidden,
@@ -189,18 +188,18 @@ class Seq2Seq(SequencePairModel):
             names = [f"bridge_{array}_l{layer}" for array in self._states() for layer in range(self.num_layers)]
             of_bridges = [None] * len(names) if seeds[3] is None else seeds_of(seeds[3], len(names))
             for name, own in zip(names, of_bridges, strict=True):
-                self._bridges[name] = kinds.Linear(keys, hidden, seed=own, **of_type)
+                self._bridges[name] = of(layers.Linear)(keys, hidden, seed=own, **of_type)
             children |= self._bridges
         children["decoder"] = recurrent_layer(
-            kinds, self.cell, self.embedding_dim + context, hidden, self.num_layers, seed=seeds[4], **more
+            self._backend, self.cell, self.embedding_dim + context, hidden, self.num_layers, seed=seeds[4], **more
         )
         if self.attention == "multiplicative":
-            children["attention"] = kinds.MultiplicativeAttention(hidden, keys, seed=seeds[5], **of_type)
+            children["attention"] = of(layers.MultiplicativeAttention)(hidden, keys, seed=seeds[5], **of_type)
             own = None if seeds[5] is None else child_seed(seeds[5], 0)
-            children["combine"] = kinds.Linear(keys + hidden, hidden, False, seed=own, **of_type)
+            children["combine"] = of(layers.Linear)(keys + hidden, hidden, False, seed=own, **of_type)
         elif self.attention == "additive":
-            children["attention"] = kinds.AdditiveAttention(hidden, keys, hidden, seed=seeds[5], **of_type)
-        children["output"] = kinds.Linear(hidden + context, self.target_vocab_size + 1, seed=seeds[6], **of_type)
+            children["attention"] = of(layers.AdditiveAttention)(hidden, keys, hidden, seed=seeds[5], **of_type)
+        children["output"] = of(layers.Linear)(hidden + context, self.target_vocab_size + 1, seed=seeds[6], **of_type)
         self._start(config, **children)
         self._source_embedding: Any = children["source_embedding"]
         self._target_embedding: Any = children["target_embedding"]
@@ -210,7 +209,7 @@ class Seq2Seq(SequencePairModel):
         self._attention: Any = attention_layer
         self._combine: Any = children.get("combine")
         self._output: Any = children["output"]
-        self._drop = kinds.Dropout(self.dropout, **of_type)
+        self._drop = of(layers.Dropout)(self.dropout, **of_type)
         walked = [self._target_embedding, self._decoder_layer, self._output, self._combine]
         if self.attention == "additive":
             walked += [attention_layer._query, attention_layer._score]
@@ -260,7 +259,9 @@ class Seq2Seq(SequencePairModel):
             parts = [part for array in dstate for part in np.moveaxis(array, 1, 0)]
             dends = []
             for (name, bridge), part, (tape, z) in zip(self._bridges.items(), parts, kept.bridge, strict=True):
-                dz = self._operations.tanh_backward(z, np.ascontiguousarray(part), threads.get_num_threads())
+                dz = self._backend.additive_attention.tanh_backward(
+                    z, np.ascontiguousarray(part), threads.get_num_threads()
+                )
                 dends.append(bridge.backward(dz, tape, grads=targets[name]))
             dstate = self._parted(dends)
         dx, _ = self._encoder_layer.backward(dy, kept.encoder, dstate=dstate, grads=targets["encoder"])
@@ -288,7 +289,7 @@ class Seq2Seq(SequencePairModel):
         return _state([np.stack(dends[i : i + count], axis=1).reshape(shape) for i in range(0, len(dends), count)])
 
     def _tanh(self, x: Array) -> Array:
-        y: Array = self._operations.tanh_forward(x, threads.get_num_threads())
+        y: Array = self._backend.additive_attention.tanh_forward(x, threads.get_num_threads())
         return y
 
     # The decoder.
@@ -408,7 +409,7 @@ class Seq2Seq(SequencePairModel):
             dh = self._drop.backward(dh, kept.leaving)
         if kept.combine is not None:
             tape, h = kept.combine
-            dz = self._operations.tanh_backward(h, dh, threads.get_num_threads())
+            dz = self._backend.additive_attention.tanh_backward(h, dh, threads.get_num_threads())
             dboth = self._combine.backward(dz, tape, grads=targets["combine"])
             width = dboth.shape[1] - self.hidden_size
             dquery, dkeys = self._attention._run_backward(
@@ -563,21 +564,23 @@ class Seq2Seq(SequencePairModel):
     def _decoder(self, source: TokenRows, copies: int) -> tuple[Array, Decoder]:
         begun = self._begun(source)
         decoder: Any
-        if self._decoders is None:
+        compiled = self._backend.recurrent_decoder
+        if compiled is None:
             decoder = StateDecoder(self, adopt_pair(*begun))
         else:
-            weights, n_threads = self._for_decoders.get(self._decoder_weights), threads.get_num_threads()
-            decoder = self._decoders.Decoder(weights, *begun[:2], copies, n_threads, *begun[2:])
+            weights = self._for_decoders.get(lambda: self._decoder_weights(compiled))
+            n_threads = threads.get_num_threads()
+            decoder = compiled.Decoder(weights, *begun[:2], copies, n_threads, *begun[2:])
         begin = np.empty(source.rows.batch, np.int64)
         begin.fill(self.begin)
         return decoder.step(begin), decoder
 
-    def _decoder_weights(self) -> Any:
+    def _decoder_weights(self, compiled: RecurrentDecoder) -> Any:
         """The weights as a compiled decoder wants them."""
         cells = [cell for (cell,) in self._decoder_layer._cells()]
         inputs, output = cells[0], self._output._weights()
         more: dict[str, Any] = {}
-        pack = self._decoder_layer._operations.pack
+        pack = self._decoder_layer._backend.recurrent.pack
         if self.attention == "multiplicative":
             of_context, of_output = _parts(self._combine._arrays["weight"], -self.hidden_size)
             more["combine"] = pack("rnn_tanh", of_context, of_output, None, None, None)
@@ -593,11 +596,11 @@ class Seq2Seq(SequencePairModel):
             more["score"] = self._attention._score._arrays["weight"][0]
         embedding = self._target_embedding._arrays["weight"]
         if self.attention == "additive":
-            table = self._decoder_layer._operations.input_table(inputs, embedding, threads.get_num_threads())
+            table = self._decoder_layer._backend.recurrent.input_table(inputs, embedding, threads.get_num_threads())
         else:
             tables = self._target_reader.tables()
             table = tables and tables[0]
-        return self._decoders.Weights(embedding, inputs, table, cells, output, attention=self.attention, **more)
+        return compiled.Weights(embedding, inputs, table, cells, output, attention=self.attention, **more)
 
 
 def _parts(weight: Array, columns: int) -> tuple[Array, Array]:

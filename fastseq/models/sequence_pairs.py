@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import _decoding, checks, training
+from fastseq import checks, losses, training
 from fastseq.checks import Array
 from fastseq.layers.base import Tape
 from fastseq.layers.rows import rows_of
@@ -67,8 +67,6 @@ class SequencePairModel(TrainedModel):
     A subclass says what the layers make of pairs of sequences: rows (N, V + 1) of logits, one for each symbol that the
     decoder is given.
     """
-
-    _decoding: ClassVar[decoding.Searches] = _decoding
 
     source_vocab_size: int
     target_vocab_size: int
@@ -344,7 +342,9 @@ class SequencePairModel(TrainedModel):
         self._check_new(max_new)
         sequences = [given.ids[first:last] for first, last in itertools.pairwise(given.rows.starts)]
         begin = functools.partial(self._decoder, given)
-        return decoding.Given(sequences, begin, given.unbatched, self.target_vocab_size, self._decoding, self.end)
+        return decoding.Given(
+            sequences, begin, given.unbatched, self.target_vocab_size, self._backend.decoding, self.end
+        )
 
     def _check_new(self, max_new: Any) -> None:
         """Refuse more new symbols than a target can have."""
@@ -395,7 +395,9 @@ class SequencePairModel(TrainedModel):
         """
         task = self._task(batch, state)
         logits, kept = self._through(task.inputs, seed, _share("sampling", sampling))
-        loss, gradient = self._losses.softmax_cross_entropy(logits, task.targets, label_smoothing=label_smoothing)
+        loss, gradient = losses.softmax_cross_entropy(
+            logits, task.targets, label_smoothing=label_smoothing, _backend=self._backend
+        )
         return loss, task.elements, (gradient, kept), None
 
     @checks.short_traceback

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from fastseq import _decoding, checks
+from fastseq import checks
 from fastseq.checks import Array
 from fastseq.models import decoding
 from fastseq.models.base import Model, TrainedModel
@@ -21,8 +21,6 @@ from fastseq.training import Batch, History
 
 class SymbolModel(Model):
     """A model of sequences of symbols 0..V-1: the chain rule, and what follows from it."""
-
-    _decoding: ClassVar[decoding.Searches] = _decoding
 
     vocab_size: int
 
@@ -178,7 +176,7 @@ class SymbolModel(Model):
         rows = symbols("prompt", prompt, lengths, self.vocab_size).split()
         unbatched = not is_list_of_rows(prompt) and np.ndim(prompt) == 1
         begin = functools.partial(self._decoder, rows)
-        return decoding.Given(rows, begin, unbatched, self.vocab_size, self._decoding)
+        return decoding.Given(rows, begin, unbatched, self.vocab_size, self._backend.decoding)
 
 
 class LanguageModel(SymbolModel, TrainedModel):

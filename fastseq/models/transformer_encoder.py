@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import _additive_attention, checks, layers, threads, training
+from fastseq import checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.convert import bert
 from fastseq.layers.attention import Frame
@@ -90,11 +90,6 @@ class TransformerEncoderModel(TrainedModel):
     .. [2] N. Reimers and I. Gurevych, "Sentence-BERT: sentence embeddings using Siamese BERT-networks", EMNLP 2019.
     """
 
-    _layers: ClassVar[Any] = layers
-    # The set of operations of what has no layer of its own.
-    _operations: ClassVar[Any] = _additive_attention
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
-
     vocab_size: int
     d_model: int
     nhead: int
@@ -149,11 +144,12 @@ class TransformerEncoderModel(TrainedModel):
         self.num_labels = None if num_labels is None else checks.size("num_labels", num_labels, 1)
         if self.normalize and self.num_labels is not None:
             raise ValueError("normalize should be False where num_labels gives the model a head")
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         seeds = seeds_of(self.seed, 6)
-        kinds, of_type = self._layers, {"dtype": self.dtype}
-        encoder = kinds.TransformerEncoder(
+        of = self._backend.of
+        of_type: dict[str, Any] = {"dtype": self.dtype}
+        encoder = of(layers.TransformerEncoder)(
             num_layers,
             self.d_model,
             nhead,
@@ -188,17 +184,17 @@ class TransformerEncoderModel(TrainedModel):
             "pooler": self.pooler,
         }
         children: dict[str, Layer] = {
-            "word": kinds.Embedding(self.vocab_size, self.d_model, seed=seeds[1], **of_type),
-            "position": kinds.LearnedPositions(self.max_length, self.d_model, seed=seeds[2], **of_type),
+            "word": of(layers.Embedding)(self.vocab_size, self.d_model, seed=seeds[1], **of_type),
+            "position": of(layers.LearnedPositions)(self.max_length, self.d_model, seed=seeds[2], **of_type),
         }
         if self.type_vocab_size:
-            children["type"] = kinds.Embedding(self.type_vocab_size, self.d_model, seed=seeds[3], **of_type)
-        children["norm"] = kinds.LayerNorm(self.d_model, eps=self.layer_norm_eps, **of_type)
+            children["type"] = of(layers.Embedding)(self.type_vocab_size, self.d_model, seed=seeds[3], **of_type)
+        children["norm"] = of(layers.LayerNorm)(self.d_model, eps=self.layer_norm_eps, **of_type)
         children["encoder"] = encoder
         if self.pooler:
-            children["pooler"] = kinds.Linear(self.d_model, self.d_model, seed=seeds[5], **of_type)
+            children["pooler"] = of(layers.Linear)(self.d_model, self.d_model, seed=seeds[5], **of_type)
         if self.num_labels is not None:
-            children["head"] = kinds.Linear(self.d_model, self.num_labels, seed=seeds[4], **of_type)
+            children["head"] = of(layers.Linear)(self.d_model, self.num_labels, seed=seeds[4], **of_type)
         self._start(config, **children)
         self._word: Any = children["word"]
         self._position: Any = children["position"]
@@ -207,7 +203,7 @@ class TransformerEncoderModel(TrainedModel):
         self._encoder: Any = encoder
         self._pooler: Any = children.get("pooler")
         self._head: Any = children.get("head")
-        self._drop = kinds.Dropout(self.dropout, **of_type)
+        self._drop = of(layers.Dropout)(self.dropout, **of_type)
         initialise(self, self.num_layers, 1.0)
 
     @property
@@ -325,7 +321,7 @@ class TransformerEncoderModel(TrainedModel):
             y, kept = _pooled(self.pooling, y, rows)
         if self._pooler is not None:
             z, tape = self._pooler.forward(y) if taped else (self._pooler(y), None)
-            y = self._operations.tanh_forward(z, threads.get_num_threads())
+            y = self._backend.additive_attention.tanh_forward(z, threads.get_num_threads())
             y[np.diff(rows.starts) == 0] = 0
             of_pooler = y, tape
         if not self.normalize:
@@ -344,7 +340,7 @@ class TransformerEncoderModel(TrainedModel):
             dy = (dy - along) / lengths
         if of_pooler is not None:
             y, tape = of_pooler
-            dz = self._operations.tanh_backward(y, np.ascontiguousarray(dy), threads.get_num_threads())
+            dz = self._backend.additive_attention.tanh_backward(y, np.ascontiguousarray(dy), threads.get_num_threads())
             dz[np.diff(rows.starts) == 0] = 0
             dy = self._pooler.backward(dz, tape, grads=targets["pooler"])
         if self.pooling is None:
@@ -524,8 +520,7 @@ class TransformerEncoderModel(TrainedModel):
         return self._encoded(*task.inputs)[0], None
 
     def _loss(self, outputs: Array, task: Task) -> tuple[float, Array]:
-        result: tuple[float, Array] = self._losses.softmax_cross_entropy(outputs, task.targets, ignore_index=_IGNORED)
-        return result
+        return losses.softmax_cross_entropy(outputs, task.targets, ignore_index=_IGNORED, _backend=self._backend)
 
     @checks.short_traceback
     def fit(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,13 +18,7 @@ from fastseq.models.base import Task
 from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.forms import BATCH_SIZE
 from fastseq.models.symbol_model import LanguageModel
-from fastseq.models.symbols import (
-    Symbols,
-    ids_array,
-    log_softmax_at,
-    real_steps,
-    token_rows,
-)
+from fastseq.models.symbols import Symbols, ids_array, log_softmax_at, real_steps, token_rows
 from fastseq.models.transformer_parts import POSITIONS, TiedOutput, attention_maps, encode, initialise
 from fastseq.state import AttentionState
 from fastseq.training import Batch, History
@@ -95,9 +89,6 @@ class TransformerLM(LanguageModel):
     .. [2] O. Press and L. Wolf, "Using the output embedding to improve language models", EACL 2017.
     """
 
-    _layers: ClassVar[Any] = layers
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
-
     vocab_size: int
     d_model: int
     nhead: int
@@ -146,11 +137,12 @@ class TransformerLM(LanguageModel):
         self.norm_first = checks.flag("norm_first", norm_first)
         self.activation = checks.choice("activation", activation, ACTIVATIONS)
         self.norm = checks.choice("norm", norm, NORMS)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
         first, second, third, fourth = seeds_of(self.seed, 4)
-        kinds, of_type = self._layers, {"dtype": self.dtype}
-        encoder = kinds.TransformerEncoder(
+        of = self._backend.of
+        of_type: dict[str, Any] = {"dtype": self.dtype}
+        encoder = of(layers.TransformerEncoder)(
             num_layers,
             self.d_model,
             nhead,
@@ -189,23 +181,25 @@ class TransformerLM(LanguageModel):
             "dtype": self.dtype.name,
             "seed": self.seed,
         }
-        children = {"embedding": kinds.Embedding(self.vocab_size + 1, self.d_model, seed=second, **of_type)}
+        children: dict[str, Any] = {
+            "embedding": of(layers.Embedding)(self.vocab_size + 1, self.d_model, seed=second, **of_type)
+        }
         self._positions: Any = None
         if self.positions == "learned":
-            self._positions = kinds.LearnedPositions(self.context, self.d_model, seed=third, **of_type)
+            self._positions = of(layers.LearnedPositions)(self.context, self.d_model, seed=third, **of_type)
             children["positions"] = self._positions
         elif self.positions == "sinusoidal":
-            self._positions = kinds.SinusoidalPositions(self.d_model, **of_type)
+            self._positions = of(layers.SinusoidalPositions)(self.d_model, **of_type)
         children["encoder"] = encoder
         if not self.tied:
-            children["output"] = kinds.Linear(self.d_model, self.vocab_size, False, seed=fourth, **of_type)
+            children["output"] = of(layers.Linear)(self.d_model, self.vocab_size, False, seed=fourth, **of_type)
         self._start(config, **children)
         self._embedding: Any = children["embedding"]
         self._encoder: Any = encoder
         self._output: Any = children.get("output")
         if self.tied:
-            self._output = TiedOutput(self._embedding, kinds.Linear._operations, self.vocab_size)
-        self._drop = kinds.Dropout(self.dropout, **of_type)
+            self._output = TiedOutput(self._embedding, self._backend.dense, self.vocab_size)
+        self._drop = of(layers.Dropout)(self.dropout, **of_type)
         initialise(self, self.num_layers, 1 / math.sqrt(2 * self.num_layers))
 
     def _begun(self, ids: Array, lengths: Array) -> Symbols:
@@ -545,10 +539,10 @@ class TransformerLM(LanguageModel):
     def _decoder(self, prompts: list[Array], copies: int) -> tuple[Array, Decoder]:
         y, state = self._prefilled([self._with_begin(row) for row in prompts])
         logits: Array = self._output(y)
-        operations = self._encoder._operations
-        if not hasattr(operations, "Decoder"):
+        compiled = self._backend.transformer_decoder
+        if compiled is None:
             return logits, StateDecoder(self, state)
-        return logits, operations.Decoder(
+        return logits, compiled(
             self._encoder._packed_blocks(self.context),
             self._encoder._final_norm(),
             self._embedding._arrays["weight"],

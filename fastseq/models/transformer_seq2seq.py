@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.sequence_pairs import Pairs, SequencePairModel
 from fastseq.models.symbols import TokenRows, ids_array
 from fastseq.models.transformer_parts import POSITIONS, TiedOutput
-from fastseq.reference.decoding import mixed, uniform
+from fastseq.splitmix import mixed, uniform
 from fastseq.state import AttentionState
 
 
@@ -77,9 +77,6 @@ class TransformerSeq2Seq(SequencePairModel):
     .. [2] O. Press and L. Wolf, "Using the output embedding to improve language models", EACL 2017.
     """
 
-    _layers: ClassVar[Any] = layers
-    _dtypes: ClassVar[tuple[str, ...] | None] = ("float32", "float64")
-
     d_model: int
     nhead: int
     num_encoder_layers: int
@@ -135,9 +132,10 @@ class TransformerSeq2Seq(SequencePairModel):
         self.positions = None if positions is None else checks.choice("positions", positions, POSITIONS)
         self.bias = checks.flag("bias", bias)
         self.tied = checks.flag("tied", tied)
-        self.dtype = checks.real_dtype("dtype", dtype, self._dtypes)
+        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
         self.seed = checks.seed("seed", seed)
-        kinds, of_type = self._layers, {"dtype": self.dtype}
+        of = self._backend.of
+        of_type: dict[str, Any] = {"dtype": self.dtype}
         seeds = seeds_of(self.seed, 7)
         settings = {
             "dropout": self.dropout,
@@ -151,8 +149,8 @@ class TransformerSeq2Seq(SequencePairModel):
             **of_type,
         }
         sizes = self.d_model, nhead, 4 * self.d_model if dim_feedforward is None else dim_feedforward
-        encoder = kinds.TransformerEncoder(self.num_encoder_layers, *sizes, seed=seeds[0], **settings)
-        decoder = kinds.TransformerDecoder(self.num_decoder_layers, *sizes, seed=seeds[1], **settings)
+        encoder = of(layers.TransformerEncoder)(self.num_encoder_layers, *sizes, seed=seeds[0], **settings)
+        decoder = of(layers.TransformerDecoder)(self.num_decoder_layers, *sizes, seed=seeds[1], **settings)
         self.nhead, self.num_kv_heads = encoder.nhead, encoder.num_kv_heads
         self.dim_feedforward = encoder.dim_feedforward
         config = {
@@ -174,23 +172,27 @@ class TransformerSeq2Seq(SequencePairModel):
             "dtype": self.dtype.name,
             "seed": self.seed,
         }
-        children = {
-            "source_embedding": kinds.Embedding(self.source_vocab_size, self.d_model, seed=seeds[2], **of_type),
-            "target_embedding": kinds.Embedding(self.target_vocab_size + 1, self.d_model, seed=seeds[3], **of_type),
+        children: dict[str, Any] = {
+            "source_embedding": of(layers.Embedding)(self.source_vocab_size, self.d_model, seed=seeds[2], **of_type),
+            "target_embedding": of(layers.Embedding)(
+                self.target_vocab_size + 1, self.d_model, seed=seeds[3], **of_type
+            ),
         }
         self._source_positions: Any = None
         self._target_positions: Any = None
         if self.positions == "learned":
             of_source, of_target = (
-                kinds.LearnedPositions(self.max_length, self.d_model, seed=own, **of_type) for own in seeds[4:6]
+                of(layers.LearnedPositions)(self.max_length, self.d_model, seed=own, **of_type) for own in seeds[4:6]
             )
             children |= {"source_positions": of_source, "target_positions": of_target}
             self._source_positions, self._target_positions = of_source, of_target
         elif self.positions == "sinusoidal":
-            self._source_positions = self._target_positions = kinds.SinusoidalPositions(self.d_model, **of_type)
+            self._source_positions = self._target_positions = of(layers.SinusoidalPositions)(self.d_model, **of_type)
         children |= {"encoder": encoder, "decoder": decoder}
         if not self.tied:
-            children["output"] = kinds.Linear(self.d_model, self.target_vocab_size + 1, False, seed=seeds[6], **of_type)
+            children["output"] = of(layers.Linear)(
+                self.d_model, self.target_vocab_size + 1, False, seed=seeds[6], **of_type
+            )
         self._start(config, **children)
         self._source_embedding: Any = children["source_embedding"]
         self._target_embedding: Any = children["target_embedding"]
@@ -198,9 +200,9 @@ class TransformerSeq2Seq(SequencePairModel):
         self._decoder_layers: Any = decoder
         self._output: Any = children.get("output")
         if self.tied:
-            operations = kinds.Linear._operations
+            operations = self._backend.dense
             self._output = TiedOutput(self._target_embedding, operations, self.target_vocab_size + 1)
-        self._drop = kinds.Dropout(self.dropout, **of_type)
+        self._drop = of(layers.Dropout)(self.dropout, **of_type)
         # What embeddings are multiplied by.
         self._scale = self.dtype.type(math.sqrt(self.d_model) if self.positions == "sinusoidal" else 1)
         # Attention that starts nearly uniform, as with weights much smaller, is long in finding out where to look.
@@ -433,11 +435,11 @@ class TransformerSeq2Seq(SequencePairModel):
     def _decoder(self, source: TokenRows, copies: int) -> tuple[Array, Decoder]:
         state = self._encoded_state(source)
         logits, state = self.step(np.full(source.rows.batch, self.begin), state)
-        operations = self._decoder_layers._operations
-        if not hasattr(operations, "Decoder"):
+        compiled = self._backend.transformer_decoder
+        if compiled is None:
             return logits, StateDecoder(self, state)
         positions = self._target_positions
-        return logits, operations.Decoder(
+        return logits, compiled(
             self._decoder_layers._packed_blocks(self.max_length),
             self._decoder_layers._final_norm(),
             self._target_embedding._arrays["weight"] * self._scale,

@@ -5,11 +5,23 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING
 
-from fastseq import models, reference
+from fastseq import models
 from fastseq.models import bert_state_dict
-from fastseq.reference import alignment_operations, autoregression, decoding, losses, markov
+from fastseq.reference._backend import NUMPY
+
+if TYPE_CHECKING:  # each class here is a subclass of the one it is made from, and has its type
+    from fastseq.models import (
+        AutoRegressive,
+        MarkovChain,
+        RecurrentForecaster,
+        RecurrentLM,
+        Seq2Seq,
+        TransformerEncoderModel,
+        TransformerLM,
+        TransformerSeq2Seq,
+    )
 
 __all__ = [
     "AutoRegressive",
@@ -23,65 +35,6 @@ __all__ = [
     "bert_state_dict",
 ]
 
-
-class AutoRegressive(models.AutoRegressive):  # noqa: D101
-    __doc__ = models.AutoRegressive.__doc__
-    _operations: ClassVar[Any] = autoregression
-    _layers: ClassVar[Any] = reference
-    _losses: ClassVar[Any] = losses
-    _dtypes: ClassVar[tuple[str, ...] | None] = None
-
-
-class MarkovChain(models.MarkovChain):  # noqa: D101
-    __doc__ = models.MarkovChain.__doc__
-    _decoding: ClassVar[Any] = decoding
-    _operations: ClassVar[Any] = markov
-
-
-class RecurrentLM(models.RecurrentLM):  # noqa: D101
-    __doc__ = models.RecurrentLM.__doc__
-    _decoding: ClassVar[Any] = decoding
-    _decoders: ClassVar[Any] = None
-    _layers: ClassVar[Any] = reference
-    _losses: ClassVar[Any] = losses
-    _dtypes: ClassVar[tuple[str, ...] | None] = None
-
-
-class RecurrentForecaster(models.RecurrentForecaster):  # noqa: D101
-    __doc__ = models.RecurrentForecaster.__doc__
-    _layers: ClassVar[Any] = reference
-    _losses: ClassVar[Any] = losses
-    _dtypes: ClassVar[tuple[str, ...] | None] = None
-
-
-class TransformerLM(models.TransformerLM):  # noqa: D101
-    __doc__ = models.TransformerLM.__doc__
-    _decoding: ClassVar[Any] = decoding
-    _layers: ClassVar[Any] = reference
-    _losses: ClassVar[Any] = losses
-    _dtypes: ClassVar[tuple[str, ...] | None] = None
-
-
-class TransformerEncoderModel(models.TransformerEncoderModel):  # noqa: D101
-    __doc__ = models.TransformerEncoderModel.__doc__
-    _layers: ClassVar[Any] = reference
-    _losses: ClassVar[Any] = losses
-    _operations: ClassVar[Any] = alignment_operations
-    _dtypes: ClassVar[tuple[str, ...] | None] = None
-
-
-class TransformerSeq2Seq(models.TransformerSeq2Seq):  # noqa: D101
-    __doc__ = models.TransformerSeq2Seq.__doc__
-    _layers: ClassVar[Any] = reference
-    _losses: ClassVar[Any] = losses
-    _dtypes: ClassVar[tuple[str, ...] | None] = None
-
-
-class Seq2Seq(models.Seq2Seq):  # noqa: D101
-    __doc__ = models.Seq2Seq.__doc__
-    _decoding: ClassVar[Any] = decoding
-    _decoders: ClassVar[Any] = None
-    _layers: ClassVar[Any] = reference
-    _losses: ClassVar[Any] = losses
-    _operations: ClassVar[Any] = alignment_operations
-    _dtypes: ClassVar[tuple[str, ...] | None] = None
+for _name in __all__:
+    if _name != "bert_state_dict":
+        globals()[_name] = NUMPY.made_from(getattr(models, _name), __name__)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastseq import _transformer, checks
+from fastseq import backend, checks
 from fastseq.checks import Array
 from fastseq.state.rows import of_one_class, replaced, row_indices
 
@@ -357,16 +357,7 @@ def _pages_of(prefix: str, window: int, lengths: Any, firsts: Any, keys: Any, va
     if int(counts[0].sum()) // 8 > MAX_TABLES:
         raise MemoryError(f"the tables of {int(counts[0].sum())} tokens")
     native = [np.ascontiguousarray(array, array.dtype.newbyteorder("=")) for array in arrays]
-    return _operations_for(native[0].dtype).Pages.of(window, *counts, *native)
-
-
-def _operations_for(dtype: np.dtype[Any]) -> Any:
-    """The compiled operations, where they know a dtype."""
-    if dtype.name in ("float32", "float64"):
-        return _transformer
-    from fastseq.reference import transformer_operations
-
-    return transformer_operations
+    return backend.for_dtype(native[0].dtype).transformer.Pages.of(window, *counts, *native)
 
 
 def _kind(state: AttentionState) -> tuple[Any, ...]:

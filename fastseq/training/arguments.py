@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseq import checks, elsewhere, losses
+from fastseq import backend, checks, elsewhere, losses
 from fastseq.checks import Array
 from fastseq.layers.base import Layer
 from fastseq.training import metrics as known_metrics
@@ -132,14 +133,9 @@ def loss_of(value: Any, dtype: np.dtype[Any]) -> Loss:
 
 def _by_name(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
     """A loss of ours that takes targets as people have them: integers for reals, the last axis of 1 left out."""
-    if dtype in (np.float32, np.float64):
-        function = getattr(losses, name)
-    else:
-        from fastseq.reference import losses as numpy_losses
-
-        function = getattr(numpy_losses, name)
+    function = functools.partial(getattr(losses, name), _backend=backend.for_dtype(dtype))
     if name == "softmax_cross_entropy":
-        return function  # type: ignore[no-any-return]
+        return function
 
     def loss(outputs: Array, targets: Any, *, lengths: Any = None) -> tuple[float, Array]:
         array = checks.as_array("targets", targets)

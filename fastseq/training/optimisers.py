@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fastseq import _optimisers, checks, threads
+from fastseq import backend, checks, threads
 from fastseq.checks import Array
 from fastseq.layers.base import Layer
-from fastseq.reference import optimisers as numpy_optimisers
 
 
-def operations(array: Array) -> ModuleType:
-    """The passes for arrays of a dtype: compiled for float32 and float64, in NumPy for others."""
-    return _optimisers if array.dtype in (np.float32, np.float64) else numpy_optimisers
+def operations(array: Array) -> backend.Optimisers:
+    """The passes for arrays of a dtype."""
+    return backend.for_dtype(array.dtype).optimisers
 
 
 class _Settings(NamedTuple):

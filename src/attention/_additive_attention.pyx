@@ -1,4 +1,4 @@
-"""What a recurrent decoder needs beside its cells, compiled; `fastseq.reference.alignment_operations` has it in NumPy.
+"""What a recurrent decoder needs beside its cells, compiled; `fastseq.reference._additive_attention` has it in NumPy.
 
 Arguments were checked at the door. Threads split queries, and in the backward the sequences of a batch; never a sum.
 """
@@ -197,7 +197,7 @@ def align(
     cnp.ndarray query not None, cnp.ndarray projected not None, cnp.ndarray keys not None, cnp.ndarray score not None,
     cnp.ndarray firsts not None, cnp.ndarray counts not None, int n_threads,
 ):
-    """Additive attention of every query; see `fastseq.reference.alignment_operations.align`."""
+    """Additive attention of every query; see `fastseq.reference._additive_attention.align`."""
     cdef Alignment job
     cdef Py_ssize_t n = cnp.PyArray_DIM(query, 0), max_count = counts.max(initial=0)
     cdef cnp.ndarray context = np.empty((n, keys.shape[1]), query.dtype)
@@ -218,7 +218,7 @@ def align_backward(
     cnp.ndarray dcontext not None, cnp.ndarray dprojected not None, cnp.ndarray dkeys not None,
     cnp.ndarray dscore not None, int n_threads,
 ):
-    """The gradients; see `fastseq.reference.alignment_operations.align_backward`."""
+    """The gradients; see `fastseq.reference._additive_attention.align_backward`."""
     cdef Alignment job
     cdef Py_ssize_t sequences = cnp.PyArray_DIM(counts, 0), n = cnp.PyArray_DIM(query, 0), i
     cdef cnp.ndarray dquery = np.empty_like(query)

@@ -1,4 +1,4 @@
-"""Softmax attention and rotary positions, compiled; `fastseq.reference.attention_operations` has the same in NumPy.
+"""Softmax attention and rotary positions, compiled; `fastseq.reference._attention` has the same in NumPy.
 
 Arguments were checked at the door. Threads split sequences, key-value heads and, where these are few, queries; never a
 sum. See kernels/attention.h.
@@ -175,7 +175,7 @@ cdef object run(Job made, want_weights, int n_threads):
 
 
 def attention(q, k, v, spans, lengths, mask, bint causal, window, double scale, bint want_weights, int n_threads):
-    """softmax(q k^T scale + mask) v, and the softmax; see `fastseq.reference.attention_operations.attention`."""
+    """softmax(q k^T scale + mask) v, and the softmax; see `fastseq.reference._attention.attention`."""
     return run(job_of(q, k, v, spans, lengths, mask, causal, window, scale), want_weights, n_threads)
 
 
@@ -255,7 +255,7 @@ def rotary(
     cnp.ndarray x not None, cnp.ndarray cos not None, cnp.ndarray sin not None, cnp.ndarray positions not None,
     bint interleaved, bint inverse, int n_threads,
 ):
-    """Heads rotary_dim by the angles of their positions; see `fastseq.reference.attention_operations.rotary`."""
+    """Heads rotary_dim by the angles of their positions; see `fastseq.reference._attention.rotary`."""
     cdef Turn job
     cdef cnp.ndarray y = np.empty((x.shape[0], x.shape[1], x.shape[2]), x.dtype)
     job.kernels = table(x)

@@ -1,6 +1,6 @@
 """Loops over many series, compiled: least squares, one-step predictions and closed-loop forecasts.
 
-`fastseq.reference.autoregression` has the same operations in NumPy, and their documentation. Arguments were checked
+`fastseq.reference._autoregression` has the same operations in NumPy, and their documentation. Arguments were checked
 at the door. Threads split the series; a series is one chain of sums in one order.
 """
 
@@ -121,7 +121,7 @@ cdef void triangle_row(const Job *job, Py_ssize_t row, Py_ssize_t from_step, Py_
 
 
 def triangle(cnp.ndarray x not None, cnp.ndarray lengths not None, Py_ssize_t order, Py_ssize_t first, int n_threads):
-    """The triangular factor of every series' equations; see `fastseq.reference.autoregression.triangle`."""
+    """The triangular factor of every series' equations; see `fastseq.reference._autoregression.triangle`."""
     cdef Job job
     cdef Py_ssize_t width = order + 2
     job.rows = cnp.PyArray_DIM(x, 0)
@@ -165,7 +165,7 @@ def predict(
     cnp.ndarray x not None, cnp.ndarray lengths not None, cnp.ndarray intercept not None,
     cnp.ndarray coefficients not None, int n_threads,
 ):
-    """What follows every step; see `fastseq.reference.autoregression.predict`."""
+    """What follows every step; see `fastseq.reference._autoregression.predict`."""
     cdef Job job
     cdef Py_ssize_t row
     job.rows = cnp.PyArray_DIM(x, 0)
@@ -228,7 +228,7 @@ def rollout(
     cnp.ndarray recent not None, cnp.ndarray intercept not None, cnp.ndarray coefficients not None,
     Py_ssize_t horizon, int n_threads,
 ):
-    """What follows when predictions are taken for values; see `fastseq.reference.autoregression.rollout`."""
+    """What follows when predictions are taken for values; see `fastseq.reference._autoregression.rollout`."""
     cdef Job job
     cdef cnp.ndarray result = begun(&job, recent, horizon)
     set_linear(&job, intercept, coefficients)
@@ -279,7 +279,7 @@ def rollout_perceptron(
     cnp.ndarray output_weight not None, cnp.ndarray output_bias not None, str activation, Py_ssize_t horizon,
     int n_threads,
 ):
-    """The same for a perceptron; see `fastseq.reference.autoregression.rollout_perceptron`."""
+    """The same for a perceptron; see `fastseq.reference._autoregression.rollout_perceptron`."""
     cdef Job job
     cdef cnp.ndarray result = begun(&job, recent, horizon)
     cdef const fs_kernels *kernels = <const fs_kernels *> PyCapsule_GetPointer(
@@ -308,7 +308,7 @@ def rollout_perceptron(
 
 
 def activate(cnp.ndarray x not None, str activation):
-    """What `rollout_perceptron` makes of its hidden units; see `fastseq.reference.autoregression.activate`."""
+    """What `rollout_perceptron` makes of its hidden units; see `fastseq.reference._autoregression.activate`."""
     if activation == "relu":
         return np.maximum(x, 0)
     return getattr(_simd, activation)(x)

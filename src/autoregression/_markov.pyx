@@ -1,4 +1,4 @@
-"""What follows a context of a Markov chain, compiled; `fastseq.reference.markov` has the same in NumPy."""
+"""What follows a context of a Markov chain, compiled; `fastseq.reference._markov` has the same in NumPy."""
 
 cimport numpy as cnp
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
@@ -35,7 +35,7 @@ cdef int choose(void *self, ptrdiff_t rows, const int64_t *parents) noexcept nog
 
 
 cdef class Decoder:
-    """Rows of symbols, of which a Markov chain needs the last few; see `fastseq.reference.markov.Decoder`."""
+    """Rows of symbols, of which a Markov chain needs the last few; see `fastseq.reference._markov.Decoder`."""
 
     cdef fs_decoder functions
     cdef list levels            # the arrays that belong to

@@ -1,4 +1,4 @@
-"""From logits to the next symbol, compiled: `fastseq.reference.decoding` has the same searches in NumPy.
+"""From logits to the next symbol, compiled: `fastseq.reference._decoding` has the same searches in NumPy.
 
 A search drives a decoder (decoder.h) for as many steps as it is asked for and takes the GIL only to look for Ctrl-C,
 to make room for more steps, and to renew a decoder that is full. Scores are doubles. What is chosen for a row depends
@@ -475,7 +475,7 @@ cdef double log_total(Search search, const real *x, double maximum) noexcept nog
 
 
 cdef class Draws(Search):
-    """One symbol after another of every row, drawn or the likeliest; see `fastseq.reference.decoding.Draws`."""
+    """One symbol after another of every row, drawn or the likeliest; see `fastseq.reference._decoding.Draws`."""
 
     cdef Py_ssize_t copies
     cdef int64_t *row           # (active,): which of all rows each is
@@ -686,7 +686,7 @@ cdef struct Hypothesis:
 
 
 cdef class Beams(Search):
-    """Some hypotheses of every prompt side by side, the likeliest; see `fastseq.reference.decoding.Beams`."""
+    """Some hypotheses of every prompt side by side, the likeliest; see `fastseq.reference._decoding.Beams`."""
 
     cdef Py_ssize_t beams
     cdef Py_ssize_t wanted      # results of each prompt
@@ -956,7 +956,7 @@ cdef int look_at(Beams search, Py_ssize_t row, const real *x, Py_ssize_t *n) noe
 
 
 def search(decoder, logits, list prompts, keys, settings):
-    """Draws of some prompts, or beams; see `fastseq.reference.decoding.search`."""
+    """Draws of some prompts, or beams; see `fastseq.reference._decoding.search`."""
     if settings.num_beams > 1:
         return Beams(decoder, logits, prompts, settings)
     return Draws(decoder, logits, prompts, keys, settings)

@@ -1,6 +1,6 @@
 """Linear, embedding, norms, activations, softmax and dropout, compiled.
 
-`fastseq.reference.dense` has the same in NumPy.
+`fastseq.reference._dense` has the same in NumPy.
 
 Arguments were checked at the door; arrays are contiguous, but for the rows of what a linear layer multiplies, which
 may lie apart. Threads split rows, columns or elements, never a sum.
@@ -184,7 +184,7 @@ cdef cnp.ndarray mapped(Packed packed, const fs_weights *weights, cnp.ndarray x,
 
 
 def linear_forward(Packed packed not None, cnp.ndarray x not None, int n_threads):
-    """x W^T + b of the rows of x; see `fastseq.reference.dense.linear_forward`."""
+    """x W^T + b of the rows of x; see `fastseq.reference._dense.linear_forward`."""
     return mapped(packed, &packed.part, x, n_threads)
 
 
@@ -288,7 +288,7 @@ def linear_backward(
     Packed packed not None, cnp.ndarray x not None, cnp.ndarray dy not None, cnp.ndarray dweight not None,
     cnp.ndarray dbias, int n_threads,
 ):
-    """Gradient of x; those of the parameters are added; see `fastseq.reference.dense.linear_backward`."""
+    """Gradient of x; those of the parameters are added; see `fastseq.reference._dense.linear_backward`."""
     transpose(packed)
     cdef cnp.ndarray dx = mapped(packed, &packed.transposed, dy, n_threads)
     add_weight_gradient(x, dy, dweight, dbias, n_threads)
@@ -619,7 +619,7 @@ cdef cnp.ndarray activated(cnp.ndarray x, cnp.ndarray dy, str kind, int n_thread
 
 
 def activation_forward(cnp.ndarray x not None, str kind not None, int n_threads):
-    """f(x), elementwise; see `fastseq.reference.dense.activation_forward`."""
+    """f(x), elementwise; see `fastseq.reference._dense.activation_forward`."""
     return activated(x, None, kind, n_threads)
 
 
@@ -670,7 +670,7 @@ cdef void dropout_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexc
 
 
 def dropout(cnp.ndarray x not None, double p, seed, stream, int n_threads):
-    """Each element of x times 1 / (1 - p), or 0 with probability p; see `fastseq.reference.dense.dropout`."""
+    """Each element of x times 1 / (1 - p), or 0 with probability p; see `fastseq.reference._dense.dropout`."""
     cdef Rows job
     cdef cnp.ndarray y = np.empty_like(x)
     job.kernels = table(x)

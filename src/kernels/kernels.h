@@ -286,7 +286,7 @@ typedef struct fs_kernels {
                                   double smoothing, double scale, void *gradient, fs_softmax_sums *sums);
     fs_loss binary_cross_entropy, squared_error, huber;
 
-    /* One step of an optimiser over the elements [first, last); fastseq/reference/optimisers.py has the equations. */
+    /* One step of an optimiser over the elements [first, last); fastseq/reference/_optimisers.py has the equations. */
     void (*sgd)(const fs_update *update, ptrdiff_t first, ptrdiff_t last);
     void (*rmsprop)(const fs_update *update, ptrdiff_t first, ptrdiff_t last);
     void (*adam)(const fs_update *update, ptrdiff_t first, ptrdiff_t last);

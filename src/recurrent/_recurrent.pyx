@@ -1,7 +1,7 @@
 """Recurrent layers, compiled: packing the weights, and the loops over layers, directions, time and rows.
 
 `pack`, `run`, `fits`, `step` and `rollout` are the operations, and for training `forward`, `gates` and `backward`,
-which are in bptt.pxi; `fastseq.reference.operations` has the same in NumPy, and their documentation. Arguments were
+which are in bptt.pxi; `fastseq.reference._recurrent` has the same in NumPy, and their documentation. Arguments were
 checked at the door.
 
 A direction of a layer is a `Job`. The rows of the batch stand longest first, so that the rows still running at a
@@ -588,7 +588,7 @@ def run(
     tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, lengths, resets,
     int n_threads, tuple tables=None,
 ):
-    """Whole sequences through all layers and directions; see `fastseq.reference.operations.run`.
+    """Whole sequences through all layers and directions; see `fastseq.reference._recurrent.run`.
 
     With `tables`, one `input_table` for each direction of the first layer, x is (B, T) of ids, int64 and contiguous.
     """
@@ -667,7 +667,7 @@ def step(
     tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, cnp.ndarray out,
     int n_threads,
 ):
-    """One time step through all layers of one direction; see `fastseq.reference.operations.step`."""
+    """One time step through all layers of one direction; see `fastseq.reference._recurrent.step`."""
     cdef Py_ssize_t slot, row, i, width = cnp.PyArray_DIM(h, 2), batch = cnp.PyArray_DIM(x, 0)
     cdef Job job
     cdef cnp.ndarray h_n = cnp.PyArray_EMPTY(3, cnp.PyArray_DIMS(h), cnp.PyArray_TYPE(h), 0)
@@ -711,7 +711,7 @@ def rollout(
     tuple cells not None, cnp.ndarray weight not None, cnp.ndarray bias not None, cnp.ndarray x not None,
     cnp.ndarray h not None, cnp.ndarray c, Py_ssize_t steps, int n_threads,
 ):
-    """Steps that each take what a linear map makes of the one before; see `fastseq.reference.operations.rollout`."""
+    """Steps that each take what a linear map makes of the one before; see `fastseq.reference._recurrent.rollout`."""
     cdef Py_ssize_t slot, t
     cdef Job job
     cdef cnp.ndarray nothing = np.zeros((cnp.PyArray_DIM(weight, 0), 0), weight.dtype)

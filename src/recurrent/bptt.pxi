@@ -48,7 +48,7 @@ def forward(
     tuple cells not None, cnp.ndarray x not None, cnp.ndarray h not None, cnp.ndarray c, lengths, resets,
     int n_threads,
 ):
-    """One layer with a tape; see `fastseq.reference.operations.forward`."""
+    """One layer with a tape; see `fastseq.reference._recurrent.forward`."""
     cdef Py_ssize_t width = cnp.PyArray_DIM(h, 2)
     cdef int direction
     cdef Job job
@@ -91,7 +91,7 @@ def forward(
 
 
 def gates(Tape tape not None):
-    """Every gate, h and c at every step; see `fastseq.reference.operations.gates`."""
+    """Every gate, h and c at every step; see `fastseq.reference._recurrent.gates`."""
     cdef Cell cell = tape.cells[0]
     batch, time = tape.x.shape[:2]
     units = cell.w.hidden_size
@@ -717,7 +717,7 @@ cdef Py_ssize_t stride_of(array, int axis) noexcept:
 def backward(
     Tape tape not None, cnp.ndarray dy not None, dh, dc, truncate, tuple grads not None, bint keep, int n_threads,
 ):
-    """Undo `forward`; see `fastseq.reference.operations.backward`."""
+    """Undo `forward`; see `fastseq.reference._recurrent.backward`."""
     cdef Py_ssize_t width = cnp.PyArray_DIM(tape.h, 2), at
     cdef int direction, directions = len(tape.cells)
     cdef bint padded = tape.rows.steps is not None

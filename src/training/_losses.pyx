@@ -1,4 +1,4 @@
-"""Losses and their gradients, compiled; `fastseq.reference.loss_operations` has the same in NumPy.
+"""Losses and their gradients, compiled; `fastseq.reference._losses` has the same in NumPy.
 
 Threads split rows. What a row adds to the loss is a double of its own, and these are added up in one order, so that
 neither the number of threads nor rows that do not count change a bit.
@@ -54,7 +54,7 @@ def softmax_cross_entropy(
     cnp.ndarray logits not None, cnp.ndarray targets not None, Py_ssize_t count, double label_smoothing,
     int n_threads,
 ):
-    """The mean over rows that count; see `fastseq.reference.loss_operations.softmax_cross_entropy`."""
+    """The mean over rows that count; see `fastseq.reference._losses.softmax_cross_entropy`."""
     cdef Py_ssize_t rows = cnp.PyArray_DIM(logits, 0), row
     cdef cnp.ndarray gradient = np.empty_like(logits)
     cdef cnp.ndarray scratch = np.empty(3 * rows)

@@ -1,4 +1,4 @@
-"""The compiled passes of the optimisers, and what clipping needs; see `fastseq.reference.optimisers`.
+"""The compiled passes of the optimisers, and what clipping needs; see `fastseq.reference._optimisers`.
 
 All arrays of a call are contiguous, of one size and of one type. Threads split the elements, and sums are made of
 blocks of a fixed size that are added in order: the number of threads changes no bit.
@@ -87,7 +87,7 @@ def sgd(
     cnp.ndarray p not None, cnp.ndarray g not None, cnp.ndarray momenta, cnp.ndarray out not None, double lr,
     double momentum, bint nesterov, double weight_decay, int n_threads,
 ):
-    """One step of SGD; see `fastseq.reference.optimisers.sgd`."""
+    """One step of SGD; see `fastseq.reference._optimisers.sgd`."""
     cdef fs_update update = prepared(p, g, momenta, None, out, weight_decay)
     update.rate = lr
     update.momentum = momentum
@@ -99,7 +99,7 @@ def rmsprop(
     cnp.ndarray p not None, cnp.ndarray g not None, cnp.ndarray squares not None, cnp.ndarray momenta,
     cnp.ndarray out not None, double lr, double alpha, double eps, double momentum, double weight_decay, int n_threads,
 ):
-    """One step of RMSProp; see `fastseq.reference.optimisers.rmsprop`."""
+    """One step of RMSProp; see `fastseq.reference._optimisers.rmsprop`."""
     cdef fs_update update = prepared(p, g, squares, momenta, out, weight_decay)
     update.rate = lr
     update.keep_second = alpha
@@ -114,7 +114,7 @@ def adam(
     cnp.ndarray out not None, Py_ssize_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
     bint decoupled, int n_threads,
 ):
-    """One step of Adam or AdamW; see `fastseq.reference.optimisers.adam`."""
+    """One step of Adam or AdamW; see `fastseq.reference._optimisers.adam`."""
     cdef fs_update update = prepared(p, g, means, squares, out, 0 if decoupled else weight_decay)
     update.rate = lr / (1 - beta1 ** <double> step)
     update.keep = 1 - lr * weight_decay if decoupled else 1

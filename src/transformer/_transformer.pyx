@@ -1,4 +1,4 @@
-"""Whole stacks of Transformer blocks, compiled, for inference; `fastseq.reference.transformer_operations` has the same.
+"""Whole stacks of Transformer blocks, compiled, for inference; `fastseq.reference._transformer` has the same.
 
 Arguments were checked at the door. How a run is laid out and shared among threads is in stack.pxd, how keys and values
 are kept in pages.h; here is what Python calls: whole runs, runs that go on from what was kept, and the decoder that
@@ -60,7 +60,7 @@ cdef class Block:
 
 
 def block_pack(settings, parts):
-    """A block as `run_blocks` wants it; see `fastseq.reference.transformer_operations.block_pack`."""
+    """A block as `run_blocks` wants it; see `fastseq.reference._transformer.block_pack`."""
     cdef Block block = Block()
     cdef Layer *layer = &block.layer
     cdef cnp.ndarray cos, sin
@@ -188,7 +188,7 @@ def run_blocks(
     list blocks not None, cnp.ndarray x not None, cnp.ndarray starts not None, cnp.ndarray positions, bint causal, mask,
     cnp.ndarray memory, cnp.ndarray memory_starts, memory_mask, final_norm, bint want_weights, int n_threads,
 ):
-    """One block after another; see `fastseq.reference.transformer_operations.run_blocks`."""
+    """One block after another; see `fastseq.reference._transformer.run_blocks`."""
     cdef Stack stack = Stack(blocks, final_norm)
     cdef cnp.ndarray y = np.array(x, order="C"), own_mask, cross_mask, pointers
     cdef Py_ssize_t batch = len(starts) - 1, longest = np.diff(starts).max(initial=0), longest_memory = 0
@@ -225,7 +225,7 @@ def run_blocks(
 
 
 cdef class Pages:
-    """Keys and values of a batch of sequences; see `fastseq.reference.transformer_operations.Pages`.
+    """Keys and values of a batch of sequences; see `fastseq.reference._transformer.Pages`.
 
     Immutable. Another one with some of the rows, or a beginning of them, shares the memory.
     """
@@ -382,7 +382,7 @@ cdef int extend(fs_table *table, const fs_page_kind *kind, int64_t more) except 
 
 
 def no_pages(list blocks not None, dtype, Py_ssize_t rows):
-    """Where sequences start: see `fastseq.reference.transformer_operations.no_pages`."""
+    """Where sequences start: see `fastseq.reference._transformer.no_pages`."""
     cdef Layer *layer = &(<Block> blocks[0]).layer
     return pages_new(dtype.itemsize, len(blocks), layer.kv_heads, layer.head_dim, layer.window, rows)
 
@@ -413,7 +413,7 @@ cdef class Room:
 
 
 def memory_pages(list blocks not None, cnp.ndarray memory not None, cnp.ndarray starts not None, int n_threads):
-    """Keys and values of a memory; see `fastseq.reference.transformer_operations.memory_pages`."""
+    """Keys and values of a memory; see `fastseq.reference._transformer.memory_pages`."""
     cdef Stack stack = Stack(blocks, None)
     cdef Layer *layer = stack.layers[0]
     cdef Pages pages = pages_new(
@@ -447,7 +447,7 @@ def run_cached(
     list blocks not None, cnp.ndarray x not None, cnp.ndarray starts not None, Pages pages not None,
     Pages memory, final_norm, int n_threads,
 ):
-    """Go on from what was kept; see `fastseq.reference.transformer_operations.run_cached`."""
+    """Go on from what was kept; see `fastseq.reference._transformer.run_cached`."""
     cdef Stack stack = Stack(blocks, final_norm)
     cdef Pages after = pages.take(range(pages.rows))
     cdef cnp.ndarray y = np.array(x, order="C"), whose, positions

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from hashes import DTYPES, FILE, cases, hash_of
 
 from fastseq import _simd
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from hashes import DTYPES, FILE, cases, hash_of
 
 pytestmark = pytest.mark.every_isa
 

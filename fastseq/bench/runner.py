@@ -1,0 +1,165 @@
+"""Check that the engines agree, time them in turn, and hold them against the limits of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fastseq import _simd
+from fastseq.bench.cases import Case
+from fastseq.bench.interference import Others
+from fastseq.bench.report import Report, Row
+from fastseq.bench.roofline import ROOFS, Limits
+from fastseq.bench.worker import EngineError, Worker
+from fastseq.version import __version__
+
+# Of the largest magnitude in the result. A gate exchanged or a state dropped costs far more, an approximate tanh less.
+PEER_TOLERANCE = 1e-3
+
+
+def n_steps(n_cases: int, n_peers: int, rounds: int) -> int:
+    """How many times `measure` reports progress: engines, checks, limits, rounds."""
+    return 1 + n_peers + n_cases + 1 + rounds * n_cases
+
+
+def measure(
+    cases: Sequence[Case],
+    peers: list[str],
+    n_threads: int,
+    rounds: int,
+    asked: bool,
+    advance: Callable[[str], None],
+    complain: Callable[[str], None],
+) -> Report:
+    """Check, then time; an `EngineError` where fastseq, or an engine that was asked for, fails.
+
+    Parameters
+    ----------
+    cases : sequence of Case
+    peers : list of str
+        The engines to stand beside fastseq.
+    n_threads, rounds : int
+    asked : bool
+        Whether somebody named the peers: one that cannot start is left out otherwise.
+    advance : callable
+        Called with what is done next, `n_steps` times in all.
+    complain : callable
+        Called with why an engine was left out.
+    """
+    rows = [Row(case) for case in cases]
+    with contextlib.ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name in ["fastseq", *peers]:
+            advance(f"starting {name}")
+            try:
+                workers[name] = stack.enter_context(contextlib.closing(Worker(name, n_threads)))
+            except EngineError as error:
+                if asked or name == "fastseq":
+                    raise
+                complain(f"left out {error}")
+        with contextlib.closing(Worker("exact", n_threads)) as exact:  # it ends before anything is timed
+            check_parity(rows, workers, exact, advance)
+        advance("measuring the limits")
+        limits = stack.enter_context(contextlib.closing(Limits(n_threads)))
+        peaks, reads = roofs(limits)
+        for row in rows:
+            measured = {name: worker for name, worker in workers.items() if row.has(name)}
+            for worker in measured.values():
+                worker.build(row.case)
+            others = Others(worker.pid for worker in workers.values())
+            for turn in range(rounds):
+                advance(f"timing {row.case.name}, round {turn + 1} of {rounds}")
+                time_once(row, measured, limits, turn)
+            row.others = others.processors()
+            limits.forget()
+    about = {
+        "fastseq": __version__,
+        "instruction_set": _simd.chosen,
+        "openmp": _simd.openmp,
+        "threads": n_threads,
+        "rounds": rounds,
+        "dtype": "float32",
+        "notes": list(dict.fromkeys(note for case in cases for note in case.notes)),
+        "vs": [name for name in peers if name in workers],
+        "versions": {name: worker.version for name, worker in workers.items()},
+        "processor": processor(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    return Report(about, peaks, reads, rows)
+
+
+def check_parity(
+    rows: Sequence[Row], workers: dict[str, Worker], exact: Worker, advance: Callable[[str], None]
+) -> None:
+    """Compare every engine with the float64 reference; what differs is left out, and fastseq must not."""
+    for row in rows:
+        advance(f"checking {row.case.name}")
+        expected = exact.check(row.case)
+        for name, worker in workers.items():
+            if name != "fastseq" and name not in row.case.engines:
+                continue
+            try:
+                outputs = worker.check(row.case)
+            except EngineError as failure:
+                if name == "fastseq":
+                    raise
+                row.faults[name] = f"failed: {failure}"
+                continue
+            allowed = tolerance(row.case) if name == "fastseq" else PEER_TOLERANCE
+            verdict = row.case.compare(name, outputs, expected, allowed)
+            if verdict.error is not None:
+                row.errors[name] = verdict.error
+            if verdict.symbols is not None:
+                row.symbols[name] = verdict.symbols
+            if verdict.fault is not None:
+                row.faults[name] = verdict.fault
+                if name == "fastseq":
+                    raise EngineError(f"fastseq: {row.case.name} {verdict.fault}, more than {verdict.allowed:.1e}")
+
+
+def tolerance(case: Case) -> float:
+    """How far float32 results may be from exact ones, over the largest magnitude: what fastseq promises."""
+    return 16 * float(np.finfo(np.float32).eps) * math.ceil(math.log2(2 + case.terms))
+
+
+def roofs(limits: Limits) -> tuple[dict[int, float], dict[int, float]]:
+    """Multiply-adds by threads, and reading by bytes."""
+    peaks = {limits.threads: limits.multiply_adds()}
+    if limits.threads > 1:
+        # Whether more threads have more to give: two virtual processors may be one core.
+        with contextlib.closing(Limits(1)) as one:
+            peaks = {1: one.multiply_adds(), **peaks}
+    reads = {n_bytes: limits.read(n_bytes) for n_bytes in ROOFS}
+    limits.forget()
+    return peaks, reads
+
+
+def time_once(row: Row, workers: dict[str, Worker], limits: Limits, turn: int) -> None:
+    """One round of a case: the limits, and every engine, each round another one first."""
+    multiply_adds, read = limits.multiply_adds(), limits.read(row.case.working_set)
+    row.multiply_adds.append(multiply_adds)
+    row.read.append(read)
+    row.floors.append(row.case.floor(multiply_adds, read))
+    names = list(workers)
+    first = turn % len(names)
+    for name in names[first:] + names[:first]:
+        row.seconds.setdefault(name, []).append(workers[name].time())
+
+
+def processor(source: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The name of the processor; None where the system does not say."""
+    try:
+        lines = source.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "model name" and value.strip():
+            return value.strip()
+    return None
