@@ -166,10 +166,7 @@ class TrainedModel(Model):
 
     def _loss(self, outputs: Array, task: Task) -> tuple[float, Array]:
         """Return the mean loss and its gradient: cross-entropy, unless a subclass has another."""
-        result: tuple[float, Array] = losses.softmax_cross_entropy(
-            outputs, task.targets, lengths=task.lengths, _backend=self._backend
-        )
-        return result
+        return losses.softmax_cross_entropy(outputs, task.targets, lengths=task.lengths, _backend=self._backend)
 
     def training_forward(self, batch: Batch, state: Any = None, seed: int | None = None) -> tuple[float, int, Any, Any]:
         """Compute the mean loss of a batch, for `fastseq.training.fit`.

@@ -217,10 +217,9 @@ class RecurrentForecaster(ScaledModel, TrainedModel):
 
     def _loss(self, outputs: Array, task: Task) -> tuple[float, Array]:
         """Return the mean squared error in units of the deviation, and its gradient."""
-        result: tuple[float, Array] = losses.mean_squared_error(
+        return losses.mean_squared_error(
             outputs, self._standard(task.targets), lengths=task.lengths, _backend=self._backend
         )
-        return result
 
     def training_backward(self, tape: Any, grads: Any = None, *, truncate: int | None = None) -> None:
         """Add the gradients of the loss that `training_forward` returned; `truncate` as of the recurrent layers."""

@@ -63,7 +63,7 @@ class TransformerEncoderModel(TrainedModel):
     dropout : float in [0, 1)
         Share that training drops: of the embeddings, in the layers as `TransformerEncoder` has it, and of what enters
         the head.
-    activation : {"gelu", "gelu_tanh", "relu", "swiglu", "geglu"}
+    activation : {"gelu", "gelu_tanh", "relu"}
         Between the two linear maps.
     norm_first : bool
         Whether norms stand before attention and feed-forward, and one after the last layer; else after each sum.
@@ -89,8 +89,6 @@ class TransformerEncoderModel(TrainedModel):
        NAACL 2019.
     .. [2] N. Reimers and I. Gurevych, "Sentence-BERT: sentence embeddings using Siamese BERT-networks", EMNLP 2019.
     """
-
-    # The set of operations of what has no layer of its own.
 
     vocab_size: int
     d_model: int
@@ -522,10 +520,7 @@ class TransformerEncoderModel(TrainedModel):
         return self._encoded(*task.inputs)[0], None
 
     def _loss(self, outputs: Array, task: Task) -> tuple[float, Array]:
-        result: tuple[float, Array] = losses.softmax_cross_entropy(
-            outputs, task.targets, ignore_index=_IGNORED, _backend=self._backend
-        )
-        return result
+        return losses.softmax_cross_entropy(outputs, task.targets, ignore_index=_IGNORED, _backend=self._backend)
 
     @checks.short_traceback
     def fit(

@@ -18,13 +18,7 @@ from fastseq.models.base import Task
 from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.forms import BATCH_SIZE
 from fastseq.models.symbol_model import LanguageModel
-from fastseq.models.symbols import (
-    Symbols,
-    ids_array,
-    log_softmax_at,
-    real_steps,
-    token_rows,
-)
+from fastseq.models.symbols import Symbols, ids_array, log_softmax_at, real_steps, token_rows
 from fastseq.models.transformer_parts import POSITIONS, TiedOutput, attention_maps, encode, initialise
 from fastseq.state import AttentionState
 from fastseq.training import Batch, History

@@ -115,7 +115,8 @@ class Watched(M.TransformerLM):
     """A model that writes down what it is trained on."""
 
     def training_forward(self, batch, state=None, seed=None):
-        self._seen.append(self._batch(batch))
+        task = self._task(batch, state)
+        self._seen.append((*task.inputs, task.targets))
         return super().training_forward(batch, state, seed)
 
 
