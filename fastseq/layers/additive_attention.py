@@ -15,6 +15,7 @@ from fastseq import checks, threads
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import SEQUENCE, Composite, Configured, Tape, seeds_of
+from fastseq.layers.derived import Derived
 from fastseq.layers.linear import Linear
 from fastseq.layers.rows import Rows, padded, rows_of
 from fastseq.layers.settings import KW_ONLY, Dtype, flag, floating, random_seed, size
@@ -186,7 +187,7 @@ class MultiplicativeAttention(Alignment):
     seed: int | None = random_seed(default=None, doc="Fixes the initial parameters, uniform in ±1/sqrt(K).")
 
     def _build(self) -> None:
-        self._packed: tuple[Mapping[str, Array], Any] | None = None
+        self._packed: Derived[Any] = Derived()
         super()._build()
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
@@ -195,12 +196,10 @@ class MultiplicativeAttention(Alignment):
 
     def _weights(self) -> Any:
         """The weights as the operations want them."""
-        arrays, packed = self._arrays, self._packed
-        if packed is not None and packed[0] is arrays:
-            return packed[1]
-        weights = self._backend.dense.linear_pack(arrays["weight"], None)
-        self._packed = (arrays, weights)
-        return weights
+        return self._packed.get(self._arrays, self._pack)
+
+    def _pack(self, arrays: Mapping[str, Array]) -> Any:
+        return self._backend.dense.linear_pack(arrays["weight"], None)
 
     def _projected(self, keys: Array) -> Array:
         projected: Array = self._backend.dense.linear_forward(self._weights(), keys, threads.get_num_threads())

@@ -12,6 +12,7 @@ from fastseq import checks, elsewhere, threads
 from fastseq.backend import COMPILED, Backend
 from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Configured, Tape, mask_seed
+from fastseq.layers.derived import Derived
 from fastseq.layers.positions import turns
 from fastseq.layers.rows import Rows, cut, padded, rows_of
 from fastseq.layers.settings import KW_ONLY, Dtype, Resolved, flag, floating, fraction, number, random_seed, size
@@ -326,7 +327,7 @@ class MultiheadAttention(Configured):
         }
         self._scale = 1 / math.sqrt(self._head_dim)
         self._turns = None if self.rotary is None else turns(self._head_dim, self.rotary, self.dtype)
-        self._packed: tuple[Mapping[str, Array], dict[str, Any]] | None = None
+        self._packed: dict[str, Derived[Any]] = {}
         super()._build()
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
@@ -368,13 +369,10 @@ class MultiheadAttention(Configured):
 
     def _weights(self, part: str) -> Any:
         """The weights of a projection as the operations want them."""
-        arrays, packed = self._arrays, self._packed
-        if packed is None or packed[0] is not arrays:
-            packed = self._packed = (arrays, {})
-        weights = packed[1].get(part)
-        if weights is None:
-            weights = packed[1][part] = self._backend.dense.linear_pack(*self._part(arrays, part))
-        return weights
+        packed = self._packed.get(part)
+        if packed is None:
+            packed = self._packed.setdefault(part, Derived())
+        return packed.get(self._arrays, lambda arrays: self._backend.dense.linear_pack(*self._part(arrays, part)))
 
     def _parts(self, sources: int) -> tuple[tuple[int, str], ...]:
         """Which source goes through which projection, for so many arrays that were passed."""

@@ -10,6 +10,7 @@ import numpy as np
 from fastseq import checks, threads
 from fastseq.checks import Array
 from fastseq.layers.base import Pointwise
+from fastseq.layers.derived import Derived
 from fastseq.layers.settings import KW_ONLY, Dtype, flag, floating, random_seed, size
 
 
@@ -26,7 +27,7 @@ class Linear(Pointwise):
     seed: int | None = random_seed(default=None, doc="Fixes the initial parameters, uniform in ±1/sqrt(I).")
 
     def _build(self) -> None:
-        self._packed: tuple[Mapping[str, Array], Any] | None = None
+        self._packed: Derived[Any] = Derived()
         super()._build()
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
@@ -42,12 +43,10 @@ class Linear(Pointwise):
 
     def _weights(self) -> Any:
         """The weights as the operations want them."""
-        arrays, packed = self._arrays, self._packed
-        if packed is not None and packed[0] is arrays:
-            return packed[1]
-        weights = self._backend.dense.linear_pack(arrays["weight"], arrays.get("bias"))
-        self._packed = (arrays, weights)
-        return weights
+        return self._packed.get(self._arrays, self._pack)
+
+    def _pack(self, arrays: Mapping[str, Array]) -> Any:
+        return self._backend.dense.linear_pack(arrays["weight"], arrays.get("bias"))
 
     def _rows(self, x: Any) -> tuple[Array, tuple[int, ...]]:
         """The vectors of x as rows, and the shape of y."""

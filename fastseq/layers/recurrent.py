@@ -10,6 +10,7 @@ import numpy as np
 from fastseq import checks, elsewhere, threads
 from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Configured, Tape, mask_seed
+from fastseq.layers.derived import Derived
 from fastseq.layers.settings import KW_ONLY, Dtype, choice, flag, floating, fraction, random_seed, size
 from fastseq.state import LSTMState, State, adopt
 
@@ -59,7 +60,7 @@ class Recurrent(Configured):
         self._directions = 2 if self.bidirectional else 1
         self._slots = self.num_layers * self._directions
         self._output_size = self.proj_size or self.hidden_size
-        self._packed: tuple[Mapping[str, Array], Any] | None = None
+        self._packed: Derived[Any] = Derived()
         super()._build()
 
     def _advice(self) -> str | None:
@@ -93,15 +94,13 @@ class Recurrent(Configured):
 
     def _cells(self) -> Any:
         """The weights as the operations want them: one cell for each layer and direction."""
-        arrays, packed = self._arrays, self._packed
-        if packed is not None and packed[0] is arrays:
-            return packed[1]
-        cells = tuple(
+        return self._packed.get(self._arrays, self._pack)
+
+    def _pack(self, arrays: Mapping[str, Array]) -> Any:
+        return tuple(
             tuple(self._backend.recurrent.pack(self._cell, *weights) for weights in self._by_direction(arrays, layer))
             for layer in range(self.num_layers)
         )
-        self._packed = (arrays, cells)
-        return cells
 
     def _by_direction(self, arrays: Mapping[str, Array], layer: int) -> tuple[tuple[Any, ...], ...]:
         """The arrays of one layer in the order the operations have them; None for what it does not have."""

@@ -16,6 +16,7 @@ from fastseq.checks import Array
 from fastseq.layers.activation import GELU, ReLU, SiLU
 from fastseq.layers.attention import Frame, MultiheadAttention, batched, check_rotary, head_dim, kv_heads
 from fastseq.layers.base import SEQUENCE, Composite, Configured, Layer, Tape, child_seed, mask_seed, seeds_of
+from fastseq.layers.derived import Derived
 from fastseq.layers.dropout import Dropout
 from fastseq.layers.linear import Linear
 from fastseq.layers.norm import LayerNorm, RMSNorm
@@ -718,7 +719,7 @@ class Block(Runs):
         if self._cross:
             self._sublayers.append(CrossAttention(*next(named), drop, attentions["multihead_attn"]))
         self._sublayers.append(FeedForward(*next(named), drop, linears, self._activation_layer()))
-        self._packed: tuple[list[Any], Any] | None = None
+        self._packed: Derived[Any] = Derived()
 
     def _attention_layer(self, seed: Any, **more: Any) -> Any:
         """Attention of this block's sizes."""
@@ -751,11 +752,11 @@ class Block(Runs):
     def _packed_for(self, longest: int) -> Any:
         """The description with all weights as `run_blocks` wants it, for sequences up to a length."""
         turns = None if self.self_attn._turns is None else self.self_attn._turns.up_to(longest)
-        made_of = [child._arrays for child in self._children.values()]
-        made_of += [] if turns is None else [turns]
-        packed = self._packed
-        if packed is not None and all(old is new for old, new in zip(packed[0], made_of, strict=True)):
-            return packed[1]
+        of = (*[child._arrays for child in self._children.values()], turns)
+        return self._packed.get(of, self._pack)
+
+    def _pack(self, of: tuple[Any, ...]) -> Any:
+        *_, turns = of
         settings = {
             "heads": self.nhead,
             "kv_heads": self.num_kv_heads,
@@ -771,9 +772,7 @@ class Block(Runs):
             (sublayer.kind, sublayer.parts(), tuple(map(sublayer.norm._arrays.get, ("weight", "bias"))))
             for sublayer in self._sublayers
         ]
-        block = self._backend.transformer.block_pack(settings, sublayers)
-        self._packed = (made_of, block)
-        return block
+        return self._backend.transformer.block_pack(settings, sublayers)
 
     def _forward_rows(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
         kept = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 from fastseq import checks, io, losses, training
 from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Composite
+from fastseq.layers.derived import Derived
 from fastseq.training import Batch, History
 
 
@@ -27,14 +27,11 @@ class ParameterCache:
 
     def __init__(self, *layers: Any) -> None:
         self._layers = layers
-        self._kept: tuple[list[Mapping[str, Array]], Any] | None = None
+        self._kept: Derived[Any] = Derived()
 
     def get(self, make: Callable[[], Any]) -> Any:
         """Return the cached value; build it with `make` on first use and after a parameter has changed."""
-        arrays, kept = [layer._arrays for layer in self._layers], self._kept
-        if kept is None or any(map(operator.is_not, kept[0], arrays)):
-            kept = self._kept = arrays, make()
-        return kept[1]
+        return self._kept.get(tuple([layer._arrays for layer in self._layers]), lambda _: make())
 
 
 class Model(Composite):
