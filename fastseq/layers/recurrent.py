@@ -281,7 +281,7 @@ class Recurrent(Configured):
     def forward(
         self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, seed: Any = None
     ) -> tuple[Array, State, Tape]:
-        """Run whole sequences for training: what a call gives, but for dropout, and what `backward` needs.
+        """Run whole sequences for training: what a call gives, except dropout, and what `backward` needs.
 
         Parameters
         ----------

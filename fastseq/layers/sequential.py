@@ -196,7 +196,7 @@ class Sequential(Composite):
     def forward(
         self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, seed: int | None = None
     ) -> tuple[Array, Tape]:
-        """Run all layers for training: what a call gives, but for dropout, and what `backward` needs.
+        """Run all layers for training: what a call gives, except dropout, and what `backward` needs.
 
         Parameters
         ----------

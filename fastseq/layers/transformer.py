@@ -367,7 +367,7 @@ class Encodes(Runs):
     def forward(
         self, x: Any, *, mask: Any = None, causal: bool = False, lengths: Any = None, seed: int | None = None
     ) -> tuple[Array, Tape]:
-        """Encode for training: what a call gives, but for dropout, and what `backward` needs.
+        """Encode for training: what a call gives, except dropout, and what `backward` needs.
 
         Parameters
         ----------
@@ -527,7 +527,7 @@ class Decodes(Runs):
         memory_lengths: Any = None,
         seed: int | None = None,
     ) -> tuple[Array, Tape]:
-        """Decode for training: what a call gives, but for dropout, and what `backward` needs.
+        """Decode for training: what a call gives, except dropout, and what `backward` needs.
 
         Parameters
         ----------
@@ -945,7 +945,7 @@ class Transformer(Stack):
         tgt_lengths: Any,
         causal: Any,
     ) -> tuple[Tokens, Context, Tokens, Context]:
-        """The tokens of source and target, and what the layers of encoder and decoder are told but for the memory."""
+        """The tokens of source and target, and what the layers of encoder and decoder are told except the memory."""
         source = self._tokens("src", src, "src_lengths", src_lengths, "S")
         target = self._tokens("tgt", tgt, "tgt_lengths", tgt_lengths)
         same_batch("tgt", tgt, "src", source, target)
@@ -1029,7 +1029,7 @@ class Transformer(Stack):
         causal: bool = True,
         seed: int | None = None,
     ) -> tuple[Array, Tape]:
-        """Encode and decode for training: what a call gives, but for dropout, and what `backward` needs.
+        """Encode and decode for training: what a call gives, except dropout, and what `backward` needs.
 
         Parameters
         ----------

@@ -1,7 +1,7 @@
 """The steps of the optimisers in NumPy: the equations of the compiled passes, in the same order, for any dtype.
 
 p is a parameter, g its gradient; what an optimiser keeps is changed in place, and the new parameter is written to
-`out`. In float32 and float64 the results have the bits of the compiled passes, but for denormal numbers, which those
+`out`. In float32 and float64 the results have the bits of the compiled passes, except for denormal numbers, which those
 take for zero. `n_threads` is for them.
 """
 

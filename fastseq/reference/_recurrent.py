@@ -274,7 +274,7 @@ def forward(
     x : array of shape (B, T, I)
         The tape refers to it.
     h, c : arrays of shape (B, D, H)
-        Where each row starts; c is None but for the LSTM.
+        Where each row starts; c is None except for the LSTM.
     lengths : int array of shape (B,), or None
     resets : bool array of shape (B, T), or None
         Where a direction is about to take a row's x at t, the row's state goes back to zeros.
@@ -412,7 +412,7 @@ def run(
     cells : [layer][direction]
     x : array of shape (B, T, I)
     h, c : arrays of shape (B, num_layers * D, H)
-        Where each row starts; c is None but for the LSTM.
+        Where each row starts; c is None except for the LSTM.
     lengths, resets, n_threads
         As `forward` takes them.
     tables : None
@@ -446,7 +446,7 @@ def rollout(
     x : array of shape (B, I)
         What the first step takes.
     h, c : arrays of shape (B, num_layers, H)
-        Where each row starts; c is None but for the LSTM.
+        Where each row starts; c is None except for the LSTM.
     steps, n_threads : int
 
     Returns

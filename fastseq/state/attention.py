@@ -82,7 +82,7 @@ class AttentionState:
                 "memory_", 0, memory_lengths, np.zeros(len(own.lengths), np.int64), memory_keys, memory_values
             )
             if len(memory.lengths) != len(own.lengths) or memory.form != own.form:
-                raise ValueError(f"memory_keys should agree with keys but for T, not be of {np.shape(memory_keys)}")
+                raise ValueError(f"memory_keys should agree with keys except for T, not be of {np.shape(memory_keys)}")
         if tokens is not None:
             tokens = checks.integers("tokens", tokens)
             if tokens.ndim != 2 or len(tokens) != len(own.lengths) or tokens.shape[1] < own.lengths.max(initial=0):

@@ -316,7 +316,7 @@ def _alike(name: str, arrays: Sequence[Array]) -> None:
     for i, array in enumerate(arrays):
         if array.ndim != first.ndim or array.shape[1:] != first.shape[1:] or _is_float(array) != _is_float(first):
             raise ValueError(
-                f"{name} should be alike but for their lengths, but {name}[0] is {checks.describe(first)}"
+                f"{name} should be alike except for their lengths, but {name}[0] is {checks.describe(first)}"
                 f" and {name}[{i}] {checks.describe(array)}"
             )
 

@@ -23,7 +23,7 @@ def gradient_flow(layer: Recurrent, tape: Tape, dy: Any, *, dstate: Any = None) 
     tape : Tape
         What `layer.forward` returned.
     dy : array of the shape of y
-        The gradient of the loss with respect to the `y` of `forward`. Zero but for the last step, it shows how far
+        The gradient of the loss with respect to the `y` of `forward`. Zero except at the last step, it shows how far
         back what matters there is felt.
     dstate : state, array (RNN, GRU) or pair of arrays (LSTM), optional
         The gradient with respect to the state that `forward` returned; zeros by default.

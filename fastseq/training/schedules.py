@@ -1,6 +1,6 @@
 """Learning rates that change in the course of a run.
 
-``schedule.lr_at(step)`` is the rate of a step, counted from 0. It depends on nothing else, but for the plateau,
+``schedule.lr_at(step)`` is the rate of a step, counted from 0. It depends on nothing else, except for the plateau,
 which is told the validation losses.
 """
 

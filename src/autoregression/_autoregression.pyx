@@ -1,7 +1,7 @@
 """Loops over many series, compiled: least squares, one-step predictions and closed-loop forecasts.
 
 `fastseq.reference._autoregression` has the same operations in NumPy, and their documentation. Arguments were checked
-at the door. Threads split the series; a series is one chain of sums in one order.
+before. Threads split the series; a series is one chain of sums in one order.
 """
 
 cimport numpy as cnp

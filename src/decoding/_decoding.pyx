@@ -126,7 +126,7 @@ cdef inline bint better(const Candidate *a, const Candidate *b) noexcept nogil:
 
 
 cdef void sink(Candidate *heap, Py_ssize_t n) noexcept nogil:
-    """The worst of a heap stands at its root, but for the root itself: it goes where it belongs."""
+    """The worst of a heap stands at its root; only the root itself may be out of place, and is moved."""
     cdef Candidate moved = heap[0]
     cdef Py_ssize_t i = 0, child
     while 2 * i + 1 < n:

@@ -2,8 +2,8 @@
 
 `fastseq.reference._dense` has the same in NumPy.
 
-Arguments were checked at the door; arrays are contiguous, but for the rows of what a linear layer multiplies, which
-may lie apart. Threads split rows, columns or elements, never a sum.
+Arguments were checked before; arrays are contiguous, except the rows of what a linear layer multiplies, which may lie
+apart. Threads split rows, columns or elements, never a sum.
 """
 
 cimport numpy as cnp

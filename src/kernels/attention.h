@@ -270,7 +270,7 @@ INLINE real scale_left(const fs_attention *job)
 }
 
 /*
- * The scores of one query in place: with the mask, -inf where forbidden, and but for `scale_left` scaled. `s` stands for
+ * The scores of one query in place: with the mask, -inf where forbidden, and scaled except for `scale_left`. `s` stands for
  * the keys from `key` on. Returns the largest of each lane.
  */
 INLINE vec final_scores(const head_view *h, ptrdiff_t query, ptrdiff_t key, ptrdiff_t vectors, real *s)

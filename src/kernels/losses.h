@@ -27,7 +27,7 @@ INLINE real row_max(ptrdiff_t n, const real *x)
     return max_of_lanes(vec_max(vec_max(high[0], high[1]), vec_max(high[2], high[3])));
 }
 
-/* e[j] = exp(x[j] - maximum); returns their sum but for that of the target */
+/* e[j] = exp(x[j] - maximum); returns their sum without that of the target */
 INLINE real row_exp(ptrdiff_t n, const real *x, real maximum, ptrdiff_t target, real *e)
 {
     vec sums[ACCUMULATORS] = {{0}};

@@ -160,7 +160,7 @@ INLINE vec magnitude(vec x)
     return (vec)((ivec)x & ~(ivec)broadcast((real)-0.0));
 }
 
-/* a * b - ab, where ab is that product rounded: exact, but for what underflows. */
+/* a * b - ab, where ab is that product rounded: exact, except where it underflows. */
 INLINE vec product_error(vec a, vec b, vec ab)
 {
 #if FS_VECTOR_BYTES > 16 || defined(__aarch64__)

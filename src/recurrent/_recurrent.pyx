@@ -569,7 +569,7 @@ def rollout(
     cdef char *to
     cdef PackedWeight head = pack_linear(None, weight, bias)
     cdef cnp.ndarray y = np.empty((x.shape[0], steps, weight.shape[0]), x.dtype)
-    # A step may not write where it reads, so the states take turns.
+    # A step may not write where it reads, so there are two arrays of states.
     cdef cnp.ndarray before = state_copy(h), after = np.empty_like(before), c_n = state_copy(c)
     job.rows = cnp.PyArray_DIM(x, 0)
     job.time = 1
