@@ -620,13 +620,14 @@ class Ending(Whim):
 
     def given(self, prompts):
         rows = [np.array(prompt, np.int64) for prompt in prompts]
-        return decoding.Given(rows, functools.partial(self._decoder, rows), False, self.vocab_size)
+        begin = functools.partial(self._decoder, rows)
+        return decoding.Given(rows, begin, False, self.vocab_size, self._backend.decoding, end=self.vocab_size)
 
     def begun(self, prompts, max_new, **settings):
-        return decoding.generated(self, self.given(prompts), max_new, **{"seed": None, **settings})
+        return decoding.generated(self.given(prompts), decoding.Options(max_new, **settings))
 
     def streamed(self, prompts, max_new, **settings):
-        return decoding.streamed(self, self.given(prompts), max_new, **settings)
+        return decoding.streamed(self.given(prompts), decoding.Options(max_new, **settings))
 
 
 @ENGINES
@@ -717,7 +718,7 @@ def test_generate_and_stream_take_the_options(kind, verb):
     assert [name for name in fields if name in taken] == list(taken)
     for name, parameter in taken.items():
         default = fields[name].default
-        assert parameter.default is (inspect.Parameter.empty if default is dataclasses.MISSING else default)
+        assert parameter.default == (inspect.Parameter.empty if default is dataclasses.MISSING else default)
         assert re.search(rf"^{name} : ", inspect.getdoc(function), re.MULTILINE)
     assert "{" not in function.__doc__
 

@@ -416,7 +416,7 @@ def test_gradients_of_the_loss(kind, engine, sampling):
     source, target = padded_pairs()
     batch = Batch(source, target, S, target_lengths=T)
     if sampling:  # what the model draws is no function of its parameters that has a slope
-        drawn = model._resampled(model._batch(batch), 3, sampling)
+        drawn = model._resampled(model._task(batch, None).inputs, 3, sampling)
         model._resampled = lambda *args: drawn
 
     def forward():
@@ -498,7 +498,7 @@ def test_evaluation_is_training_without_what_training_adds():
 def test_sampling_takes_what_the_model_expects():
     model = transformer()
     batch = Batch(*padded_pairs(), S, target_lengths=T)
-    given = model._batch(batch)
+    given = model._task(batch, None).inputs
     assert_same_bits(model._resampled(given, 1, 0.0).begun.ids, given.begun.ids)
     steps = given.begun.rows.steps()
     counts = np.zeros((len(steps), TARGETS + 1))
@@ -524,7 +524,7 @@ def test_sampling_of_logits_beyond_exp():
     """exp of the logits themselves would be inf."""
     model = transformer(tied=False)
     model.parameters["output.weight"] = 4000 * model.parameters["output.weight"]
-    given = model._batch(Batch(*padded_pairs(), S, target_lengths=T))
+    given = model._task(Batch(*padded_pairs(), S, target_lengths=T), None).inputs
     logits = model(*pairs())[real_steps()]
     assert logits.max() > 800
     steps = given.begun.rows.steps()
