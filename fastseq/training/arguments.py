@@ -133,7 +133,7 @@ def loss_of(value: Any, dtype: np.dtype[Any]) -> Loss:
 
 def _by_name(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
     """A loss of ours that takes targets as people have them: integers for reals, the last axis of 1 left out."""
-    function = functools.partial(getattr(losses, name), _backend=backend.for_dtype(dtype))
+    function: Callable[..., Any] = backend.for_dtype(dtype).over(getattr(losses, name), losses.__name__)
     if name == "softmax_cross_entropy":
         return function
 
