@@ -323,11 +323,11 @@ def test_train_pronounce_trains_resumes_and_writes(training, kind, tmp_path, cap
     assert training.main([*settings, "--epochs", "3", "--minutes", "1e-9"]) == 0  # ends with its first step
     assert len(list(folder.iterdir())) == 1
     assert training.main([*settings, "--epochs", "3", "--resume", "--out", str(out)]) == 0
-    out = capsys.readouterr().out
-    lines = out.splitlines()
-    assert "Stopped by --minutes 1e-09 after 1 of " in out
-    assert "step-00000001.safetensors was written; the same command with --resume goes on from it." in out
-    assert f"--resume: goes on from {folder / 'step-00000001.safetensors'}, after 1 of " in out
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert "Stopped by --minutes 1e-09 after 1 of " in printed
+    assert "step-00000001.safetensors was written; the same command with --resume goes on from it." in printed
+    assert f"--resume: goes on from {folder / 'step-00000001.safetensors'}, after 1 of " in printed
     assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()][-3:] == ["1", "2", "3"]
     assert "with the mean of 4 checkpoints" in lines[-1] or "with the mean of 5 checkpoints" in lines[-1]
     model = fs.load(out)
