@@ -6,6 +6,7 @@ Inside, queries and keys are rows, those of one sequence after those of another,
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -50,25 +51,25 @@ class Alignment(Configured):
     query_size: int = size(doc="Q.")
     key_size: int = size(doc="K.")
 
+    @abstractmethod
     def _projected(self, keys: Array) -> Array:
         """What scores take of keys (M, K), which does not depend on a query."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _run(self, query: Array, keys: Array, projected: Array, frame: Frame, want: bool) -> tuple[Array, Any]:
         """The contexts (N, K) of queries (N, Q), and if wanted the weights, (B, T, S) of the longest sequences."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _step(self, query: Array, keys: Array, projected: Array, lengths: Array, want: bool) -> tuple[Array, Any]:
         """The context (B, K) of one query (B, Q) a row, and if wanted the weights (B, S); keys (B, S, K) are padded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _run_forward(self, query: Array, keys: Array, frame: Frame) -> tuple[Array, Any]:
         """`_run` for training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _run_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
         """The gradients of queries and keys, as rows."""
-        raise NotImplementedError
 
     def _opened(self, query: Any, keys: Any, lengths: Any) -> _Given:
         array = checks.real_array("keys", keys, self.dtype)

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+from abc import ABCMeta, abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
@@ -94,8 +95,12 @@ def is_ours(made: Any) -> bool:
     return str(made.__module__).partition(".")[0] == "fastseq"
 
 
-class LayerType(type):
+class LayerType(ABCMeta):
     """The type of layer classes: it reads their settings, and fixes the attributes of a layer that is made."""
+
+    # There are no virtual subclasses, for whose sake ABCMeta's own checks take many times as long.
+    __instancecheck__ = type.__instancecheck__
+    __subclasscheck__ = type.__subclasscheck__
 
     _settings: dict[str, settings.Setting]
 
@@ -595,13 +600,13 @@ class Configured(Layer):
 class Pointwise(Configured):
     """A layer of one input and no other argument: it writes `_forward` and `_backward`, and its verbs are here."""
 
+    @abstractmethod
     def _forward(self, x: Any, seed: int | None) -> tuple[Array, Any]:
         """The outputs, and what `_backward` needs; in inference `seed` is None, and nothing is random."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _backward(self, dy: Array, kept: Any, targets: Mapping[str, Array]) -> Array:
         """The gradient of x; those of parameters are added to `targets`. `dy` has the shape of y."""
-        raise NotImplementedError
 
     def __call__(self, x: Any) -> Array:
         """Apply the layer; inference.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -80,13 +81,13 @@ class Positions(Configured):
     def _stepless(self) -> str:
         return f"{self._making()} has to know where a step stands, and one step alone is at position 0"
 
+    @abstractmethod
     def _forward(self, x: Array, places: Array) -> tuple[Array, Any]:
         """The outputs, and what `_backward` needs, given positions that broadcast to the vectors of x (..., T, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _backward(self, dy: Array, kept: Any, targets: Mapping[str, Array]) -> Array:
         """The gradient of x; that of a parameter is added to `targets`."""
-        raise NotImplementedError
 
     def __call__(self, x: Any, *, positions: Any = None) -> Array:
         """Apply the positions; inference.

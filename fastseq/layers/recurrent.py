@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, overload
 
@@ -51,9 +52,9 @@ class Recurrent(Configured):
     dtype: Dtype = floating(default="float32", of="parameters, states and outputs")
     seed: int | None = random_seed(default=None, doc="Fixes the initial parameters, uniform in ±1/sqrt(H).")
 
+    @abstractmethod
     def _kind(self) -> str:
         """The name that operations have for the cell."""
-        raise NotImplementedError
 
     def _build(self) -> None:
         self._cell = self._kind()

@@ -6,6 +6,7 @@ A call hands the packed weights of a whole stack to one operation. `forward` goe
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -160,21 +161,21 @@ class Runs(Stack):
 
     _attends_memory: ClassVar[bool]
 
+    @abstractmethod
     def _blocks(self) -> tuple[Block, ...]:
         """The layers one after another."""
-        raise NotImplementedError
 
     def _last_norm(self) -> Any:
         """The norm after the last of them, if there is one."""
         return None
 
+    @abstractmethod
     def _forward_rows(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
         """The outputs of training as rows, and what backward needs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _backward_rows(self, dy: Array, kept: Any, grads: Mapping[str, Array] | None) -> tuple[Array, Array | None]:
         """The gradients of tokens and, in a decoder, memory; as rows."""
-        raise NotImplementedError
 
     def _packed_blocks(self, longest: int) -> list[Any]:
         """The layers as the operations want them, for sequences up to a length."""
@@ -565,7 +566,7 @@ class Decodes(Runs):
         return dx, dmemory
 
 
-class Sublayer:
+class Sublayer(ABC):
     """One part of a block, which computes f of x = norm(x + f(x)), or where norms stand first of x = x + f(norm(x)).
 
     The list of them is the description of a block: training goes through it, and `block_pack` makes of it what
@@ -579,17 +580,17 @@ class Sublayer:
         self.norm = norm
         self._drop = drop  # of f's result
 
+    @abstractmethod
     def parts(self) -> dict[str, Any]:
         """The weights by their names in `block_pack`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Array, context: Context, seed: int) -> tuple[Array, Any]:
         """The result f(x) in training, and what `backward` needs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, dout: Array, kept: Any, targets: Mapping[str, Any]) -> tuple[Array, Array | None]:
         """Gradients of x and, where there is one, of the memory; those of parameters are added to the targets."""
-        raise NotImplementedError
 
 
 class SelfAttention(Sublayer):

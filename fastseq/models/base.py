@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -145,21 +146,21 @@ class TrainedModel(Model):
     undoes them in the reverse order.
     """
 
+    @abstractmethod
     def _task(self, batch: Batch, state: Any) -> Task:
         """Check a batch and put it into the form that the layers take."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _taped(self, task: Task, state: Any, seed: int | None) -> tuple[Array, Any, Any]:
         """Run all layers for training; return outputs, state, and what `_back` needs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _evaluated(self, task: Task, state: Any) -> tuple[Array, Any]:
         """Run all layers without dropout; return outputs and state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _back(self, gradient: Array, kept: Any, grads: Any) -> Any:
         """Undo all layers, given the gradient of their outputs."""
-        raise NotImplementedError
 
     def _loss(self, outputs: Array, task: Task) -> tuple[float, Array]:
         """Return the mean loss and its gradient: cross-entropy, unless a subclass has another."""

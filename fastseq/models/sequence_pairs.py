@@ -83,10 +83,6 @@ class SequencePairModel(TrainedModel):
         """All layers, forward, with dropout: the logits, and what `_back` needs."""
         raise NotImplementedError
 
-    def _back(self, dlogits: Array, kept: Any, grads: Any) -> None:
-        """All layers, in the reverse order of `_through`."""
-        raise NotImplementedError
-
     @property
     def begin(self) -> int:
         """The id of the boundary as the first symbol that the decoder is given: V."""
@@ -362,6 +358,10 @@ class SequencePairModel(TrainedModel):
     def _evaluated(self, task: Task, state: Any) -> tuple[Array, Any]:
         return self._scores(task.inputs), None
 
+    def _taped(self, task: Task, state: Any, seed: int | None, sampling: float = 0.0) -> tuple[Array, Any, Any]:
+        logits, kept = self._through(task.inputs, seed, sampling)
+        return logits, state, kept
+
     def training_forward(
         self,
         batch: Batch,
@@ -394,11 +394,11 @@ class SequencePairModel(TrainedModel):
         state : None
         """
         task = self._task(batch, state)
-        logits, kept = self._through(task.inputs, seed, _share("sampling", sampling))
+        logits, state, kept = self._taped(task, state, seed, _share("sampling", sampling))
         loss, gradient = losses.softmax_cross_entropy(
             logits, task.targets, label_smoothing=label_smoothing, _backend=self._backend
         )
-        return loss, task.elements, (gradient, kept), None
+        return loss, task.elements, (gradient, kept), state
 
     @checks.short_traceback
     def fit(

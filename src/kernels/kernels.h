@@ -1,8 +1,8 @@
 /*
  * The kernels: everything fastseq computes below its loops, once per instruction set and real type.
  *
- * A table of function pointers is chosen once, at import. No kernel allocates, starts a thread or knows
- * Python. Real numbers pass as `void *`; which type they have is the table's own business, so that one
+ * A table of function pointers is chosen once, at import. Kernels work in the memory that they are given, start no
+ * thread and know no Python. Real numbers pass as `void *`; which type they have is the table's own business, so that one
  * loop above serves every type.
  *
  * Packed weights. A weight matrix with `gates` rows for each unit is stored as panels:
