@@ -360,7 +360,7 @@ class SequencePairModel(TrainedModel):
 
     def _taped(self, task: Task, state: Any, seed: int | None, sampling: float = 0.0) -> tuple[Array, Any, Any]:
         logits, kept = self._through(task.inputs, seed, sampling)
-        return logits, state, kept
+        return logits, None, kept
 
     def training_forward(
         self,

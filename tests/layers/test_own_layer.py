@@ -14,6 +14,8 @@ from common import ROOT, assert_same_bits
 
 import fastseq as fs
 from fastseq import io
+from fastseq.layers.base import Pointwise
+from fastseq.models.base import TrainedModel
 
 
 class Scale(fs.Layer):
@@ -245,3 +247,9 @@ def test_summary() -> None:
     assert max(map(len, lines)) <= 100
     for layer in (fs.LSTM(2, 3), fs.models.TransformerLM(100, 64, 4, 2), fs.models.MarkovChain(4)):
         assert type(layer).__name__ in layer.summary()
+
+
+def test_a_class_that_misses_what_it_has_to_write_cannot_be_made() -> None:
+    for base in (Pointwise, TrainedModel):
+        with pytest.raises(TypeError, match=r"abstract class Incomplete.* _back"):
+            type(base)("Incomplete", (base,), {})()
