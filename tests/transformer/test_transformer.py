@@ -1227,3 +1227,18 @@ def test_in_a_sequential(kind: str, module: Any) -> None:
         assert np.isfinite(array).all() and (array.any() or "in_proj_bias" in name)
     again = pickle.loads(pickle.dumps(model))
     assert_same_bits(again(ids, lengths=lengths), y)
+
+
+def test_one_changed_parameter_makes_the_packed_weights_stale() -> None:
+    encoder = fs.TransformerEncoder(2, 16, 2, 32, seed=0)
+    x = inputs((2, 5, 16))
+    before = encoder(x)
+    name = "layers.1.linear2.weight"
+    encoder.load_state_dict({**encoder.state_dict(), name: 2 * encoder.parameters[name]})
+    other = fs.TransformerEncoder(2, 16, 2, 32, seed=1)
+    other.load_state_dict(encoder.state_dict())
+    assert np.any(before != encoder(x))
+    assert_same_bits(encoder(x), other(x))
+    encoder.layers[0].parameters["linear1.bias"] = np.ones(32)
+    other.load_state_dict(encoder.state_dict())
+    assert_same_bits(encoder(x), other(x))
