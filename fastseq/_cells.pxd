@@ -55,6 +55,9 @@ cdef struct CellPointers:
     void **z                # [hidden_size]
     void **gates            # NULL: no tape
     void **out
+    # Of narrow weights: room for the narrow rows that one thread makes, see narrow_x_bytes and narrow_h_bytes.
+    char *narrow_x
+    char *narrow_h
 
 
 # What one thread does of a step of a cell.
@@ -79,6 +82,8 @@ cdef void do_cell(
 cdef void input_parts(
     const CellStep *step, const CellWeights *w, Py_ssize_t rows, const void **x, const void **init, void **out,
 ) noexcept nogil
+cdef Py_ssize_t narrow_x_bytes(const CellWeights *w, Py_ssize_t rows) noexcept nogil
+cdef Py_ssize_t narrow_h_bytes(const CellWeights *w, Py_ssize_t rows) noexcept nogil
 cdef Py_ssize_t inputs_bytes(const CellWeights *w) noexcept nogil
 cdef Py_ssize_t cell_work(const CellWeights *w) noexcept nogil
 cdef Py_ssize_t work_of(Py_ssize_t rows, Py_ssize_t work, Py_ssize_t time) noexcept nogil

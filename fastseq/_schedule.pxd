@@ -170,8 +170,9 @@ cdef struct Plan:
     Scratch of_threads         # holds what each thread has for itself
     char *scratch              # in it, of each thread
     Py_ssize_t scratch_each
-    Py_ssize_t attend_bytes    # of them, for attention; then for norms; then the rows of its own
+    Py_ssize_t attend_bytes    # of them, for attention; then for norms; then narrow rows; then the rows of its own
     Py_ssize_t norm_bytes
+    Py_ssize_t narrow_bytes
     # What is done now: from where the counters stand through `last_item` of the last segment.
     Py_ssize_t first_segment
     Py_ssize_t last_segment

@@ -2,9 +2,10 @@
 
 cimport numpy as cnp
 
-from runtime.kernels cimport fs_kernels
+from runtime.kernels cimport fs_kernels, fs_narrow
 
 cdef const fs_kernels *kernels_for(Py_ssize_t item_size) noexcept nogil
+cdef const fs_narrow *narrow_kernels() noexcept nogil
 
 
 cdef inline const fs_kernels *kernels_of(cnp.ndarray array) noexcept:

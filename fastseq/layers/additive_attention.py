@@ -183,6 +183,8 @@ class MultiplicativeAttention(Alignment):
        translation", EMNLP 2015.
     """
 
+    _products = ("weight",)
+
     _: KW_ONLY
     dtype: Dtype = floating(default="float32")
     seed: int | None = random_seed(default=None, doc="Fixes the initial parameters, uniform in ±1/sqrt(K).")
@@ -249,6 +251,8 @@ class AdditiveAttention(Alignment, Composite):
     .. [1] D. Bahdanau, K. Cho and Y. Bengio, "Neural machine translation by jointly learning to align and translate",
        ICLR 2015.
     """
+
+    _real_children = ("score",)  # a vector, which no product with rows takes
 
     hidden_size: int = size(doc="A.")
     _: KW_ONLY

@@ -275,6 +275,8 @@ class MultiheadAttention(Configured):
     .. [3] J. Su et al., "RoFormer: enhanced transformer with rotary position embedding", arXiv:2104.09864, 2021.
     """
 
+    _products = ("*_weight", "out_proj.weight")
+
     time = SEQUENCE
 
     _naming: ClassVar[tuple[str, ...]] = ("__call__", "forward")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import json
 import os
@@ -20,12 +21,15 @@ from fastseq.checks import Array
 from fastseq.layers import settings
 from fastseq.layers.rows import cleared
 from fastseq.layers.settings import Dtype
+from fastseq.narrow import TYPES, NarrowArray, narrowed
 
 L = TypeVar("L", bound="Layer")
 
 # What a layer declares about the axis of time, `Layer.time`.
 POINTWISE, SEQUENCE, POOLING = TIMES = ("pointwise", "sequence", "pooling")
 SUMMARY_WIDTH = 60  # characters for what a layer is, in a summary
+# Verbs that need weights of the dtype of the layer: a twin with narrow weights refuses them.
+TRAINING_VERBS = ("forward", "backward", "fit", "training_forward", "training_backward", "zero_grad", "load_state_dict")
 
 _replacing = threading.Lock()  # two threads that change different parameters must not lose one
 
@@ -50,9 +54,10 @@ class Parameters(MutableMapping[str, Array]):
         self._layer = layer
 
     def __getitem__(self, name: str) -> Array:
-        return self._layer._arrays[name]
+        return _real(self._layer._arrays[name])
 
     def __setitem__(self, name: str, value: Any) -> None:
+        self._layer._refuse_where_narrow("setting a parameter")
         old = self._layer._arrays
         if name not in old:
             raise ValueError(f"name should be one of {', '.join(old)}, not {name!r}")
@@ -71,7 +76,7 @@ class Parameters(MutableMapping[str, Array]):
         return len(self._layer._arrays)
 
     def __repr__(self) -> str:
-        return "{" + ", ".join(f"{name}: {array.shape}" for name, array in self.items()) + "}"
+        return "{" + ", ".join(f"{name}: {array.shape}" for name, array in self._layer._arrays.items()) + "}"
 
 
 class Tape:
@@ -186,6 +191,10 @@ class Layer(metaclass=LayerType):
     # Trailing axes that a pointwise layer works on together: with (B, T) they are the axes x has at least.
     _features: int = 0
     _random: ClassVar[bool] = False  # whether forward of a `Pointwise` draws numbers
+    # Patterns of the names of those parameters that are matrices of products, or tables of vectors: what a twin of
+    # `with_weights` has in a narrow type.
+    _products: ClassVar[tuple[str, ...]] = ()
+    _weight_type: str = "float32"
     # Never changed in place: a change puts a new dict here. Whatever is made from the parameters, as the packed
     # weights are, keeps the dict it was made from and is stale when that is no longer this one.
     _arrays: Mapping[str, Array]
@@ -396,10 +405,11 @@ class Layer(metaclass=LayerType):
         with np.errstate(all="ignore"):  # a small float64 may become a float32 of 0
             self._adopt({name: np.array(array, dtype=self.dtype, order="C") for name, array in changed.items()})
 
-    def _adopt(self, changed: Mapping[str, Array]) -> None:
-        """Take some arrays as they are: C-contiguous, of the layer's dtype, and nobody else's from now on."""
+    def _adopt(self, changed: Mapping[str, Any]) -> None:
+        """Take some arrays as they are: C-contiguous, of the layer's dtype or narrow, and nobody else's from now on."""
         for array in changed.values():
-            array.flags.writeable = False
+            if isinstance(array, np.ndarray):
+                array.flags.writeable = False
         with _replacing:
             self._arrays = {**self._arrays, **changed}
 
@@ -409,8 +419,101 @@ class Layer(metaclass=LayerType):
         return Parameters(self)
 
     @property
+    def weights(self) -> str:
+        """Type of the weights of products: "float32", or of a twin "bfloat16" or "int8"; else that of `dtype`."""
+        return self.dtype.name if self._weight_type == "float32" else self._weight_type
+
+    def with_weights(self: L, type: str, *, keep: Any = ()) -> L:
+        """Return a twin for inference whose matrices are in a narrow type: less memory to hold and to read.
+
+        Inputs, outputs, states, biases and norms stay float32. What enters a product is made narrow as the weights are:
+        rounded to bfloat16, or to 8 bits with one scale for each row, found when the row is used. A row's result does
+        not depend on the batch that it stands in, nor on the number of threads.
+
+        Parameters
+        ----------
+        type : {"bfloat16", "int8"}
+            "bfloat16" is float32 rounded to 8 bits of precision, "int8" whole numbers from -127 to 127 with one scale
+            for each output of a matrix.
+        keep : list of str, optional
+            Patterns of names of `parameters`, as ``"*attention*"``: those stay float32. Matrices of one layer that are
+            added in one sum, as weight_ih and weight_hh of a recurrent layer, are kept together.
+
+        Returns
+        -------
+        layer or model
+            Of the same class. It does not hold the float32 weights, and cannot be trained: `forward`, `backward`,
+            `grads` and setting a parameter raise a `TypeError`. What `parameters` shows are the narrow weights as
+            float32.
+
+        Raises
+        ------
+        ValueError
+            For another type, for a pattern that no name fits, or where the dtype is not float32.
+        TypeError
+            Where this is a twin already.
+        """
+        if type not in TYPES[1:]:
+            raise ValueError(f"type should be {' or '.join(map(repr, TYPES[1:]))}, not {type!r}")
+        self._refuse_where_narrow("with_weights")
+        if self.dtype != np.float32:
+            raise ValueError(f"type: a layer should be of float32 to have {type} weights, and {self!r} is not")
+        patterns = [keep] if isinstance(keep, str) else list(keep)
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"keep should hold patterns of names, not {checks.describe(pattern)}")
+            if not fnmatch.filter(self._arrays, pattern):
+                raise ValueError(f"keep should hold patterns that fit a parameter, and {pattern!r} fits none")
+        arrays: dict[str, Any] = dict(self._arrays)
+        for names in self._product_groups(""):
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns):
+                arrays |= {name: narrowed(arrays[name], type) for name in names}
+        return self._restored(arrays, type)
+
+    def _restored(self: L, arrays: Mapping[str, Any], weight_type: str) -> L:
+        """Return another layer of this configuration, with these arrays."""
+        made = object.__new__(self.__class__)
+        made._restore(self._config, arrays, weight_type)
+        return made
+
+    def _product_groups(self, prefix: str) -> list[tuple[str, ...]]:
+        """The names of the matrices of products; those of one group are of one type."""
+        return [(prefix + name,) for name in self._arrays if any(fnmatch.fnmatchcase(name, p) for p in self._products)]
+
+    def _restore(self, config: Any, arrays: Mapping[str, Any], weight_type: str) -> None:
+        """Become a layer of some configuration, with these arrays."""
+        self.__init__(**config)  # type: ignore[misc]
+        if weight_type == "float32":
+            self._replace(arrays)
+        else:
+            self._adopt(arrays)
+            self._become_twin(weight_type)
+        self._freeze()
+
+    def _become_twin(self, weight_type: str) -> None:
+        """From now on the weights are narrow, and the layer cannot be trained."""
+        self._weight_type = weight_type
+        self.__dict__.update({verb: self._refusal(verb) for verb in TRAINING_VERBS if hasattr(type(self), verb)})
+
+    def _refusal(self, what: str) -> Any:
+        """What stands in the place of a verb of training."""
+
+        def refuse(*args: Any, **options: Any) -> Any:
+            self._refuse_where_narrow(what)
+
+        return refuse
+
+    def _refuse_where_narrow(self, what: str) -> None:
+        if self._weight_type != "float32":
+            raise TypeError(
+                f"{what} needs float32 weights, and this {type(self).__name__} is a twin with {self._weight_type}"
+                " weights, for inference alone"
+            )
+
+    @property
     def grads(self) -> Mapping[str, Array]:
         """Mapping from the name of every parameter to the array that `backward` adds its gradient into."""
+        self._refuse_where_narrow("grads")
         if self._gradients is None:
             with _replacing:
                 if self._gradients is None:
@@ -452,7 +555,7 @@ class Layer(metaclass=LayerType):
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of all parameters by name, as PyTorch names and lays them out."""
-        return {name: np.array(array) for name, array in self._arrays.items()}
+        return {name: np.array(_real(array)) for name, array in self._arrays.items()}
 
     def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
         """Take all parameters from a mapping, a PyTorch state dict for example.
@@ -497,12 +600,10 @@ class Layer(metaclass=LayerType):
         return [self]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self._config, "arrays": dict(self._arrays)}
+        return {"config": self._config, "arrays": dict(self._arrays), "weights": self._weight_type}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state["config"])  # type: ignore[misc]
-        self._replace(state["arrays"])
-        self._freeze()
+        self._restore(state["config"], state["arrays"], state.get("weights", "float32"))
 
     def _making(self) -> str:
         """The call that makes a layer of this configuration."""
@@ -671,19 +772,35 @@ class Composite(Layer):
 
     _children: dict[str, Layer]
     _by_own_rule: ClassVar[tuple[str, ...]] = ()  # children that start as they do whatever `initialise` is asked for
+    _real_children: ClassVar[tuple[str, ...]] = ()  # children that a twin has in float32
 
     @property
     def _arrays(self) -> Mapping[str, Array]:  # type: ignore[override]
         return {f"{child}.{name}": a for child, layer in self._children.items() for name, a in layer._arrays.items()}
 
-    def _adopt(self, changed: Mapping[str, Array]) -> None:
+    def _adopt(self, changed: Mapping[str, Any]) -> None:
         for child, layer in self._children.items():
-            if own := _under(child, changed):
+            if own := under(child, changed):
                 layer._adopt(own)
+
+    def _product_groups(self, prefix: str) -> list[tuple[str, ...]]:
+        children = self._children.items()
+        return [
+            group
+            for child, layer in children
+            if child not in self._real_children
+            for group in layer._product_groups(f"{prefix}{child}.")
+        ]
+
+    def _become_twin(self, weight_type: str) -> None:
+        super()._become_twin(weight_type)
+        for layer in self._children.values():
+            layer._become_twin(weight_type)
 
     @property
     def grads(self) -> Mapping[str, Array]:
         """Mapping from the name of every parameter to the array that `backward` adds its gradient into."""
+        self._refuse_where_narrow("grads")
         return MappingProxyType(
             {f"{child}.{name}": a for child, layer in self._children.items() for name, a in layer.grads.items()}
         )
@@ -700,7 +817,17 @@ class Composite(Layer):
         if grads is None:
             return dict.fromkeys(self._children)
         targets = self._targets(grads)
-        return {child: _under(child, targets) for child in self._children}
+        return {child: under(child, targets) for child in self._children}
+
+
+def _real(array: Any) -> Array:
+    """An array as it is, or a narrow one as float32."""
+    if not isinstance(array, NarrowArray):
+        plain: Array = array
+        return plain
+    made = array.real()
+    made.flags.writeable = False
+    return made
 
 
 def _without_prefix(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -759,7 +886,7 @@ def _plain(name: str, value: Any) -> Any:
     return plain
 
 
-def _under(child: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+def under(child: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """The entries of one child, under the names it has for them."""
     prefix = f"{child}."
     return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}

@@ -17,6 +17,8 @@ from fastseq.layers.settings import KW_ONLY, Dtype, checked, floating, random_se
 class Embedding(Configured):
     """A vector for every symbol: y = the row of `weight` that an id names."""
 
+    _products = ("weight",)
+
     num_embeddings: int = size(doc="V.")
     embedding_dim: int = size(doc="D. The parameter `weight` is (V, D).")
     _: KW_ONLY

@@ -18,6 +18,7 @@ class Linear(Pointwise):
     """A linear map of the last axis: y = W x + b, x (..., I) and y (..., O)."""
 
     _features = 1
+    _products = ("weight",)
 
     in_features: int = size(doc="I. W is the parameter `weight` (O, I).")
     out_features: int = size(doc="O.")

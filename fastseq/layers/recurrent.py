@@ -103,6 +103,12 @@ class Recurrent(Configured):
             for layer in range(self.num_layers)
         )
 
+    def _product_groups(self, prefix: str) -> list[tuple[str, ...]]:
+        """What multiplies the input and what multiplies the state are added in one sum; a projection is for itself."""
+        suffixes = [_suffix(layer, d) for layer in range(self.num_layers) for d in range(self._directions)]
+        groups = [(f"{prefix}weight_ih_{suffix}", f"{prefix}weight_hh_{suffix}") for suffix in suffixes]
+        return groups + [(f"{prefix}weight_hr_{suffix}",) for suffix in suffixes if self.proj_size]
+
     def _by_direction(self, arrays: Mapping[str, Array], layer: int) -> tuple[tuple[Any, ...], ...]:
         """The arrays of one layer in the order the operations have them; None for what it does not have."""
         suffixes = [_suffix(layer, direction) for direction in range(self._directions)]

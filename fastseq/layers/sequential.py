@@ -20,6 +20,7 @@ from fastseq.layers.base import (
     child_seed,
     is_ours,
     mask_seed,
+    under,
 )
 from fastseq.layers.rows import cleared
 
@@ -322,11 +323,19 @@ class Sequential(Composite):
     def _saved_parts(self) -> list[Layer]:
         return [self, *(part for layer in self for part in layer._saved_parts())]
 
+    def _restored(self, arrays: Mapping[str, Any], weight_type: str) -> Sequential:
+        children = self._children.items()
+        made = type(self)(*(layer._restored(under(name, arrays), weight_type) for name, layer in children))
+        made._become_twin(weight_type)
+        return made
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers}
+        return {"layers": self.layers, "weights": self._weight_type}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["layers"])  # type: ignore[misc]
+        if state.get("weights", "float32") != "float32":
+            self._become_twin(state["weights"])
         self._freeze()
 
     def __copy__(self) -> Sequential:

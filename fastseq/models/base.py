@@ -6,7 +6,7 @@ import contextlib
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Composite
 from fastseq.layers.derived import Derived
 from fastseq.training import Batch, History
+
+
+M = TypeVar("M", bound="Model")
 
 
 class ParameterCache:
@@ -121,13 +124,20 @@ class Model(Composite):
         self._refresh()
         io.save(path, type(self).__name__, self._config, {**self._arrays, **self._fitted})
 
+    def _restored(self: M, arrays: Mapping[str, Any], weight_type: str) -> M:
+        self._refresh()
+        made = super()._restored(arrays, weight_type)
+        made._take_fitted(self._fitted)
+        return made
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self._config, "arrays": self.state_dict()}
+        self._refresh()
+        return {**super().__getstate__(), "fitted": dict(self._fitted)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state["config"])  # type: ignore[misc]
-        self.load_state_dict(state["arrays"])
-        self._freeze()
+        super().__setstate__(state)
+        if state["fitted"]:
+            self._take_fitted(self._check_fitted(state["fitted"]))
 
 
 class Task(NamedTuple):

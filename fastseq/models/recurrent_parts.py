@@ -59,7 +59,7 @@ class Reader:
 
 def rollout(recurrent: Any, output: Any, x: Array, state: Any, steps: int) -> Array:
     """Go on from `x` (B, I), each output taken for the next input: (B, steps, I)."""
-    weight, bias = output.parameters["weight"], output.parameters["bias"]
+    weight, bias = output._arrays["weight"], output._arrays["bias"]
     h, c = state.h, getattr(state, "c", None)
     y: Array
     y, _, _ = recurrent._backend.recurrent.rollout(

@@ -56,7 +56,7 @@ class TiedOutput:
 
     def _weights(self) -> Any:
         return self._packed.get(
-            lambda: self._operations.linear_pack(self._embedding.parameters["weight"][: self._count], None)
+            lambda: self._operations.linear_pack(self._embedding._arrays["weight"][: self._count], None)
         )
 
     def __call__(self, x: Array) -> Array:  # noqa: D102

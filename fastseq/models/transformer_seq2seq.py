@@ -442,7 +442,7 @@ class TransformerSeq2Seq(SequencePairModel):
         return logits, compiled(
             self._decoder_layers._packed_blocks(self.max_length),
             self._decoder_layers._final_norm(),
-            self._target_embedding._arrays["weight"] * self._scale,
+            scaled(self._target_embedding._arrays["weight"], self._scale),
             None if positions is None else positions._table(self.max_length),
             self._output._weights(),
             state._own,

@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 
 from fastseq.checks import Array
+from fastseq.narrow import NarrowArray
 
 
-def linear_pack(weight: Array, bias: Array | None) -> tuple[Array, Array | None]:
+def linear_pack(weight: Any, bias: Array | None) -> tuple[Any, Array | None]:
     """The weights as the two below want them."""
     return weight, bias
 
 
-def linear_forward(packed: tuple[Array, Array | None], x: Array, n_threads: int) -> Array:
+def linear_forward(packed: tuple[Any, Array | None], x: Array, n_threads: int) -> Array:
     """y = x W^T + b"""
     W, b = packed
-    return x @ W.T if b is None else x @ W.T + b
+    y: Array = x @ W.T if b is None else x @ W.T + b
+    return y
 
 
 def linear_backward(
@@ -36,9 +38,9 @@ def linear_backward(
     return dy @ W
 
 
-def embedding_forward(weight: Array, ids: Array, n_threads: int) -> Array:
-    """The rows of a matrix that ids (rows,) name."""
-    return weight[ids]
+def embedding_forward(weight: Array | NarrowArray, ids: Array, n_threads: int) -> Array:
+    """The rows of a matrix that ids (rows,) name, as reals."""
+    return weight.rows(ids) if isinstance(weight, NarrowArray) else weight[ids]
 
 
 def embedding_backward(ids: Array, dy: Array, dweight: Array, padding_idx: int, n_threads: int) -> None:

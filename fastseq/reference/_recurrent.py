@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastseq.checks import Array
+from fastseq.narrow import split_rows
 
 Cells = Sequence[Sequence["Cell"]]  # [layer][direction]
 Kept = dict[str, Array]  # what a cell's backward needs of one step, by the names of its forward
@@ -74,8 +75,8 @@ class Cell:
         gates = {"lstm": 4, "gru_reset_after": 3, "gru_reset_before": 3}.get(kind, 1)
         none = np.zeros(len(weight_ih), weight_ih.dtype)
         self.kind = kind
-        self.W = np.split(weight_ih, gates)
-        self.U = np.split(weight_hh, gates)
+        self.W = split_rows(weight_ih, gates)
+        self.U = split_rows(weight_hh, gates)
         self.b = np.split(none if bias_ih is None else bias_ih, gates)
         self.d = np.split(none if bias_hh is None else bias_hh, gates)
         self.projection = weight_hr

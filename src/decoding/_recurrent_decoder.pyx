@@ -17,14 +17,17 @@ from libc.string cimport memcpy, memset
 from attention.additive_attention cimport align_one, real
 from decoding.decoder cimport FS_AGAIN, FS_DONE, FS_NO_MEMORY, fs_decoder
 from runtime.costs cimport SIGNAL_WORK, TANH_WORK, WEIGHT_WORK
-from runtime.kernels cimport FS_IDENTITY, FS_TANH, fs_attention, fs_epilogue, fs_kernels, fs_step, fs_weights
+from runtime.kernels cimport (
+    FS_IDENTITY, FS_REAL, FS_TANH, fs_attention, fs_epilogue, fs_kernels, fs_narrow_bytes, fs_narrow_inputs, fs_step,
+    fs_weights,
+)
 from runtime.scratch cimport CACHE_LINE, Scratch, lines, scratch_allocate, scratch_array, scratch_close
 from runtime.team cimport fs_barrier
 from fastseq._cells cimport (
     Cell, CellPointers, CellStep, CellWeights, Split, cell_work, do_cell, init_bytes, input_parts, inputs_bytes,
-    set_cell_step, set_init, split_of, take_share,
+    narrow_h_bytes, narrow_x_bytes, set_cell_step, set_init, split_of, take_share,
 )
-from fastseq._packing cimport PackedWeight, pack_linear
+from fastseq._packing cimport PackedWeight, RowTable, copy_row, pack_linear, row_table
 from fastseq._parallel cimport run_team, team_wait
 
 import numpy as np
@@ -51,8 +54,7 @@ cdef struct Network:
     Py_ssize_t layers
     const CellWeights **cells
     const CellWeights *inputs   # the first layer, as far as it looks at symbols
-    const char *embedding       # [symbols][inputs.input_size]
-    Py_ssize_t embedding_row
+    RowTable embedding          # of width inputs.input_size
     const char *table           # [symbols][panels][vectors][lanes], main then candidate, as `init` of a step; or NULL
     Py_ssize_t table_row
     Py_ssize_t table_main
@@ -60,11 +62,20 @@ cdef struct Network:
     Attention attention
     const fs_weights *combine   # MULTIPLICATIVE: of context and output
     const fs_weights *query     # ADDITIVE: of the output of the last layer
+    # Of narrow weights that take two vectors as one row, the size of the first; else 0.
+    Py_ssize_t combined_size
+    Py_ssize_t joined_size
+    bint entered_together       # ADDITIVE, narrow: the first layer takes the vector of a symbol and a context as one row
     const char *score
 
 
-def pack_pair(cnp.ndarray weight not None, cnp.ndarray bias, Py_ssize_t columns):
-    """Pack a linear map whose input is two vectors; the first `columns` columns of the weight are of the first."""
+def pack_pair(weight not None, cnp.ndarray bias, Py_ssize_t columns):
+    """Pack a linear map whose input is two vectors; the first `columns` columns of the weight are of the first.
+
+    A narrow weight takes both vectors as one row: they have one scale.
+    """
+    if not isinstance(weight, np.ndarray):
+        return pack_linear(None, weight, bias)
     return pack_linear(np.ascontiguousarray(weight[:, :columns]), np.ascontiguousarray(weight[:, columns:]), bias)
 
 
@@ -73,9 +84,10 @@ cdef class Weights:
 
     Parameters
     ----------
-    embedding : ndarray of shape (symbols, E)
+    embedding : ndarray or NarrowArray of shape (symbols, E)
     inputs : Cell
-        What the first layer makes of the vector of a symbol, before it looks at anything else.
+        What the first layer makes of the vector of a symbol, before it looks at anything else. With additive attention
+        and narrow weights it is not looked at: the first of the cells takes vector and context as one row.
     table : ndarray or None
         That of all symbols, `_recurrent.input_table`.
     cells : sequence of Cell
@@ -95,7 +107,7 @@ cdef class Weights:
     cdef list kept  # what the pointers are into
 
     def __init__(
-        self, cnp.ndarray embedding not None, inputs, cnp.ndarray table, cells, output, *, attention=None,
+        self, embedding not None, inputs, cnp.ndarray table, cells, output, *, attention=None,
         combine=None, query=None, cnp.ndarray score=None,
     ):
         cdef Network *network = &self.network
@@ -113,9 +125,15 @@ cdef class Weights:
         network.attention = ATTENTIONS[attention]
         network.combine = self.panels(combine)
         network.query = self.panels(query)
+        network.combined_size = network.joined_size = 0
+        cell_output = network.cells[network.layers - 1].output_size
+        network.entered_together = network.attention == ADDITIVE and network.cells[0].main.narrow != NULL
+        if network.attention == MULTIPLICATIVE and network.combine.narrow != NULL:
+            network.combined_size = network.combine.h_size - cell_output
+        if network.attention == ADDITIVE and network.output.narrow != NULL:
+            network.joined_size = cell_output
         network.score = NULL if score is None else cnp.PyArray_BYTES(score)
-        network.embedding = cnp.PyArray_BYTES(embedding)
-        network.embedding_row = cnp.PyArray_STRIDE(embedding, 0)
+        network.embedding = row_table(embedding)
         network.table_main = init_bytes(network.inputs, &network.inputs.main, network.inputs.main_vectors)
         network.table_row = inputs_bytes(network.inputs)
         network.table = NULL if table is None else cnp.PyArray_BYTES(table)
@@ -172,6 +190,10 @@ cdef struct Rows:
     Py_ssize_t *spare_source
     char *scratch            # of each thread, for attention
     Py_ssize_t scratch_each
+    char *narrow             # of each thread, where weights are narrow: vectors, narrow rows of x, and of h
+    Py_ssize_t narrow_each
+    Py_ssize_t vectors_each
+    Py_ssize_t narrow_x_each
     bint backwards           # the next step takes the last panels first
     # One step.
     Py_ssize_t done          # rows of it that are done
@@ -218,13 +240,14 @@ cdef int make_room(Rows *job, Py_ssize_t room) noexcept nogil:
 
 
 cdef void product(
-    const fs_kernels *kernels, const fs_weights *weights, fs_epilogue epilogue, Py_ssize_t rows, const void **x,
-    const void **h, void **out, int share, int shares,
+    const Rows *job, const fs_weights *weights, fs_epilogue epilogue, Py_ssize_t rows, const void **x,
+    Py_ssize_t x_size, const void **h, void **out, int share, int shares, char *narrow,
 ) noexcept nogil:
-    """out = f(W h + b) of a block of rows, or f(W x + U h + b) where the weights take an x."""
+    """out = f(W h + b) of a block of rows, or f(W x + U h + b) where the weights take an x of some size."""
     cdef const void *init[BLOCK_ROWS]
+    cdef const void *joined[BLOCK_ROWS]
     cdef fs_step step
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, row_bytes = weights.h_size * sizeof(float), x_bytes = x_size * sizeof(float)
     memset(&step, 0, sizeof(step))
     take_share(&step, weights, share, shares)
     step.rows = rows
@@ -236,7 +259,16 @@ cdef void product(
     step.out = out
     for i in range(rows):
         init[i] = weights.bias
-    kernels.plain(&step)
+    if weights.narrow != NULL:
+        if x_size:
+            for i in range(rows):
+                joined[i] = narrow + i * row_bytes
+                memcpy(narrow + i * row_bytes, x[i], x_bytes)
+                memcpy(narrow + i * row_bytes + x_bytes, h[i], row_bytes - x_bytes)
+            step.h = joined
+        step.narrow_h = narrow + job.vectors_each + job.narrow_x_each
+        fs_narrow_inputs(&step)
+    job.network.kernels.plain(&step)
 
 
 cdef void attend(Rows *job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t h_at, char *scratch) noexcept nogil:
@@ -295,6 +327,7 @@ cdef inline void align_rows(Rows *job, Py_ssize_t first, Py_ssize_t last, real *
 
 cdef void run_step(
     Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shares, fs_barrier *barrier, char *scratch,
+    char *narrow,
 ) noexcept nogil:
     """One step of the rows [first, last): what one of some threads does that share the panels."""
     cdef const Network *network = job.network
@@ -318,6 +351,8 @@ cdef void run_step(
     at.x, at.init, at.candidate_init, at.no_bias, at.h, at.c_before = x, init, candidate_init, no_bias, h, c_before
     at.c, at.middle, at.z, at.out = c, middle, z, out
     at.gates = NULL
+    at.narrow_x = narrow + job.vectors_each
+    at.narrow_h = at.narrow_x + job.narrow_x_each
     while base < last:
         n = min(BLOCK_ROWS, last - base)
         # Where rows are split within a step, a thread has [mine, end).
@@ -327,16 +362,16 @@ cdef void run_step(
             for i in range(n):
                 h[i] = job.before + job.parent[base + i] * job.state_row + top_at
                 said[i] = job.said + (base + i) * job.said_row
-            product(network.kernels, network.query, FS_IDENTITY, n, NULL, h, said, share, shares)
+            product(job, network.query, FS_IDENTITY, n, NULL, 0, h, said, share, shares, narrow)
             meet(barrier, shares)
             if network.item == 4:
                 align_rows(job, mine, end, <float *> scratch)
             else:
                 align_rows(job, mine, end, <double *> scratch)
             meet(barrier, shares)
-        if network.table == NULL:
+        if network.table == NULL and not network.entered_together:
             for i in range(n):
-                x[i] = network.embedding + job.symbols[base + i] * network.embedding_row
+                x[i] = vector_of(&network.embedding, job.symbols[base + i], narrow, i)
                 out[i] = job.entered + (base + i) * network.table_row
             set_cell_step(&step, network.inputs, &at, True, share, shares)
             input_parts(&step, network.inputs, n, x, init, out)
@@ -358,6 +393,9 @@ cdef void run_step(
                 if layer:
                     x[i] = new + h_at - job.h_row
                     continue
+                if network.entered_together:
+                    x[i] = entering(job, row, narrow + i * cell.input_size * network.item)
+                    continue
                 x[i] = job.context + row * job.context_row
                 if network.table == NULL:
                     init[i] = job.entered + row * network.table_row
@@ -373,7 +411,9 @@ cdef void run_step(
                 x[i] = job.context + (base + i) * job.context_row
                 h[i] = out[i]
                 said[i] = job.said + (base + i) * job.said_row
-            product(network.kernels, network.combine, FS_TANH, n, x, h, said, share, shares)
+            product(
+                job, network.combine, FS_TANH, n, x, network.combined_size, h, said, share, shares, narrow,
+            )
             meet(barrier, shares)
         for i in range(n):
             if network.attention == NONE:
@@ -385,8 +425,27 @@ cdef void run_step(
                 h[i] = job.context + (base + i) * job.context_row
         for i in range(n):
             out[i] = job.logits + (base + i) * network.output.units * network.item
-        product(network.kernels, network.output, FS_IDENTITY, n, x, h, out, share, shares)
+        product(job, network.output, FS_IDENTITY, n, x, network.joined_size, h, out, share, shares, narrow)
         base += BLOCK_ROWS
+
+
+cdef inline const void *vector_of(const RowTable *embedding, int64_t symbol, char *vectors, Py_ssize_t i) noexcept nogil:
+    """The vector of a symbol; of a narrow embedding, at place i of some room."""
+    cdef char *vector
+    if embedding.type == FS_REAL:
+        return embedding.data + symbol * embedding.width * embedding.item
+    vector = vectors + i * embedding.width * embedding.real_item
+    copy_row(embedding, symbol, vector)
+    return vector
+
+
+cdef inline const void *entering(const Rows *job, Py_ssize_t row, char *out) noexcept nogil:
+    """The vector of a symbol and the context behind it, as one row."""
+    cdef const RowTable *embedding = &job.network.embedding
+    cdef Py_ssize_t n_bytes = embedding.width * embedding.real_item
+    copy_row(embedding, job.symbols[row], out)
+    memcpy(out + n_bytes, job.context + row * job.context_row, job.network.cells[0].input_size * sizeof(float) - n_bytes)
+    return out
 
 
 cdef inline void meet(fs_barrier *barrier, int team) noexcept nogil:
@@ -398,11 +457,12 @@ cdef void walk_rows(void *rows, int thread, int team, fs_barrier *barrier) noexc
     """What one of the threads does of the rows [done, last)."""
     cdef Rows *job = <Rows *> rows
     cdef char *scratch = job.scratch + thread * job.scratch_each
+    cdef char *narrow = job.narrow + thread * job.narrow_each
     cdef Py_ssize_t first = job.done, n = job.last - first
     if job.split_panels or team == 1:
-        run_step(job, first, job.last, thread, team, barrier, scratch)
+        run_step(job, first, job.last, thread, team, barrier, scratch, narrow)
     else:
-        run_step(job, first + n * thread // team, first + n * (thread + 1) // team, 0, 1, NULL, scratch)
+        run_step(job, first + n * thread // team, first + n * (thread + 1) // team, 0, 1, NULL, scratch, narrow)
 
 
 cdef Split plan(const Rows *job, Py_ssize_t *some) noexcept nogil:
@@ -527,6 +587,7 @@ cdef class Decoder:
         cdef char *state
         room = max(1, len(h) * copies)
         self.weights = weights
+        self.kept = []
         job.network = network
         job.n_threads = n_threads
         job.rows = cnp.PyArray_DIM(h, 0)
@@ -537,6 +598,7 @@ cdef class Decoder:
         job.middle_row = lines(network.cells[0].hidden_size * network.item)
         if network.attention != NONE:
             self.set_sources(keys, projected, lengths)
+        self.set_narrow()
         if room > MAX_BYTES or make_room(job, room) != FS_DONE:
             raise MemoryError(f"for the states of {room} rows")
         for row in range(job.rows):
@@ -551,6 +613,41 @@ cdef class Decoder:
         self.functions.item_size = <int> network.item
         self.functions.step = step
         self.functions.choose = choose
+
+    cdef int set_narrow(self) except -1:
+        """Room for what each thread makes of narrow weights' rows."""
+        cdef Rows *job = &self.job
+        cdef const Network *network = job.network
+        cdef const CellWeights *cell = network.inputs
+        cdef Py_ssize_t layer, h_each = 0, floats = 0
+        job.narrow, job.narrow_each, job.vectors_each = NULL, 0, 0
+        job.narrow_x_each = narrow_x_bytes(cell, BLOCK_ROWS)
+        for layer in range(network.layers):
+            cell = network.cells[layer]
+            job.narrow_x_each = max(job.narrow_x_each, narrow_x_bytes(cell, BLOCK_ROWS))
+            h_each = max(h_each, narrow_h_bytes(cell, BLOCK_ROWS))
+        for weights in [<size_t> network.output, <size_t> network.combine, <size_t> network.query]:
+            h_each = max(h_each, self.narrow_bytes(<const fs_weights *> <size_t> weights))
+        if network.embedding.type != FS_REAL:
+            floats = network.embedding.width
+        if network.entered_together:
+            floats = max(floats, network.cells[0].input_size)
+        if network.combined_size:
+            floats = max(floats, network.combine.h_size)
+        if network.joined_size:
+            floats = max(floats, network.output.h_size)
+        if h_each + job.narrow_x_each + floats == 0:
+            return 0
+        job.vectors_each = lines(BLOCK_ROWS * floats * sizeof(float))
+        job.narrow_each = job.vectors_each + job.narrow_x_each + h_each
+        cdef cnp.ndarray room = np.empty(job.n_threads * job.narrow_each + CACHE_LINE, np.uint8)
+        job.narrow = cnp.PyArray_BYTES(room)
+        job.narrow += -<Py_ssize_t> job.narrow & (CACHE_LINE - 1)
+        self.kept.append(room)
+        return 0
+
+    cdef Py_ssize_t narrow_bytes(self, const fs_weights *weights):
+        return 0 if weights == NULL else fs_narrow_bytes(weights, False, BLOCK_ROWS)
 
     cdef int set_sources(self, keys, projected, lengths) except -1:
         cdef Rows *job = &self.job
@@ -582,7 +679,7 @@ cdef class Decoder:
         job.scratch += -<Py_ssize_t> job.scratch & (CACHE_LINE - 1)
         for thread in range(job.n_threads):
             (<int64_t *> (job.scratch + thread * job.scratch_each))[0] = -1
-        self.kept = [of_keys, of_projected, counts, scratch]
+        self.kept += [of_keys, of_projected, counts, scratch]
         return 0
 
     def __dealloc__(self):

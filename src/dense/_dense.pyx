@@ -10,13 +10,13 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from runtime.costs cimport ACTIVATION_WORK, COPY_WORK, DROPOUT_WORK, NORM_WORK, SIGNAL_WORK, threads_for
-from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_epilogue, fs_kernels, fs_step, fs_weights
+from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_epilogue, fs_kernels, fs_narrow_bytes, fs_step, fs_weights
 from runtime.scratch cimport CACHE_LINE, Scratch, scratch_array, scratch_close, scratch_open
 from runtime.team cimport fs_barrier, fs_flush_denormals, fs_restore_denormals
-from fastseq._packing cimport PackedWeight, pack_linear
+from fastseq._packing cimport PackedWeight, RowTable, copy_row, pack_linear, row_table
 from fastseq._parallel cimport parallel_for, run_team, team_wait
 from fastseq._simd cimport kernels_of
 from fastseq._weight_gradient cimport (
@@ -31,9 +31,10 @@ cnp.import_array()
 cdef enum:
     SCATTERED = 512   # bytes of a row below which reading the ids once more costs more than another thread gives
     BLOCK_ROWS = 512  # rows whose pointers are made at once
+    NARROW_BLOCK = 8 * BLOCK_ROWS  # rows that stand as narrow rows at once
 
 
-def linear_pack(cnp.ndarray weight not None, cnp.ndarray bias):
+def linear_pack(weight not None, cnp.ndarray bias):
     """Pack the weights of a linear layer; returns a `PackedWeight`."""
     return pack_linear(None, weight, bias)
 
@@ -47,6 +48,21 @@ cdef struct Map:
     char *y
     Py_ssize_t y_row
     bint by_panels
+    char *narrow         # of narrow weights: the rows, narrow
+    Py_ssize_t narrow_row
+
+
+cdef void narrow_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """Some rows as narrow weights multiply them."""
+    cdef const Map *p = <const Map *> job
+    cdef const void *x[BLOCK_ROWS]
+    cdef Py_ssize_t base = first, rows, i
+    while base < last:
+        rows = min(BLOCK_ROWS, last - base)
+        for i in range(rows):
+            x[i] = p.x + (base + i) * p.x_row
+        p.weights.narrow.rows(p.weights.type, rows, p.weights.h_size, x, p.narrow + base * p.narrow_row)
+        base += rows
 
 
 cdef void product_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -71,6 +87,7 @@ cdef void product_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexc
             x[i] = p.x + (base + i) * p.x_row
             init[i] = p.weights.bias
             out[i] = p.y + (base + i) * p.y_row
+        step.narrow_h = p.narrow + base * p.narrow_row
         p.kernels.plain(&step)
         base += BLOCK_ROWS
 
@@ -92,12 +109,25 @@ cdef int multiply_rows(
         # Few rows between two looks for Ctrl-C would have to wait for all of the weights.
         job.by_panels = True
         block = BLOCK_ROWS
-    for first in range(0, rows, max(block, 1)):
-        job.rows = min(block, rows - first)
-        job.x = x + first * x_row
-        job.y = y + first * y_row
-        items = weights.panels if job.by_panels else job.rows
-        parallel_for(product_part, &job, items, job.rows * work_row / items, n_threads)
+    cdef Scratch scratch
+    memset(&scratch, 0, sizeof(scratch))
+    job.narrow, job.narrow_row = NULL, fs_narrow_bytes(weights, False, 1)
+    if weights.narrow != NULL:
+        block = min(block, NARROW_BLOCK)
+        scratch_array(&scratch, block * job.narrow_row)
+        scratch_open(&scratch)
+        job.narrow = scratch_array(&scratch, block * job.narrow_row)
+    try:
+        for first in range(0, rows, max(block, 1)):
+            job.rows = min(block, rows - first)
+            job.x = x + first * x_row
+            job.y = y + first * y_row
+            if weights.narrow != NULL:
+                parallel_for(narrow_part, &job, job.rows, <double> COPY_WORK * weights.h_size, n_threads)
+            items = weights.panels if job.by_panels else job.rows
+            parallel_for(product_part, &job, items, job.rows * work_row / items, n_threads)
+    finally:
+        scratch_close(&scratch)
     return 0
 
 
@@ -260,23 +290,27 @@ cdef inline Py_ssize_t column(const Rows *s, Py_ssize_t strip) noexcept nogil:
     return min(s.width, strip * s.strip // s.kernels.item_size)
 
 
+cdef struct Lookup:
+    RowTable table
+    const int64_t *ids
+    char *out
+
+
 cdef void gather_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
-    cdef const Rows *s = <const Rows *> job
-    cdef Py_ssize_t row, n_bytes = s.width * s.kernels.item_size
+    cdef const Lookup *s = <const Lookup *> job
+    cdef Py_ssize_t row
     for row in range(first, last):
-        memcpy(s.out + row * n_bytes, s.weight + s.ids[row] * n_bytes, n_bytes)
+        copy_row(&s.table, s.ids[row], s.out + row * s.table.width * s.table.real_item)
 
 
-def embedding_forward(cnp.ndarray weight not None, cnp.ndarray ids not None, int n_threads):
-    """The rows of a matrix that ids (rows,) name."""
-    cdef Rows job
+def embedding_forward(weight not None, cnp.ndarray ids not None, int n_threads):
+    """The rows of a matrix that ids (rows,) name, as reals."""
+    cdef Lookup job
     cdef cnp.ndarray y = np.empty((ids.shape[0], weight.shape[1]), weight.dtype)
-    job.kernels = kernels_of(weight)
-    job.width = cnp.PyArray_DIM(weight, 1)
-    job.weight = cnp.PyArray_BYTES(weight)
+    job.table = row_table(weight)
     job.ids = <const int64_t *> cnp.PyArray_DATA(ids)
     job.out = cnp.PyArray_BYTES(y)
-    parallel_for(gather_part, &job, cnp.PyArray_DIM(ids, 0), <double> COPY_WORK * job.width, n_threads)
+    parallel_for(gather_part, &job, cnp.PyArray_DIM(ids, 0), <double> COPY_WORK * job.table.width, n_threads)
     return y
 
 

@@ -45,10 +45,39 @@ enum fs_epilogue {
 /* Sums of `multiply_adds`: enough to hide the latency of one behind the others. */
 enum { FS_ACCUMULATORS = 12 };
 
-/* Type of the numbers in packed panels: how the microkernel reads them, and how many bytes one takes. */
+/* Type of the numbers in packed panels. */
 enum fs_weight_type {
-    FS_REAL /* the real type of the table */
+    FS_REAL, /* the real type of the table                                  */
+    FS_BFLOAT16, /* the upper half of a float32; for float32 rows               */
+    FS_INT8 /* whole numbers from -127 to 127, times a scale of each output */
 };
+
+/*
+ * A product of narrow weights: n_rows narrow rows against `panels` panels (1, or of one row up to 12 / vectors), added to
+ * out, [n_rows][panels][vectors][lanes] of float32.
+ */
+typedef struct fs_narrow_product {
+    ptrdiff_t n_rows, panels, words; /* words: 32 bits of each output, see microkernel.h */
+    int vectors; /* 3 or 4                                           */
+    const void *rows; /* IN  narrow rows, row_bytes apart                 */
+    ptrdiff_t row_bytes;
+    const void *weights; /* IN  [panels][words][vectors][lanes] of words     */
+    const void *scales; /* IN  int8: [panels][vectors][lanes] of float32    */
+    const void *offsets; /* IN  int8: [panels][vectors][lanes] of int32      */
+    void *out;
+} fs_narrow_product;
+
+/* What an instruction set does with narrow weights: src/kernels/narrow.h. */
+typedef struct fs_narrow {
+    const char *bfloat16, *int8; /* the instructions that each type takes, for people */
+    /* Bytes of a narrow row of k numbers; and such rows, made of rows of float32. */
+    ptrdiff_t (*row_bytes)(enum fs_weight_type type, ptrdiff_t k);
+    void (*rows)(enum fs_weight_type type, ptrdiff_t rows, ptrdiff_t k, const void *const *x, void *out);
+    void (*product)(enum fs_weight_type type, const fs_narrow_product *product);
+    /* As `pack` of fs_kernels, of uint16 or int8; offsets, of int8 alone: [panels][vectors][lanes] of int32. */
+    void (*pack)(enum fs_weight_type type, const void *weight, const ptrdiff_t *gate_rows, int gates, int blocks,
+                 ptrdiff_t units, ptrdiff_t k, void *panels, void *offsets);
+} fs_narrow;
 
 /* The packed weights of one product, a x + b h + bias. Read only. */
 typedef struct fs_weights {
@@ -61,6 +90,10 @@ typedef struct fs_weights {
     const void *bias;   /* [panels][blocks * gates][lanes]; where the chain starts       */
     const void *h_bias; /* [panels][lanes]: b_hn of the GRU that resets after, else NULL */
     enum fs_weight_type type; /* of x and h; biases are reals                             */
+    /* Of narrow types, whose x and h are words as `narrow->pack` lays them out; else NULL. */
+    const fs_narrow *narrow;
+    const void *x_scales, *h_scales; /* int8: as the bias                                    */
+    const void *x_offsets, *h_offsets;
 } fs_weights;
 
 /*
@@ -106,7 +139,28 @@ typedef struct fs_step {
     const fs_back *back; /* a backward step: `out` takes gradients of pre-activations; or NULL */
     void *const *z; /* GRU that resets before: OUT of `gru_gates`, IN of FS_BLEND, [units] */
     void *const *out; /* OUT [units]: h; of `gru_gates`: r * h; of `panels_product`: see below */
+    /* IN of narrow weights: the rows of x and h as `fs_narrow_inputs` wrote them, one behind the other. */
+    void *narrow_x, *narrow_h;
 } fs_step;
+
+/* Bytes of the narrow rows of a step of so many rows, which multiply x (`of_x`) or h; 0 where weights are reals. */
+static inline ptrdiff_t fs_narrow_bytes(const fs_weights *w, int of_x, ptrdiff_t rows)
+{
+    return w->narrow ? rows * w->narrow->row_bytes(w->type, of_x ? w->x_size : w->h_size) : 0;
+}
+
+/*
+ * Where weights are narrow, make the narrow rows of a step, of x where it is multiplied and of h where narrow_h is not
+ * NULL: once, before the kernel takes some of its panels or all.
+ */
+static inline void fs_narrow_inputs(const fs_step *s)
+{
+    const fs_weights *w = s->weights;
+    if (w->narrow && s->with_x)
+        w->narrow->rows(w->type, s->rows, w->x_size, s->x, s->narrow_x);
+    if (w->narrow && s->narrow_h)
+        w->narrow->rows(w->type, s->rows, w->h_size, s->h, s->narrow_h);
+}
 
 /*
  * A cell, as packing, forward, backward and decoding read it. `gates` is how many blocks of hidden_size rows weight_ih,
@@ -327,13 +381,21 @@ typedef struct fs_kernels {
     double (*sum_of_squares)(ptrdiff_t n, const void *x);
 } fs_kernels;
 
-/* The table of an instruction set ("baseline", "avx2", "avx512") for reals of item_size bytes; NULL where this
- * machine, or its operating system, cannot run it. */
-const fs_kernels *fs_find_kernels(const char *set, int item_size);
+/* An instruction set: kernels of reals, which several sets may share, and what it has for narrow weights. */
+typedef struct fs_set {
+    const char *name;
+    const fs_kernels *f32, *f64;
+    const fs_narrow *narrow;
+} fs_set;
+
+/* A set by its name; NULL where this machine, or its operating system, cannot run it. */
+const fs_set *fs_find_set(const char *name);
 
 extern const fs_kernels fs_baseline_f32, fs_baseline_f64;
+extern const fs_narrow fs_baseline_narrow;
 #if defined(__x86_64__)
 extern const fs_kernels fs_avx2_f32, fs_avx2_f64, fs_avx512_f32, fs_avx512_f64;
+extern const fs_narrow fs_avx2_narrow, fs_avx_vnni_narrow, fs_avx512_narrow, fs_avx512_vnni_narrow, fs_avx512_bf16_narrow;
 #endif
 
 #endif

@@ -66,7 +66,7 @@ static inline void plain_epilogue(const fs_step *s, ptrdiff_t row, ptrdiff_t pan
 
 static void plain(const fs_step *s)
 {
-    step(PLAIN, plain_epilogue, NULL, FS_REAL, 4, s);
+    step(PLAIN, plain_epilogue, NULL, 4, s);
 }
 
 /* The sums as they are, whole panels. */
@@ -81,9 +81,9 @@ static inline void product_epilogue(const fs_step *s, ptrdiff_t row, ptrdiff_t p
 static void panels_product(const fs_step *s, int vectors)
 {
     if (vectors == 3)
-        step(PRODUCT, product_epilogue, NULL, FS_REAL, 3, s);
+        step(PRODUCT, product_epilogue, NULL, 3, s);
     else
-        step(PRODUCT, product_epilogue, NULL, FS_REAL, 4, s);
+        step(PRODUCT, product_epilogue, NULL, 4, s);
 }
 
 #endif

@@ -9,8 +9,10 @@ cimport numpy as cnp
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 
 from runtime.huge_pages cimport huge_zeros
-from runtime.kernels cimport FS_REAL, fs_kernels
-from fastseq._simd cimport kernels_for
+from runtime.kernels cimport FS_BFLOAT16, FS_INT8, FS_REAL, fs_kernels, fs_weight_type, fs_weights
+from fastseq._simd cimport kernels_for, narrow_kernels
+
+import numpy as np
 
 cnp.import_array()
 
@@ -20,8 +22,10 @@ cdef class PackedWeight:
 
     @property
     def type(self):
-        """Type of the packed numbers: "float32" or "float64"."""
-        return f"float{8 * self.kernels.item_size}"
+        """Type of the packed numbers: "float32", "float64", "bfloat16" or "int8"."""
+        if self.panels.type == FS_REAL:
+            return f"float{8 * self.kernels.item_size}"
+        return "bfloat16" if self.panels.type == FS_BFLOAT16 else "int8"
 
     @property
     def nbytes(self):
@@ -67,23 +71,79 @@ cdef const void *packed_matrix(PackedWeight packed, PanelLayout layout, cnp.ndar
     cdef Py_ssize_t k = cnp.PyArray_DIM(weight, 1)
     cdef const void *source = cnp.PyArray_DATA(weight)
     cdef void *target = room(packed, packed.panels.panels * k * layout.count * layout.blocks * kernels.lanes)
-    cdef int i
-    for i in range(layout.count):
-        gate_rows[i] = (layout.first + i) * layout.units
+    set_gate_rows(gate_rows, layout)
     with nogil:
         kernels.pack(source, gate_rows, layout.count, layout.blocks, layout.units, k, target)
     return target
 
 
+cdef void set_gate_rows(ptrdiff_t *gate_rows, PanelLayout layout) noexcept:
+    """Where the rows of each gate of a layout begin."""
+    cdef int i
+    for i in range(layout.count):
+        gate_rows[i] = (layout.first + i) * layout.units
+
+
+cdef tuple packed_narrow_matrix(PackedWeight packed, PanelLayout layout, object weight):
+    """Panels of some gates of a `NarrowArray`; returns their addresses: of words, scales and offsets."""
+    cdef ptrdiff_t[4] gate_rows
+    cdef cnp.ndarray values = np.ascontiguousarray(weight.values)
+    cdef fs_weight_type type = FS_BFLOAT16 if weight.type == "bfloat16" else FS_INT8
+    cdef Py_ssize_t k = cnp.PyArray_DIM(values, 1), each = 2 if type == FS_BFLOAT16 else 4
+    cdef Py_ssize_t outputs = packed.panels.panels * layout.count * layout.blocks * packed.kernels.lanes
+    cdef char *words = room(packed, (k + each - 1) // each * outputs)
+    cdef char *offsets = NULL
+    cdef const void *scales = NULL
+    cdef const void *source = cnp.PyArray_DATA(values)
+    packed.panels.type = type
+    packed.panels.narrow = narrow_kernels()
+    if type == FS_INT8:
+        offsets = room(packed, outputs)
+        scales = packed_matrix(packed, layout, np.ascontiguousarray(weight.scales, np.float32).reshape(-1, 1))
+    set_gate_rows(gate_rows, layout)
+    with nogil:
+        packed.panels.narrow.pack(
+            type, source, gate_rows, layout.count, layout.blocks, layout.units, k, words, offsets,
+        )
+    return <size_t> words, <size_t> scales, <size_t> offsets
+
+
+cdef int pack_x(PackedWeight packed, PanelLayout layout, object weight) except -1:
+    """Pack what multiplies x."""
+    cdef fs_weights *panels = &packed.panels
+    panels.x_size = weight.shape[1]
+    if isinstance(weight, np.ndarray):
+        panels.x = packed_matrix(packed, layout, weight)
+        return 0
+    words, scales, offsets = packed_narrow_matrix(packed, layout, weight)
+    panels.x = <const void *> <size_t> words
+    panels.x_scales = <const void *> <size_t> scales
+    panels.x_offsets = <const void *> <size_t> offsets
+    return 0
+
+
+cdef int pack_h(PackedWeight packed, PanelLayout layout, object weight) except -1:
+    """Pack what multiplies h."""
+    cdef fs_weights *panels = &packed.panels
+    panels.h_size = weight.shape[1]
+    if isinstance(weight, np.ndarray):
+        panels.h = packed_matrix(packed, layout, weight)
+        return 0
+    words, scales, offsets = packed_narrow_matrix(packed, layout, weight)
+    panels.h = <const void *> <size_t> words
+    panels.h_scales = <const void *> <size_t> scales
+    panels.h_offsets = <const void *> <size_t> offsets
+    return 0
+
+
 cdef PackedWeight pack_gates(
-    const fs_kernels *kernels, PanelLayout layout, cnp.ndarray of_x, cnp.ndarray of_h, cnp.ndarray bias,
-    cnp.ndarray h_bias,
+    const fs_kernels *kernels, PanelLayout layout, object of_x, object of_h, cnp.ndarray bias, cnp.ndarray h_bias,
 ):
     """Pack some gates of W_x x + W_h h + bias.
 
     Parameters
     ----------
-    of_x, of_h : ndarrays of shapes (gates * units, I) and (gates * units, H), C-contiguous
+    of_x, of_h : ndarrays of shapes (gates * units, I) and (gates * units, H), C-contiguous, or both `NarrowArray`
         `of_x` may be None.
     bias : ndarray of shape (gates * units,), or None for zeros
     h_bias : ndarray of shape (gates * units,), or None
@@ -93,10 +153,8 @@ cdef PackedWeight pack_gates(
     cdef fs_weights *panels = &packed.panels
     cdef PanelLayout last = layout
     if of_x is not None:
-        panels.x_size = cnp.PyArray_DIM(of_x, 1)
-        panels.x = packed_matrix(packed, layout, of_x)
-    panels.h_size = cnp.PyArray_DIM(of_h, 1)
-    panels.h = packed_matrix(packed, layout, of_h)
+        pack_x(packed, layout, of_x)
+    pack_h(packed, layout, of_h)
     if bias is None:
         panels.bias = room(packed, panels.panels * layout.count * layout.blocks * kernels.lanes)
     else:
@@ -107,12 +165,12 @@ cdef PackedWeight pack_gates(
     return packed
 
 
-cdef PackedWeight pack_linear(cnp.ndarray of_x, cnp.ndarray of_h, cnp.ndarray bias):
+cdef PackedWeight pack_linear(object of_x, object of_h, cnp.ndarray bias):
     """Pack a linear map, W_h h + bias, or W_x x + W_h h + bias of inputs that lie in two places."""
     cdef PanelLayout layout
-    layout.first, layout.count, layout.blocks, layout.units = 0, 1, PLAIN_BLOCKS, cnp.PyArray_DIM(of_h, 0)
+    layout.first, layout.count, layout.blocks, layout.units = 0, 1, PLAIN_BLOCKS, of_h.shape[0]
     cdef PackedWeight packed = pack_gates(kernels_for(of_h.itemsize), layout, of_x, of_h, bias, None)
-    packed.weight = of_h
+    packed.weight = of_h if isinstance(of_h, np.ndarray) else None
     return packed
 
 
@@ -139,3 +197,20 @@ cdef PackedWeight pack_rows(
     packed.panels.h = target
     packed.panels.bias = room(packed, panels * panel_row)
     return packed
+
+
+cdef RowTable row_table(object weight) except *:
+    """Table of the rows of an ndarray or a `NarrowArray`, C-contiguous; the caller keeps it."""
+    cdef RowTable table
+    cdef cnp.ndarray values = weight if isinstance(weight, np.ndarray) else weight.values
+    table.width = cnp.PyArray_DIM(values, 1)
+    table.item = table.real_item = cnp.PyArray_ITEMSIZE(values)
+    table.data = cnp.PyArray_BYTES(values)
+    table.type, table.scales, table.factor = FS_REAL, NULL, 1
+    if values is not weight:
+        table.real_item = sizeof(float)
+        table.type = FS_BFLOAT16 if weight.type == "bfloat16" else FS_INT8
+        table.factor = weight.factor
+        if table.type == FS_INT8:
+            table.scales = <const float *> cnp.PyArray_DATA(weight.scales)
+    return table

@@ -6,7 +6,9 @@ Which cells there are, and what is particular to each, is in src/kernels/cells/.
 cimport numpy as cnp
 
 from runtime.costs cimport CORE_CACHE, GATE_WORK, STEP_WORK, TEAM_WORK
-from runtime.kernels cimport FS_IDENTITY, fs_cell, fs_kernels, fs_step, fs_weights
+from runtime.kernels cimport (
+    FS_IDENTITY, fs_cell, fs_kernels, fs_narrow_bytes, fs_narrow_inputs, fs_step, fs_weights,
+)
 from runtime.team cimport fs_barrier
 from fastseq._packing cimport PLAIN_BLOCKS, PackedWeight, PanelLayout, pack_gates, pack_linear, pack_rows
 from fastseq._parallel cimport team_wait
@@ -85,10 +87,11 @@ def pack(str kind, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr):
     w.hidden_size = weight_ih.shape[0] // cell.gates
     w.output_size = weight_hh.shape[1]
     packed.item = kernels.item_size
-    packed.weight_ih, packed.weight_hh, packed.weight_hr = weight_ih, weight_hh, weight_hr
+    if isinstance(weight_ih, np.ndarray):
+        packed.weight_ih, packed.weight_hh, packed.weight_hr = weight_ih, weight_hh, weight_hr
     packed.packed = []
     if bias_ih is None:
-        bias_ih = bias_hh = np.zeros(len(weight_ih), weight_ih.dtype)
+        bias_ih = bias_hh = np.zeros(weight_ih.shape[0], weight_ih.dtype)
     with np.errstate(all="ignore"):  # inf and NaN are the user's
         bias = bias_ih + bias_hh
     if cell.apart_gates:
@@ -125,6 +128,8 @@ cdef void set_cell_step(
     main.back = NULL
     main.z = at.z
     main.out = at.out
+    main.narrow_x = at.narrow_x
+    main.narrow_h = at.narrow_h
     step.candidate = main[0]
     step.projection = main[0]
     if w.candidate.units:
@@ -169,14 +174,17 @@ cdef void do_cell(
     Where every other step takes its panels backwards, it begins with those that the one before it left in the cache.
     """
     step.main.rows = step.candidate.rows = step.projection.rows = rows
+    fs_narrow_inputs(&step.main)
     do_panels(w.cell.main, &step.main, w.main_vectors, backwards)
     if w.candidate.units:
         if team > 1:
             team_wait(barrier, team)
+        fs_narrow_inputs(&step.candidate)
         do_panels(w.kernels.plain, &step.candidate, PLAIN_BLOCKS, backwards)
     if w.projection.units:
         if team > 1:
             team_wait(barrier, team)
+        fs_narrow_inputs(&step.projection)
         do_panels(w.kernels.plain, &step.projection, PLAIN_BLOCKS, backwards)
     if team > 1:
         team_wait(barrier, team)
@@ -187,17 +195,19 @@ cdef void input_parts(
 ) noexcept nogil:
     """Compute the input parts of some rows, of the panels of a step: those of `candidate` behind `main`.
 
-    `init` is room for a pointer a row; `out` stays as it is.
+    `init` is room for a pointer a row; `out` stays as it is. Of narrow weights, so many rows as `narrow_x` has room for.
     """
     cdef fs_step product = step.main
     cdef Py_ssize_t i, behind = init_bytes(w, &w.main, w.main_vectors)
     product.rows = rows
     product.with_x = 1
+    product.narrow_h = NULL
     product.x = x
     product.init = init
     product.out = out
     for i in range(rows):
         init[i] = w.main.bias
+    fs_narrow_inputs(&product)
     w.kernels.panels_product(&product, w.main_vectors)
     if w.candidate.units:
         for i in range(rows):
@@ -214,6 +224,19 @@ cdef void input_parts(
 cdef Py_ssize_t inputs_bytes(const CellWeights *w) noexcept nogil:
     """Bytes of what `input_parts` computes of one row."""
     return init_bytes(w, &w.main, w.main_vectors) + init_bytes(w, &w.candidate, PLAIN_BLOCKS)
+
+
+cdef Py_ssize_t narrow_x_bytes(const CellWeights *w, Py_ssize_t rows) noexcept nogil:
+    """Room that some rows take as narrow inputs, where weights are narrow."""
+    return fs_narrow_bytes(&w.main, True, rows)
+
+
+cdef Py_ssize_t narrow_h_bytes(const CellWeights *w, Py_ssize_t rows) noexcept nogil:
+    """Room that some rows take as narrow states, or as what the second product of a cell multiplies."""
+    return max(
+        fs_narrow_bytes(&w.main, False, rows), fs_narrow_bytes(&w.candidate, False, rows),
+        fs_narrow_bytes(&w.projection, False, rows),
+    )
 
 
 cdef Py_ssize_t work_of_part(const CellWeights *w, const fs_weights *weights, int vectors) noexcept nogil:

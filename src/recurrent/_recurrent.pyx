@@ -26,7 +26,7 @@ from runtime.team cimport fs_barrier
 from fastseq._bptt cimport Rows, Tape
 from fastseq._cells cimport (
     Cell, CellPointers, CellStep, CellWeights, Split, cell_work, do_cell, init_bytes, input_parts, inputs_bytes,
-    set_cell_step, set_init, split_of, work_of,
+    narrow_h_bytes, narrow_x_bytes, set_cell_step, set_init, split_of, work_of,
 )
 from fastseq._dense cimport multiply_rows
 from fastseq._packing cimport PackedWeight, pack_linear
@@ -56,6 +56,7 @@ cdef enum:
     SMALL = 8192   # up to this many bytes of scratch stand on the stack
     POINTERS = 12  # arrays of pointers that `run_steps` keeps, one entry a row
     AHEAD = 3      # and those of the input parts, one entry a row and step
+    NARROW_ROWS = 96  # rows of x that are made narrow at once, where input parts are computed ahead
 
 
 cdef struct Table:
@@ -86,31 +87,33 @@ cdef void table_part(const void *job, Py_ssize_t first, Py_ssize_t last) noexcep
         base += TABLE_ROWS
 
 
-def input_table(Cell cell not None, cnp.ndarray embedding not None, int n_threads):
+def input_table(Cell cell not None, embedding not None, int n_threads):
     """What a layer makes of the vector of each symbol, as far as its chains go without state.
 
     Parameters
     ----------
     cell : Cell
-    embedding : ndarray of shape (symbols, input_size)
+    embedding : ndarray or NarrowArray of shape (symbols, input_size)
     n_threads : int
 
     Returns
     -------
     ndarray or None
-        A row for each symbol, for `run`; None where that would be large.
+        A row for each symbol, for `run`; None where that would be large, or weights are narrow.
     """
     cdef Table table
-    cdef Py_ssize_t symbols = cnp.PyArray_DIM(embedding, 0)
+    cdef Py_ssize_t symbols = len(embedding)
     cdef double work
+    if cell.w.main.narrow != NULL or not isinstance(embedding, np.ndarray):
+        return None
     table.cell = &cell.w
     table.row = inputs_bytes(&cell.w)
     work = <double> table.row / cell.item * cell.w.input_size
     if <double> symbols * table.row > TABLE_BYTES or symbols * work > TABLE_WORK:
         return None
     cdef cnp.ndarray rows = np.empty((symbols, table.row // cell.item), embedding.dtype)
-    table.embedding = cnp.PyArray_BYTES(embedding)
-    table.embedding_row = cnp.PyArray_STRIDE(embedding, 0)
+    table.embedding = cnp.PyArray_BYTES(<cnp.ndarray> embedding)
+    table.embedding_row = cnp.PyArray_STRIDE(<cnp.ndarray> embedding, 0)
     table.rows = cnp.PyArray_BYTES(rows)
     parallel_for(table_part, &table, symbols, work, n_threads)
     return rows
@@ -156,6 +159,10 @@ cdef struct Job:
     char *middle             # [place][hidden_size]: r * h, or the LSTM's output before its projection
     char *z                  # [place][hidden_size]
     Py_ssize_t middle_row
+    char *narrow             # of narrow weights, for each thread: narrow rows of x, and of what else is multiplied
+    Py_ssize_t narrow_each
+    Py_ssize_t narrow_rows   # of x
+    Py_ssize_t narrow_x_each
     char *input_part         # [step of the chunk][place][panels][vectors][lanes], main then candidate
     Py_ssize_t input_part_main
     Py_ssize_t input_part_row
@@ -214,6 +221,8 @@ cdef void run_steps(void *made, int thread, int team, fs_barrier *barrier) noexc
     at.out = at.z + job.row_block
     cdef void **on_tape = at.out + job.row_block
     at.gates = NULL if job.gates == NULL else on_tape
+    at.narrow_x = job.narrow + thread * job.narrow_each
+    at.narrow_h = at.narrow_x + job.narrow_x_each
 
     # The rows of this thread that run at from_step.
     i = lane
@@ -256,7 +265,10 @@ cdef void run_steps(void *made, int thread, int team, fs_barrier *barrier) noexc
                 ahead_x[m] = <const char *> at.x[i] + s * x_step
                 ahead_out[m] = job.input_part + (s * job.row_block + at_block) * job.input_part_row
                 m += 1
-        input_parts(&step, cell, m, ahead_x, ahead_init, ahead_out)
+        i = 0
+        while i < m:
+            input_parts(&step, cell, min(job.narrow_rows, m - i), ahead_x + i, ahead_init + i, ahead_out + i)
+            i += job.narrow_rows
         for i in range(n):
             at.init[i] = job.input_part + (lane + i * stride) * job.input_part_row
             if cell.candidate.units:
@@ -319,7 +331,16 @@ cdef int execute(Job *job, int n_threads) except -1:
     cdef Py_ssize_t middle_bytes = 0
     if job.cell.candidate.units or job.cell.projection.units:
         middle_bytes = job.row_block * job.middle_row
-    cdef Py_ssize_t n_bytes = 64 + pointer_bytes + 2 * middle_bytes + job.ahead * job.row_block * job.input_part_row
+    # Of weights that are real, all rows of x are multiplied at once.
+    job.narrow_rows = max(job.row_block, NARROW_ROWS if job.ahead else 0)
+    job.narrow_x_each = narrow_x_bytes(job.cell, job.narrow_rows)
+    job.narrow_each = job.narrow_x_each + narrow_h_bytes(job.cell, job.row_block)
+    if job.cell.main.narrow == NULL:
+        job.narrow_rows = max(job.row_block, job.ahead * job.row_block)
+    cdef Py_ssize_t narrow_bytes = job.threads * job.narrow_each
+    cdef Py_ssize_t n_bytes = (
+        64 + pointer_bytes + 2 * middle_bytes + narrow_bytes + job.ahead * job.row_block * job.input_part_row
+    )
     cdef char[SMALL] small
     cdef char *scratch = small
     if n_bytes > SMALL:
@@ -329,7 +350,8 @@ cdef int execute(Job *job, int n_threads) except -1:
     job.pointers = scratch + (-(<Py_ssize_t> scratch) & 63)
     job.middle = job.pointers + pointer_bytes
     job.z = job.middle + middle_bytes
-    job.input_part = job.z + middle_bytes
+    job.narrow = job.z + middle_bytes
+    job.input_part = job.narrow + narrow_bytes
 
     cdef Py_ssize_t chunk = limit // (job.row_block * work) + 1
     if job.ahead:
@@ -560,7 +582,7 @@ def step(
 
 
 def rollout(
-    tuple cells not None, cnp.ndarray weight not None, cnp.ndarray bias not None, cnp.ndarray x not None,
+    tuple cells not None, weight not None, cnp.ndarray bias not None, cnp.ndarray x not None,
     cnp.ndarray h not None, cnp.ndarray c, Py_ssize_t steps, int n_threads,
 ):
     """Steps that each take what a linear map makes of the one before; see `fastseq.reference._recurrent.rollout`."""

@@ -7,15 +7,15 @@ import os
 
 cimport numpy as cnp
 
-from runtime.kernels cimport FS_ACCUMULATORS, fs_find_kernels, fs_kernels
+from runtime.kernels cimport FS_ACCUMULATORS, fs_find_set, fs_kernels, fs_narrow, fs_set
 from runtime.team cimport fs_flush_denormals, fs_has_openmp, fs_restore_denormals
 
 import numpy as np
 
 cnp.import_array()
 
-NAMES = ("baseline", "avx2", "avx512")
-available = tuple(name for name in NAMES if fs_find_kernels(name.encode(), 4) != NULL)
+NAMES = ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16")
+available = tuple(name for name in NAMES if fs_find_set(name.encode()) != NULL)
 chosen = os.environ.get("FASTSEQ_ISA", available[-1])
 if chosen not in available:
     raise ImportError(
@@ -23,8 +23,16 @@ if chosen not in available:
     )
 openmp = bool(fs_has_openmp())
 
-cdef const fs_kernels *float32_kernels = fs_find_kernels(chosen.encode(), 4)
-cdef const fs_kernels *float64_kernels = fs_find_kernels(chosen.encode(), 8)
+cdef const fs_set *chosen_set = fs_find_set(chosen.encode())
+cdef const fs_kernels *float32_kernels = chosen_set.f32
+cdef const fs_kernels *float64_kernels = chosen_set.f64
+
+# The set whose kernels of reals are used, and those sets that have their own: the others add instructions for narrow
+# weights to one of them.
+chosen_reals = float32_kernels.set.decode()
+available_reals = tuple(name for name in available if fs_find_set(name.encode()).f32.set == name.encode())
+# Which instructions take products of each type of weights here.
+narrow_instructions = {"bfloat16": chosen_set.narrow.bfloat16.decode(), "int8": chosen_set.narrow.int8.decode()}
 
 # Numbers of a vector, by bytes in a real.
 lanes = {4: float32_kernels.lanes, 8: float64_kernels.lanes}
@@ -33,6 +41,11 @@ lanes = {4: float32_kernels.lanes, 8: float64_kernels.lanes}
 cdef const fs_kernels *kernels_for(Py_ssize_t item_size) noexcept nogil:
     """The table of kernels of a real type, which has so many bytes: 4 or 8."""
     return float32_kernels if item_size == 4 else float64_kernels
+
+
+cdef const fs_narrow *narrow_kernels() noexcept nogil:
+    """What the instruction set has for narrow weights."""
+    return chosen_set.narrow
 
 
 ctypedef void (*map_function)(ptrdiff_t n, const void *x, void *y) noexcept nogil

@@ -18,6 +18,18 @@ cdef extern from "kernels/kernels.h" nogil:
 
     ctypedef enum fs_weight_type "enum fs_weight_type":
         FS_REAL
+        FS_BFLOAT16
+        FS_INT8
+
+    ctypedef struct fs_narrow:
+        const char *bfloat16
+        const char *int8
+        ptrdiff_t (*row_bytes)(fs_weight_type type, ptrdiff_t k) noexcept nogil
+        void (*rows)(fs_weight_type type, ptrdiff_t rows, ptrdiff_t k, const void **x, void *out) noexcept nogil
+        void (*pack)(
+            fs_weight_type type, const void *weight, const ptrdiff_t *gate_rows, int gates, int blocks,
+            ptrdiff_t units, ptrdiff_t k, void *panels, void *offsets,
+        ) noexcept nogil
 
     ctypedef struct fs_weights:
         ptrdiff_t units
@@ -29,6 +41,11 @@ cdef extern from "kernels/kernels.h" nogil:
         const void *bias
         const void *h_bias
         fs_weight_type type
+        const fs_narrow *narrow
+        const void *x_scales
+        const void *h_scales
+        const void *x_offsets
+        const void *h_offsets
 
     ctypedef struct fs_back:
         const void **dy
@@ -65,6 +82,11 @@ cdef extern from "kernels/kernels.h" nogil:
         const fs_back *back
         void **z
         void **out
+        void *narrow_x
+        void *narrow_h
+
+    ptrdiff_t fs_narrow_bytes(const fs_weights *w, int of_x, ptrdiff_t rows)
+    void fs_narrow_inputs(const fs_step *s)
 
     ctypedef struct fs_cell:
         const char *name
@@ -251,4 +273,10 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*scale)(ptrdiff_t n, void *x, double factor) noexcept nogil
         double (*sum_of_squares)(ptrdiff_t n, const void *x) noexcept nogil
 
-    const fs_kernels *fs_find_kernels(const char *set, int item_size)
+    ctypedef struct fs_set:
+        const char *name
+        const fs_kernels *f32
+        const fs_kernels *f64
+        const fs_narrow *narrow
+
+    const fs_set *fs_find_set(const char *name)

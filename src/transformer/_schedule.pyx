@@ -20,7 +20,8 @@ from runtime.costs cimport (
     ACTIVATION_WORK, BLOCK_WORK, COPY_WORK, CORE_CACHE, NORM_WORK, READ_WORK, SIGNAL_WORK, threads_for,
 )
 from runtime.kernels cimport (
-    FS_ADD, FS_IDENTITY, FS_PAGE, fs_attention, fs_epilogue, fs_kernels, fs_page, fs_step, fs_weights,
+    FS_ADD, FS_IDENTITY, FS_PAGE, fs_attention, fs_epilogue, fs_kernels, fs_narrow_bytes, fs_narrow_inputs, fs_page,
+    fs_step, fs_weights,
 )
 from runtime.scratch cimport lines, scratch_allocate, scratch_array, scratch_close
 from runtime.team cimport fs_barrier, fs_counter_get, fs_counter_set, fs_take
@@ -49,8 +50,8 @@ cdef inline char *row_of(const Place *place, char *own, Py_ssize_t row, Py_ssize
 
 
 cdef void product(
-    const fs_kernels *kernels, const Step *s, char *own, Py_ssize_t first, Py_ssize_t last, Py_ssize_t panel,
-    Py_ssize_t panel_end,
+    const fs_kernels *kernels, const Step *s, char *narrow, char *own, Py_ssize_t first, Py_ssize_t last,
+    Py_ssize_t panel, Py_ssize_t panel_end,
 ) noexcept nogil:
     cdef const void *x[POINTER_ROWS]
     cdef const void *init[POINTER_ROWS]
@@ -65,12 +66,14 @@ cdef void product(
     step.init = init
     step.h = x
     step.out = out
+    step.narrow_h = narrow
     while row < last:
         step.rows = min(POINTER_ROWS, last - row)
         for i in range(step.rows):
             x[i] = row_of(&s.x, own, row + i, first)
             init[i] = s.weights.bias
             out[i] = row_of(&s.y, own, row + i, first)
+        fs_narrow_inputs(&step)
         kernels.plain(&step)
         row += POINTER_ROWS
 
@@ -166,7 +169,8 @@ cdef void do_item(const Plan *plan, const Segment *segment, Py_ssize_t item, cha
     cdef const Step *s = &plan.steps[segment.first]
     cdef Py_ssize_t first = item * segment.rows_each, last = min(s.rows, first + segment.rows_each), i
     cdef char *sums = scratch + plan.attend_bytes
-    cdef char *own = sums + plan.norm_bytes
+    cdef char *narrow = sums + plan.norm_bytes
+    cdef char *own = narrow + plan.narrow_bytes
     if s.kind == ATTEND:
         if segment.heads_parts:
             first, i = item // segment.heads_parts, item % segment.heads_parts
@@ -179,12 +183,12 @@ cdef void do_item(const Plan *plan, const Segment *segment, Py_ssize_t item, cha
         return
     if segment.panels_each:
         first = item * segment.panels_each
-        product(plan.kernels, s, NULL, 0, s.rows, first, min(s.weights.panels, first + segment.panels_each))
+        product(plan.kernels, s, narrow, NULL, 0, s.rows, first, min(s.weights.panels, first + segment.panels_each))
         return
     for i in range(segment.first, segment.last):
         s = &plan.steps[i]
         if s.kind == PRODUCT:
-            product(plan.kernels, s, own, first, last, 0, s.weights.panels)
+            product(plan.kernels, s, narrow, own, first, last, 0, s.weights.panels)
         elif s.kind == NORM:
             norm(plan.kernels, s, sums, own, first, last)
         elif s.kind == ROTARY:
@@ -720,9 +724,14 @@ cdef int make_scratch(Plan *plan) noexcept nogil:
     for i in range(plan.n_steps):
         if plan.steps[i].kind == ATTEND:
             plan.attend_bytes = max(plan.attend_bytes, plan.kernels.attend_scratch(&plan.steps[i].attention))
+        elif plan.steps[i].kind == PRODUCT:
+            plan.narrow_bytes = max(
+                plan.narrow_bytes,
+                fs_narrow_bytes(plan.steps[i].weights, False, min(POINTER_ROWS, plan.steps[i].rows)),
+            )
     plan.attend_bytes = lines(plan.attend_bytes * plan.item)
     plan.norm_bytes = lines(2 * ROW_BLOCK * plan.item)
-    plan.scratch_each = plan.attend_bytes + plan.norm_bytes + plan.own_bytes
+    plan.scratch_each = plan.attend_bytes + plan.norm_bytes + plan.narrow_bytes + plan.own_bytes
     scratch_array(&plan.of_threads, plan.threads * plan.scratch_each)
     if scratch_allocate(&plan.of_threads):
         return -1

@@ -19,7 +19,7 @@ from transformer.kv_tables cimport fs_lines_new, fs_page_kind, fs_table, fs_tabl
 from fastseq._attention cimport mask_of, with_all_keys
 from fastseq._kv_pages cimport PageLists, clear_tables, extend, pages_new, share, tables_of
 from fastseq._kv_pages cimport Pages as PageTables
-from fastseq._packing cimport PackedWeight
+from fastseq._packing cimport PackedWeight, RowTable, copy_row, row_table
 from fastseq._schedule cimport (
     CROSS_ATTENTION, FEED_FORWARD, MAX_SUBLAYERS, NO_GATE, PRODUCT_GATE, SELF_ATTENTION, SILU_GATE, Cursor, Layer, Norm,
     Plan, Sublayer, Task, plan_free, plan_make, run_some_steps, set_outputs,
@@ -321,7 +321,7 @@ cdef struct Decoding:
     fs_table *tables
     fs_table *memory_tables    # NULL: no memory
     int64_t max_tokens         # tokens of a row
-    const char *embedding      # [ids][width]
+    RowTable embedding         # of width
     const char *positions      # [max_tokens][width], or NULL
     # [rows], except starts: [rows + 1]
     char *room
@@ -372,7 +372,7 @@ cdef void enter(Decoding *d, Py_ssize_t row, int64_t symbol) noexcept nogil:
     cdef Py_ssize_t n_bytes = width * d.kind.kernels.item_size
     cdef char *x = d.task.stream + row * n_bytes
     cdef const char *position
-    memcpy(x, d.embedding + symbol * n_bytes, n_bytes)
+    copy_row(&d.embedding, symbol, x)
     if d.positions == NULL:
         return
     position = d.positions + d.tables[row].length * n_bytes
@@ -455,7 +455,7 @@ cdef class Decoder:
     ----------
     blocks, final_norm
         As of `run_cached`; rotary tables hold `max_tokens` positions.
-    embedding : array of shape (ids, width)
+    embedding : array or NarrowArray of shape (ids, width)
     positions : array of shape (P, width), P at least `max_tokens`, or None
         Added to the vectors of symbols.
     output : Packed
@@ -476,7 +476,7 @@ cdef class Decoder:
     cdef object prefill
 
     def __cinit__(
-        self, list blocks not None, final_norm, cnp.ndarray embedding not None, cnp.ndarray positions, output,
+        self, list blocks not None, final_norm, embedding not None, cnp.ndarray positions, output,
         PageTables pages not None, PageTables memory, int64_t max_tokens, prefill, int n_threads,
     ):
         cdef Stack stack = Stack(blocks, final_norm)
@@ -496,7 +496,7 @@ cdef class Decoder:
         d.task.output = weights_of(output)
         d.n_threads = n_threads
         d.max_tokens = max_tokens
-        d.embedding = cnp.PyArray_BYTES(embedding)
+        d.embedding = row_table(embedding)
         d.positions = NULL if positions is None else cnp.PyArray_BYTES(positions)
         d.rows = pages.rows
         self.tables_from(pages)

@@ -128,12 +128,12 @@ INLINE void back_gru_reset(const fs_step *s, ptrdiff_t row, ptrdiff_t unit, vec 
 
 static void gru(const fs_step *s)
 {
-    step(FUSED_APART, gru_gates_after_epilogue, gru_output_epilogue, FS_REAL, 3, s);
+    step(FUSED_APART, gru_gates_after_epilogue, gru_output_epilogue, 3, s);
 }
 
 static void gru_gates(const fs_step *s)
 {
-    step(FUSED, gru_gates_epilogue, NULL, FS_REAL, 4, s);
+    step(FUSED, gru_gates_epilogue, NULL, 4, s);
 }
 
 static const fs_cell gru_reset_after_cell = {

@@ -63,7 +63,7 @@ INLINE void back_lstm(const fs_step *s, ptrdiff_t row, ptrdiff_t unit, vec dh)
 
 static void lstm(const fs_step *s)
 {
-    step(FUSED, lstm_cell_epilogue, lstm_output_epilogue, FS_REAL, 4, s);
+    step(FUSED, lstm_cell_epilogue, lstm_output_epilogue, 4, s);
 }
 
 static const fs_cell lstm_cell = {

@@ -1,0 +1,300 @@
+/*
+ * Products of narrow weights, bfloat16 and int8, with float32 rows: what an instruction set has for them.
+ *
+ *   bfloat16   the row is rounded, to nearest even; sums start from what they are added to, in float32
+ *   int8       the row is divided by its scale, max |x| / 127, and rounded, to nearest even; sums are integers, exact;
+ *              what is added is float(sum) * (scale of the row * scale of the output)
+ *
+ * Every step of int8 is rounded once and fused with none, so that it gives the same bits on every instruction set.
+ *
+ * A narrow row, as `narrow_rows` writes it, is a header of NARROW_HEAD bytes and words as microkernel.h reads them.
+ */
+#ifndef FASTSEQ_NARROW_H
+#define FASTSEQ_NARROW_H
+
+#include "microkernel.h"
+
+enum {
+    NARROW_HEAD = CACHE_LINE,
+    FLOAT_INF = 0x7f800000,
+    FLOAT_QUIET = 0x00400000,
+    WEIGHTS_OF_WORD_BFLOAT16 = 2,
+    WEIGHTS_OF_WORD_INT8 = 4
+};
+
+typedef struct {
+    float scale; /* int8: NaN of a row with NaN, inf of one with inf, 0 of one that is nearly 0 */
+    int32_t infinities; /* int8: how many */
+} narrow_head;
+
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+typedef int16_t short_row __attribute__((vector_size(LANES * 2)));
+
+INLINE ptrdiff_t words_of(enum fs_weight_type type, ptrdiff_t k)
+{
+    const ptrdiff_t each = type == FS_BFLOAT16 ? WEIGHTS_OF_WORD_BFLOAT16 : WEIGHTS_OF_WORD_INT8;
+    return (k + each - 1) / each;
+}
+
+static ptrdiff_t narrow_row_bytes(enum fs_weight_type type, ptrdiff_t k)
+{
+    /* Whole vectors are written, so that a row ends with room for one. */
+    const ptrdiff_t n_bytes = words_of(type, k) * parts_of(type) * 4;
+    return NARROW_HEAD + (n_bytes + FS_VECTOR_BYTES + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+}
+
+/* The reals at x[k .. k + LANES), zeros from `size` on. */
+INLINE vec load_until(const real *x, ptrdiff_t k, ptrdiff_t size)
+{
+    return size - k >= LANES ? load(x + k) : load_part(x + k, size - k);
+}
+
+/* The bits of bfloat16 in the upper half of each lane: rounded to nearest even, NaN kept. */
+INLINE ivec round_bfloat16(vec x)
+{
+    const ivec bits = (ivec)x, upper = ibroadcast(~(integer)0xffff);
+    const ivec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & upper;
+    const ivec is_nan = (bits & 0x7fffffff) > FLOAT_INF;
+    return (is_nan & ((bits | FLOAT_QUIET) & upper)) | (~is_nan & rounded);
+}
+
+static void bfloat16_row(ptrdiff_t k_size, const real *x, char *row)
+{
+    char *out = row + NARROW_HEAD;
+    for (ptrdiff_t k = 0; k < k_size; k += LANES) {
+        const ivec bits = round_bfloat16(load_until(x, k, k_size));
+        if (BFLOAT16_PARTS == 2)
+            store((real *)out + k, (vec)bits);
+        else {
+            const short_row two = __builtin_convertvector(bits >> 16, short_row);
+            memcpy(out + 2 * k, &two, sizeof two);
+        }
+    }
+}
+
+INLINE ivec int_max(ivec a, ivec b)
+{
+    const ivec larger = a > b;
+    return (larger & a) | (~larger & b);
+}
+
+/* The bits of max |x|, NaN above inf above all numbers; `infinities` receives how many are infinite. */
+INLINE int32_t magnitude(ptrdiff_t k_size, const real *x, int32_t *infinities)
+{
+    ivec most = {0};
+    int32_t max = 0;
+    for (ptrdiff_t k = 0; k < k_size; k += LANES)
+        most = int_max((ivec)load_until(x, k, k_size) & 0x7fffffff, most);
+    for (int lane = 0; lane < LANES; lane++)
+        max = most[lane] > max ? most[lane] : max;
+    *infinities = 0;
+    if (max == FLOAT_INF)
+        for (ptrdiff_t k = 0; k < k_size; k++)
+            *infinities += x[k] == INFINITE || x[k] == -INFINITE;
+    return max;
+}
+
+/* LANES whole numbers of at most 127 as the words of a row. */
+INLINE void store_int8(char *out, ptrdiff_t k, ivec q)
+{
+    if (INT8_PARTS == 1) {
+        const bytes four = __builtin_convertvector(q + 128, bytes);
+        memcpy(out + k, &four, sizeof four);
+    } else {
+        /* k 0, 2, 1, 3: see microkernel.h. */
+        ivec order;
+        for (int lane = 0; lane < LANES; lane++)
+            order[lane] = lane % 4 == 1 ? lane + 1 : lane % 4 == 2 ? lane - 1 : lane;
+        const short_row pairs = __builtin_convertvector(__builtin_shuffle(q, order), short_row);
+        memcpy(out + 2 * k, &pairs, sizeof pairs);
+    }
+}
+
+static void int8_row(ptrdiff_t k_size, const real *x, char *row)
+{
+    const real small = 0x1p-100f; /* rows below give 0: the inverse of their scale would be infinite */
+    const vec shift = broadcast(0x1.8p23f); /* adding it rounds to whole numbers, to nearest even */
+    char *out = row + NARROW_HEAD;
+    narrow_head head;
+    const int32_t bits = magnitude(k_size, x, &head.infinities);
+    real max, inverse;
+    memcpy(&max, &bits, sizeof max);
+    head.scale = bits < FLOAT_INF ? max < small ? 0 : max / 127 : max;
+    inverse = head.scale > 0 ? 127 / max : 0; /* of a row with NaN or inf, 0 */
+    for (ptrdiff_t k = 0; k < k_size; k += LANES) {
+        const vec v = load_until(x, k, k_size);
+        ivec q;
+        if (bits >= FLOAT_INF)
+            q = (v == -INFINITE) - (v == INFINITE); /* a comparison that holds is -1 */
+        else
+            q = (ivec)(v * broadcast(inverse) + shift) - (ivec)shift;
+        store_int8(out, k, q);
+    }
+    memcpy(row, &head, sizeof head);
+}
+
+static void narrow_rows(enum fs_weight_type type, ptrdiff_t rows, ptrdiff_t k_size, const void *const *x, void *out)
+{
+    const ptrdiff_t row_bytes = narrow_row_bytes(type, k_size);
+    for (ptrdiff_t row = 0; row < rows; row++)
+        if (type == FS_BFLOAT16)
+            bfloat16_row(k_size, x[row], (char *)out + row * row_bytes);
+        else
+            int8_row(k_size, x[row], (char *)out + row * row_bytes);
+}
+
+/* ROWS rows from `row` on against PANELS panels; out[row][panel][vector] += the products. */
+INLINE void narrow_tile(const enum fs_weight_type TYPE, const int ROWS, const int PANELS, const int VECTORS,
+                        const fs_narrow_product *p, ptrdiff_t row)
+{
+    const int per_row = PANELS * VECTORS;
+    const char *rows = (const char *)p->rows + row * p->row_bytes;
+    real *out = (real *)p->out + row * per_row * LANES;
+    vec sums[MAX_TILE];
+    const void *x[MAX_ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+        x[r] = rows + r * p->row_bytes + NARROW_HEAD;
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 16
+        for (int i = 0; i < per_row; i++)
+            sums[r * per_row + i] = TYPE == FS_BFLOAT16 ? load(out + (r * per_row + i) * LANES)
+                                    : INT8_PARTS == 1   ? load((const real *)p->offsets + i * LANES)
+                                                        : (vec){0};
+    microkernel(TYPE, ROWS, PANELS, VECTORS, VECTORS, parts_of(TYPE), sums, x, p->weights,
+                p->words * VECTORS * LANES, p->words);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+        narrow_head head;
+        memcpy(&head, rows + r * p->row_bytes, sizeof head);
+#pragma GCC unroll 16
+        for (int i = 0; i < per_row; i++) {
+            vec sum = sums[r * per_row + i];
+            if (TYPE == FS_INT8) {
+                const vec scale = broadcast(head.scale) * load((const real *)p->scales + i * LANES);
+                sum = load(out + (r * per_row + i) * LANES) + __builtin_convertvector((ivec)sum, vec) * scale;
+            }
+            store(out + (r * per_row + i) * LANES, sum);
+        }
+    }
+}
+
+/* Where a row has several infinities, the sum of its integers does not say what theirs is: NaN where signs differ. */
+static void add_infinities(const fs_narrow_product *p, ptrdiff_t row)
+{
+    const int8_t *weights = p->weights;
+    const char *words = (const char *)p->rows + row * p->row_bytes + NARROW_HEAD;
+    const ptrdiff_t lanes = (ptrdiff_t)p->vectors * LANES;
+    real *out = (real *)p->out + row * p->panels * lanes;
+    for (ptrdiff_t lane = 0; lane < p->panels * lanes; lane++) {
+        const int8_t *w = weights + (lane / lanes * p->words * lanes + lane % lanes) * 4;
+        for (ptrdiff_t k = 0; k < 4 * p->words; k++) {
+            const int8_t weight = w[k / 4 * lanes * 4 + k % 4];
+            int sign;
+            if (INT8_PARTS == 1)
+                sign = (int)((const uint8_t *)words)[k] - 128;
+            else
+                sign = ((const int16_t *)words)[k / 4 * 4 + (k % 4 == 1 ? 2 : k % 4 == 2 ? 1 : k % 4)];
+            if (sign)
+                out[lane] += (real)(sign * weight) * INFINITE;
+        }
+    }
+}
+
+INLINE void narrow_panels(const enum fs_weight_type TYPE, const int VECTORS, const fs_narrow_product *p)
+{
+    const int limit = VECTORS == 3 ? ROWS_OF_3 : ROWS_OF_4;
+    if (p->n_rows == 1)
+        switch (p->panels) { /* see `step` for why */
+        case 1: narrow_tile(TYPE, 1, 1, VECTORS, p, 0); return;
+        case 2: narrow_tile(TYPE, 1, 2, VECTORS, p, 0); return;
+        case 3: narrow_tile(TYPE, 1, 3, VECTORS, p, 0); return;
+        default: narrow_tile(TYPE, 1, 12 / VECTORS, VECTORS, p, 0); return;
+        }
+    for (ptrdiff_t row = 0, n; row < p->n_rows; row += n) {
+        n = tile_height(p->n_rows - row, limit);
+        switch (n) {
+        case 1: narrow_tile(TYPE, 1, 1, VECTORS, p, row); break;
+        case 2: narrow_tile(TYPE, 2, 1, VECTORS, p, row); break;
+        case 3: narrow_tile(TYPE, 3, 1, VECTORS, p, row); break;
+        case 4:
+            if (limit >= 4)
+                narrow_tile(TYPE, 4, 1, VECTORS, p, row);
+            break;
+        case 5:
+            if (limit >= 5)
+                narrow_tile(TYPE, 5, 1, VECTORS, p, row);
+            break;
+        case 6:
+            if (limit >= 6)
+                narrow_tile(TYPE, 6, 1, VECTORS, p, row);
+            break;
+        case 7:
+            if (limit >= 7)
+                narrow_tile(TYPE, 7, 1, VECTORS, p, row);
+            break;
+        case 8:
+            if (limit >= 8)
+                narrow_tile(TYPE, 8, 1, VECTORS, p, row);
+            break;
+        }
+    }
+}
+
+static void narrow_product(enum fs_weight_type type, const fs_narrow_product *p)
+{
+    if (type == FS_BFLOAT16 && p->vectors == 3)
+        narrow_panels(FS_BFLOAT16, 3, p);
+    else if (type == FS_BFLOAT16)
+        narrow_panels(FS_BFLOAT16, 4, p);
+    else if (p->vectors == 3)
+        narrow_panels(FS_INT8, 3, p);
+    else
+        narrow_panels(FS_INT8, 4, p);
+    for (ptrdiff_t row = 0; type == FS_INT8 && row < p->n_rows; row++) {
+        narrow_head head;
+        memcpy(&head, (const char *)p->rows + row * p->row_bytes, sizeof head);
+        if (head.infinities > 1)
+            add_infinities(p, row);
+    }
+}
+
+/* As `pack` of the kernels, of uint16 (bfloat16) or int8: [panel][word][vector][lane], words of zeros past the last unit. */
+static void narrow_pack(enum fs_weight_type type, const void *weight, const ptrdiff_t *gate_rows, int gates,
+                        int blocks, ptrdiff_t units, ptrdiff_t k_size, void *panels, void *offsets)
+{
+    const int each = type == FS_BFLOAT16 ? WEIGHTS_OF_WORD_BFLOAT16 : WEIGHTS_OF_WORD_INT8, size = 4 / each;
+    const ptrdiff_t panel_row = (ptrdiff_t)gates * blocks * LANES, panel_units = (ptrdiff_t)blocks * LANES;
+    const ptrdiff_t words = words_of(type, k_size);
+    char *panel = panels;
+    int32_t *offset = offsets;
+    for (ptrdiff_t first = 0; first < units; first += panel_units, panel += words * panel_row * 4)
+        for (ptrdiff_t lane = 0; lane < panel_row; lane++) {
+            const ptrdiff_t vector = lane / LANES, gate = vector % gates;
+            const ptrdiff_t unit = first + vector / gates * LANES + lane % LANES;
+            const char *row = (const char *)weight + (gate_rows[gate] + unit) * k_size * size;
+            int32_t sum = 0;
+            for (ptrdiff_t k = 0; k < words * each; k++) {
+                char *to = panel + (k / each * panel_row + lane) * 4 + k % each * size;
+                if (unit < units && k < k_size) {
+                    memcpy(to, row + k * size, (size_t)size);
+                    sum += type == FS_INT8 ? *(const int8_t *)(row + k) : 0;
+                } else
+                    memset(to, 0, (size_t)size);
+            }
+            if (type == FS_INT8)
+                *offset++ = (int32_t)(-128u * (uint32_t)sum);
+        }
+}
+
+const fs_narrow FS_NARROW_TABLE = {
+    .bfloat16 = FS_BFLOAT16_BY,
+    .int8 = FS_INT8_BY,
+    .row_bytes = narrow_row_bytes,
+    .rows = narrow_rows,
+    .product = narrow_product,
+    .pack = narrow_pack,
+};
+
+#endif
