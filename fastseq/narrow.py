@@ -114,7 +114,7 @@ class NarrowArray:
         return self.rows(np.arange(len(self)))
 
     @property
-    def T(self) -> _Transposed:  # noqa: N802 - as of an ndarray
+    def T(self) -> _Transposed:
         """What a product has on its right."""
         return _Transposed(self)
 
@@ -135,7 +135,8 @@ class _Transposed:
                 y = from_bfloat16(to_bfloat16(rows)) @ from_bfloat16(weight.values).T
         else:
             y = _int8_product(rows, weight.values, weight.scales)
-        return y.reshape(*x.shape[:-1], weight.shape[0])
+        outputs: Array = y.reshape(*x.shape[:-1], weight.shape[0])
+        return outputs
 
 
 def _int8_product(x: Array, values: Array, scales: Array) -> Array:
@@ -148,8 +149,9 @@ def _int8_product(x: Array, values: Array, scales: Array) -> Array:
         for row in np.flatnonzero(np.isinf(x).sum(axis=1) > 1):
             if not np.isnan(row_scales[row]):
                 infinite = np.isinf(x[row])
-                y[row] = (values[:, infinite] * x[row, infinite] * np.float32(1)).sum(axis=1) * np.sign(scales)
-    return y
+                y[row] = (values[:, infinite] * x[row, infinite]).sum(axis=1) * np.sign(scales)
+    products: Array = y
+    return products
 
 
 def narrowed(weight: Array, type: str) -> NarrowArray:

@@ -2,6 +2,9 @@
 
 Every file has a checksum over all of its bytes in its metadata. One that an older version wrote without is read, too.
 
+The file of a twin (`Layer.with_weights`) says its type of weights. Of bfloat16 it has BF16 arrays, of int8 I8 arrays and
+for each the scales of its rows, float32, named as the array with ".scale" behind.
+
 What only files need is imported when one is read or written: importing fastseq costs little more than NumPy.
 """
 
@@ -18,6 +21,7 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
+from fastseq.narrow import TYPES, NarrowArray
 
 _FORMAT = "1"
 CHECKSUM = "fastseq.crc32"  # of the file with zeros in the place of this
@@ -68,30 +72,69 @@ _MODELS = (
 _CLASSES = _LAYERS + _STATES + _MODELS
 _registered: dict[str, Any] = {}  # classes of layers that are not ours, by name
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}
+_NARROW_DTYPES = {"bfloat16": "BF16", "int8": "I8"}
+_SCALE = ".scale"
+_WEIGHTS = "fastseq.weights"
 
 
 def save(
     path: str | os.PathLike[str],
     class_name: str,
     config: Mapping[str, Any],
-    arrays: Mapping[str, Array],
+    arrays: Mapping[str, Any],
     own: Collection[str] = (),
+    weights: str = "float32",
 ) -> None:
-    """Write arrays and what they belong to, whole or not at all; `own` are names of classes that are not ours."""
+    """Write arrays and what they belong to, whole or not at all; `own` are names of classes that are not ours.
+
+    `weights` is the type of those arrays that are narrow.
+    """
     import json
 
     target = checks.path("path", path)
+    arrays, narrow = _plain(arrays)
     for unknown in _classes(class_name, config) - {*_CLASSES, *own}:
         raise TypeError(
             f"a file can hold {', '.join(_CLASSES)}, not a {unknown}, unless it is given to fastseq.register"
         )
     for name, array in arrays.items():
-        if array.dtype.name not in _DTYPES.values():
+        if array.dtype.name not in _DTYPES.values() and name not in narrow:
             raise TypeError(f"a file can hold {', '.join(_DTYPES.values())}, but {name} is {array.dtype}")
         if name == "__metadata__":
             raise ValueError("a file can hold arrays of any name except '__metadata__'")
     metadata = {"fastseq.format": _FORMAT, "fastseq.class": class_name, "fastseq.config": json.dumps(config)}
-    write_whole(target, to_bytes(arrays, metadata))
+    if weights != "float32":
+        metadata[_WEIGHTS] = weights
+    write_whole(target, to_bytes(arrays, metadata, narrow if weights == "bfloat16" else ()))
+
+
+def _plain(arrays: Mapping[str, Any]) -> tuple[dict[str, Array], set[str]]:
+    """What a file has in the place of narrow arrays, and their names."""
+    plain, narrow = {}, set()
+    for name, array in arrays.items():
+        if not isinstance(array, NarrowArray):
+            plain[name] = array
+            continue
+        narrow.add(name)
+        plain[name] = array.values
+        if array.scales is not None:
+            plain[name + _SCALE] = array.scales
+    return plain, narrow
+
+
+def _narrow(arrays: dict[str, Array], weights: str) -> dict[str, Any]:
+    """`_plain`, undone; a fault is a ValueError."""
+    made: dict[str, Any] = dict(arrays)
+    for name, array in arrays.items():
+        if array.dtype.name not in ("uint16", "int8"):
+            continue
+        scales = made.pop(name + _SCALE, None) if weights == "int8" else None
+        if array.ndim != 2 or (weights == "int8") != (array.dtype == np.int8):
+            raise ValueError(f"{name} is no matrix of {weights}")
+        if weights == "int8" and (scales is None or scales.shape != array.shape[:1] or scales.dtype != np.float32):
+            raise ValueError(f"{name}{_SCALE} should be {len(array)} scales of float32, one for each row")
+        made[name] = NarrowArray(weights, array, scales)
+    return made
 
 
 def _classes(class_name: str, config: Mapping[str, Any]) -> set[str]:
@@ -147,15 +190,48 @@ def _own_classes(name: str, classes: Any) -> dict[str, Any]:
     return {cls.__name__: cls for cls in classes}
 
 
-def to_bytes(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> bytearray:
-    """A safetensors file, with its checksum."""
+def to_bytes(arrays: Mapping[str, Array], metadata: Mapping[str, str], bfloat16: Collection[str] = ()) -> bytearray:
+    """A safetensors file, with its checksum; those arrays of uint16 that are said to be are bits of bfloat16."""
     from safetensors.numpy import save as to_safetensors
 
     plain = {n: np.asarray(array, array.dtype.newbyteorder("="), order="C") for n, array in arrays.items()}
     data = bytearray(to_safetensors(plain, {**metadata, CHECKSUM: _NO_CHECKSUM}))
+    if bfloat16:
+        _name_bfloat16(data, bfloat16)
     place = _place_of_checksum(bytes(data[8 : 8 + int.from_bytes(data[:8], "little")]))
     data[place : place + 8] = f"{zlib.crc32(data):08x}".encode()
     return data
+
+
+def _header(data: bytes | bytearray) -> tuple[dict[str, Any], int]:
+    """What the beginning of a safetensors file says, and where its arrays begin."""
+    import json
+
+    end = 8 + int.from_bytes(data[:8], "little")
+    header: dict[str, Any] = json.loads(bytes(data[8:end]))
+    return header, end
+
+
+def _name_bfloat16(data: bytearray, names: Collection[str]) -> None:
+    """Say that some arrays of a file are BF16, a dtype that NumPy has not; they were written as U16."""
+    import json
+
+    header, end = _header(data)
+    for name in names:
+        header[name]["dtype"] = "BF16"
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data[:end] = len(text).to_bytes(8, "little") + text
+
+
+def _bits(path: str, name: str) -> Array:
+    """The bits of a BF16 array of a file that was looked at."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+        header, begin = _header(start + file.read(int.from_bytes(start, "little")))
+        first, last = header[name]["data_offsets"]
+        file.seek(begin + first)
+        return np.frombuffer(file.read(last - first), "<u2").astype(np.uint16).reshape(header[name]["shape"])
 
 
 def _place_of_checksum(header: bytes) -> int:
@@ -206,7 +282,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes | bytearray) -> None:
         raise
 
 
-def load(path: str | os.PathLike[str], *, classes: Any = ()) -> Any:
+def load(path: str | os.PathLike[str], *, classes: Any = (), weights: str | None = None) -> Any:
     """Read a layer, a model or a state that its `save` wrote.
 
     Parameters
@@ -215,6 +291,8 @@ def load(path: str | os.PathLike[str], *, classes: Any = ()) -> Any:
         A file written by ``layer.save``, ``model.save`` or ``state.save``.
     classes : list of classes, optional
         Classes of layers of your own that the file may hold, besides those given to `register`.
+    weights : {"float32", "bfloat16", "int8"}, optional
+        Type of the weights of products, as of `Layer.with_weights`; as they are in the file by default.
 
     Returns
     -------
@@ -230,33 +308,48 @@ def load(path: str | os.PathLike[str], *, classes: Any = ()) -> Any:
     """
     import fastseq
 
-    return load_into(path, fastseq, classes)
+    return load_into(path, fastseq, classes, weights)
 
 
-def load_into(path: str | os.PathLike[str], namespace: ModuleType, classes: Any = ()) -> Any:
+def load_into(
+    path: str | os.PathLike[str], namespace: ModuleType, classes: Any = (), weights: str | None = None
+) -> Any:
     """`load`, with the classes of `namespace`."""
     import json
 
     from safetensors import SafetensorError, safe_open
 
     name = checks.path("path", path)
+    if weights is not None and weights not in TYPES:
+        raise ValueError(f"weights should be {', '.join(map(repr, TYPES))} or None, not {weights!r}")
     own = {**_registered, **_own_classes("classes", classes)}
     check_whole(name)  # a file that is missing or not ours to read raises Python's own error
     try:
         with safe_open(name, framework="numpy") as file:
             metadata = file.metadata() or {}
             class_name = _class_name(name, metadata, own)
-            arrays = arrays_of(file, name, _DTYPES)
+            stored = metadata.get(_WEIGHTS, "float32")
+            narrow = [_NARROW_DTYPES[stored]] if stored in _NARROW_DTYPES else []
+            arrays = arrays_of(file, name, [*_DTYPES, *narrow])
     except SafetensorError as error:
         raise ValueError(f"path: {name!r} is not a whole safetensors file: {error}{_foreign(name)}") from None
     try:
         if class_name in _STATES:
+            if weights is not None:
+                raise ValueError(f"it holds a {class_name}, which has no weights")
             return getattr(namespace, class_name)(**arrays)
         layer = _made(class_name, json.loads(metadata["fastseq.config"]), namespace, own)
-        layer.load_state_dict(arrays)
+        if stored == "float32":
+            layer.load_state_dict(arrays)
+        else:
+            layer._take_narrow(_narrow(arrays, stored), stored)
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"path: {name!r} is damaged: {error}") from None
-    return layer
+    if weights is None or weights == stored:
+        return layer
+    if stored != "float32":
+        raise ValueError(f"weights should be {stored!r}, as {name!r} has them, or None, not {weights!r}")
+    return layer.with_weights(weights)
 
 
 def arrays_of(file: Any, name: str, dtypes: Collection[str]) -> dict[str, Array]:
@@ -268,7 +361,10 @@ def arrays_of(file: Any, name: str, dtypes: Collection[str]) -> dict[str, Array]
         dtype = file.get_slice(key).get_dtype()
         if dtype not in dtypes:
             raise ValueError(f"path: {name!r} is damaged: {key} is {dtype}")
-    return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return {
+        key: _bits(name, key) if file.get_slice(key).get_dtype() == "BF16" else file.get_tensor(key)
+        for key in file.keys()  # noqa: SIM118
+    }
 
 
 _OF_TORCH = (
@@ -328,7 +424,9 @@ def _class_name(path: str, metadata: Mapping[str, str], own: Mapping[str, Any]) 
         )
     if metadata.get("fastseq.format") != _FORMAT:
         raise ValueError(f"path: {path!r} was written by another version of fastseq")
-    check_names(path, metadata, {"fastseq.format", "fastseq.class", "fastseq.config"})
+    check_names(path, metadata, {"fastseq.format", "fastseq.class", "fastseq.config", _WEIGHTS})
+    if metadata.get(_WEIGHTS, "float32") not in TYPES:
+        raise ValueError(f"path: {path!r} has weights of a type that this version does not know")
     if name not in _CLASSES and name not in own:
         raise ValueError(f"path: {path!r} cannot be read: {_unknown(name)}")
     return name

@@ -573,6 +573,12 @@ class Layer(metaclass=LayerType):
         given = checks.mapping("mapping", mapping)
         wanted = self._arrays
         arrays = {name: checks.real_array(name, given[name], self.dtype) for name in wanted if name in given}
+        self._check_mapping(given, arrays)
+        self._replace(arrays)
+
+    def _check_mapping(self, given: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+        """Raise a ValueError that names all that is unknown, missing or of another shape."""
+        wanted = self._arrays
         faults = checks.are((name for name in wanted if name not in given), "missing")
         faults += checks.are((name for name in given if name not in wanted), "unknown")
         faults += [
@@ -584,7 +590,22 @@ class Layer(metaclass=LayerType):
             hint = _without_prefix(given, wanted)
             hint = hint or self._recognise({name: getattr(value, "shape", ()) for name, value in given.items()})
             raise ValueError(f"mapping does not fit {self!r}: {'; '.join(faults)}{hint}")
-        self._replace(arrays)
+
+    def _take_narrow(self, given: Mapping[str, Any], weight_type: str) -> None:
+        """Become the twin that a file holds."""
+        self._check_mapping(given, given)
+        allowed = {name for group in self._product_groups("") for name in group}
+        for group in self._product_groups(""):
+            if len({isinstance(given[name], NarrowArray) for name in group}) > 1:
+                raise ValueError(f"{' and '.join(group)} should be of one type")
+        arrays = {}
+        for name, array in given.items():
+            if isinstance(array, NarrowArray) and name not in allowed:
+                raise ValueError(f"{name} should be of float32, not {weight_type}")
+            narrow = isinstance(array, NarrowArray)
+            arrays[name] = array if narrow else np.array(checks.real_array(name, array, self.dtype), order="C")
+        self._adopt(arrays)
+        self._become_twin(weight_type)
 
     def _recognise(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
         """What else the shapes look like, for the message of a state dict that does not fit."""
@@ -593,7 +614,8 @@ class Layer(metaclass=LayerType):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the layer to a safetensors file, whole or not at all; `fastseq.load` reads it back."""
         own = [io.own_class(type(part), part._declares) for part in self._saved_parts()]
-        io.save(path, type(self).__name__, self._config, self._arrays, [name for name in own if name is not None])
+        own_names = [name for name in own if name is not None]
+        io.save(path, type(self).__name__, self._config, self._arrays, own_names, self._weight_type)
 
     def _saved_parts(self) -> list[Layer]:
         """The layers whose class and configuration a file of this one names."""

@@ -56,6 +56,8 @@ class AutoRegressive(ScaledModel):
     .. [1] G. E. P. Box and G. M. Jenkins, "Time Series Analysis: Forecasting and Control", 1970.
     """
 
+    _real_children = ("hidden", "output")  # a few weights, which a forecast takes one step after another
+
     order: int
     hidden: int | None
     activation: str

@@ -16,7 +16,6 @@ from fastseq.layers.base import SEQUENCE, Composite
 from fastseq.layers.derived import Derived
 from fastseq.training import Batch, History
 
-
 M = TypeVar("M", bound="Model")
 
 
@@ -122,7 +121,14 @@ class Model(Composite):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to a safetensors file, whole or not at all; `fastseq.load` reads it back."""
         self._refresh()
-        io.save(path, type(self).__name__, self._config, {**self._arrays, **self._fitted})
+        arrays = {**self._arrays, **self._fitted}
+        io.save(path, type(self).__name__, self._config, arrays, weights=self._weight_type)
+
+    def _take_narrow(self, given: Mapping[str, Any], weight_type: str) -> None:
+        measured = {name: given[name] for name in self._measured if name in given}
+        super()._take_narrow({name: array for name, array in given.items() if name not in measured}, weight_type)
+        if measured:
+            self._take_fitted(self._check_fitted(measured))
 
     def _restored(self: M, arrays: Mapping[str, Any], weight_type: str) -> M:
         self._refresh()

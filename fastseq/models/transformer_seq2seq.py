@@ -17,6 +17,7 @@ from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.sequence_pairs import Pairs, SequencePairModel
 from fastseq.models.symbols import TokenRows, ids_array
 from fastseq.models.transformer_parts import POSITIONS, TiedOutput
+from fastseq.narrow import scaled
 from fastseq.splitmix import mixed, uniform
 from fastseq.state import AttentionState
 

@@ -104,6 +104,6 @@ attention_forward = NUMPY.over(_layers_attention.attention_forward, __name__)
 attention_backward = NUMPY.over(_layers_attention.attention_backward, __name__)
 
 
-def load(path: str | os.PathLike[str], *, classes: Any = ()) -> Any:
+def load(path: str | os.PathLike[str], *, classes: Any = (), weights: str | None = None) -> Any:
     """`fastseq.load`, with the classes of this module."""
-    return load_into(path, sys.modules[__name__], classes)
+    return load_into(path, sys.modules[__name__], classes, weights)
