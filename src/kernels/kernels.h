@@ -49,13 +49,16 @@ enum { FS_ACCUMULATORS = 12 };
 enum fs_weight_type {
     FS_REAL, /* the real type of the table                                  */
     FS_BFLOAT16, /* the upper half of a float32; for float32 rows               */
-    FS_INT8 /* whole numbers from -127 to 127, times a scale of each output */
+    FS_INT8, /* whole numbers from -127 to 127, times a scale of each output */
+    FS_PAIRS /* within a kernel alone: int8 as it multiplies two at a time       */
 };
 
 /*
  * A product of narrow weights: n_rows narrow rows against `panels` panels (1, or of one row up to 12 / vectors), added to
  * out, [n_rows][panels][vectors][lanes] of float32.
  */
+enum { FS_NARROW_ROWS = 48 }; /* the most of n_rows */
+
 typedef struct fs_narrow_product {
     ptrdiff_t n_rows, panels, words; /* words: 32 bits of each output, see microkernel.h */
     int vectors; /* 3 or 4                                           */

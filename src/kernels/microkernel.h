@@ -25,6 +25,7 @@ enum {
  *   FS_BFLOAT16   PARTS 1: both products in one instruction; 2: widened to float32, one k a part
  *   FS_INT8       PARTS 1: four products in one instruction, of inputs that are 128 more than they say;
  *                 2: by pairs of 16 bits, k 0 and 2, then 1 and 3
+ *   FS_PAIRS      such pairs, split before: a word is two weights of 16 bits
  */
 #if defined(__AVX512BF16__) && FS_VECTOR_BYTES == 64
 enum { BFLOAT16_PARTS = 1 };
@@ -82,15 +83,20 @@ INLINE ivec multiply_pairs(vec a, vec b)
 /* sum + input * weight */
 INLINE vec multiply_add(const enum fs_weight_type TYPE, vec input, vec weight, vec sum)
 {
-    if (TYPE == FS_INT8) {
+    /* By its name: of sums that are vectors of reals as C sees them, GCC's intrinsic makes copies, and spills them. */
 #if defined(__AVX512VNNI__) && FS_VECTOR_BYTES == 64
-        return (vec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)input, (__m512i)weight);
-#elif defined(__AVXVNNI__) && FS_VECTOR_BYTES == 32
-        return (vec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)input, (__m256i)weight);
-#else
-        return (vec)((ivec)sum + multiply_pairs(input, weight));
-#endif
+    if (TYPE == FS_INT8) {
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(input), "vm"(weight));
+        return sum;
     }
+#elif defined(__AVXVNNI__) && FS_VECTOR_BYTES == 32
+    if (TYPE == FS_INT8) {
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(input), "xm"(weight));
+        return sum;
+    }
+#endif
+    if (TYPE == FS_INT8 || TYPE == FS_PAIRS)
+        return (vec)((ivec)sum + multiply_pairs(input, weight));
 #if defined(__AVX512BF16__) && FS_VECTOR_BYTES == 64
     if (TYPE == FS_BFLOAT16)
         return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)input, (__m512bh)weight);
