@@ -574,7 +574,7 @@ class Layer(metaclass=LayerType):
     )
 )
 class Configured(Layer):
-    """A layer whose settings are declared in the body of its class, see `fastseq.layers.settings`."""
+    """A layer or model whose settings are declared in the body of its class, see `fastseq.layers.settings`."""
 
     def _settle(self, given: Mapping[str, Any]) -> None:
         """Check and keep settings, and make what follows from them; ``__init__`` of a class that declares settings."""
@@ -585,7 +585,8 @@ class Configured(Layer):
             setattr(self, name, value)
         self._resolve()
         self._config = {name: getattr(self, name) for name in type(self)._settings}
-        self._config["dtype"] = self.dtype.name
+        if "dtype" in self._config:
+            self._config["dtype"] = self.dtype.name
         self._build()
 
     def _resolve(self) -> None:
