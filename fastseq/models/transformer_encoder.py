@@ -53,10 +53,10 @@ class _EncoderKept(NamedTuple):
 
 
 class TransformerEncoderModel(TrainedModel):
-    """A Transformer that looks both ways: vectors of tokens, one vector of a sequence, or scores of labels.
+    """A bidirectional Transformer encoder: a vector of each token, one vector of a sequence, or scores of labels.
 
-    It is put together as BERT [1]_: the embeddings of word, position and type are summed and normed, layers follow;
-    then the tokens are pooled, or not, and a head of one linear map gives the scores of labels, if there is one.
+    The architecture is that of BERT [1]_: embeddings of word, position and type are summed and normalised, and layers
+    follow. Their outputs may be pooled, and a head of one linear map may give scores of labels.
 
     References
     ----------
@@ -73,7 +73,7 @@ class TransformerEncoderModel(TrainedModel):
     dim_feedforward: Resolved[int | None, int] = size(default=None, doc=INNER)
     max_length: int = size(default=512, doc="The most tokens of a sequence.")
     type_vocab_size: int = size(
-        default=0, least=0, doc="Kinds of tokens, in BERT the first and the second sentence; 0: tokens have none."
+        default=0, least=0, doc="Kinds of tokens, in BERT the first and the second sentence; 0: no embedding of them."
     )
     dropout: float = fraction(
         default=0.1,

@@ -39,14 +39,15 @@ class _Kept(NamedTuple):
 
 
 class TransformerLM(GenerativeTransformer, LanguageModel):
-    """The autoregressive model of symbols by attention: P(x_t | x_<t) from a Transformer that looks back.
+    """An autoregressive Transformer of symbols: P(x_t | x_<t) by causal attention.
 
-    It is put together as GPT-2 [1]_: embedding, positions, layers with the norm first, a last norm, and the embedding
-    once more as the output. Every sequence starts with a begin symbol, which stands before x_1 and is never predicted.
+    The architecture is that of GPT-2 [1]_: embedding, positions, layers with the norm first, a last norm, and the
+    matrix of the embedding as the output map. Every sequence starts with a begin symbol, which stands before x_1 and is
+    never predicted.
 
-    At most `context` tokens are looked at together, the begin symbol among them. Of a longer sequence the last ones
-    count: the window moves on by half of `context` whenever it is full, so that every symbol but the first ones has
-    at least half of `context` before it. A call, `log_prob` and `generate` have the same windows.
+    A symbol is predicted from at most `context` tokens, the begin symbol among them. In longer sequences this window
+    moves on by half of `context` whenever it is full, so that every symbol except the first ones has at least half of
+    `context` before it. A call, `log_prob` and `generate` have the same windows.
 
     References
     ----------
@@ -58,7 +59,7 @@ class TransformerLM(GenerativeTransformer, LanguageModel):
     nhead: int = size(doc=NHEAD)
     num_layers: int = size(limit=MAX_LAYERS, doc="Layers of attention and feed-forward.")
     _: KW_ONLY
-    context: int = size(default=1024, before="dropout", doc="The most tokens that are looked at together.")
+    context: int = size(default=1024, before="dropout", doc="The most tokens that a symbol is predicted from.")
     window: int | None = size(
         default=None,
         before="bias",

@@ -32,10 +32,10 @@ class _Kept(NamedTuple):
 
 
 class TransformerSeq2Seq(GenerativeTransformer, SequencePairModel):
-    """From sequence to sequence by attention: an encoder looks at the source, a decoder says the target [1]_.
+    """The Transformer with encoder and decoder [1]_, from a source sequence to a target sequence.
 
-    The decoder is given what was said so far, looks back at all of it, and at all that the encoder made of the source.
-    One more symbol, the boundary V, is what it is given first, and what it says last.
+    The decoder attends to the symbols of the target so far, and to all outputs of the encoder. One more symbol, the
+    boundary V, is its first input and its last output.
 
     References
     ----------
