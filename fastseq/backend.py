@@ -517,8 +517,9 @@ autoregression, markov
         module : str
             Where the new class is to be found by its name, for pickles.
         """
-        namespace = {"__module__": module, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "_backend": self}
+        namespace = {"__module__": module, "__qualname__": cls.__qualname__, "_backend": self}
         made = type(cls)(cls.__name__, (cls,), namespace)
+        made.__doc__ = cls.__doc__  # which has the entries of settings already
         self._classes[cls] = made
         return made
 

@@ -104,7 +104,8 @@ class Whim(SymbolModel):
     """Logits that are random numbers, a function of the whole history and a seed; `shape` changes them."""
 
     def __init__(self, vocab_size, seed=0, *, dtype="float64", engine="compiled", shape=None, logits=None, **of_spy):
-        self._start({"vocab_size": vocab_size, "seed": seed})
+        self._config = {"vocab_size": vocab_size, "seed": seed}
+        self._start()
         self.vocab_size = vocab_size
         self.outputs = vocab_size if logits is None else logits
         self.seed, self.engine, self.dtype, self.shape, self.of_spy = seed, engine, dtype, shape, of_spy
@@ -115,6 +116,9 @@ class Whim(SymbolModel):
         logits = np.random.default_rng([self.seed, *history, 77]).normal(size=self.outputs) * 2
         logits = logits if self.shape is None else self.shape(logits, history)
         return logits.astype(self.dtype)
+
+    def _log_probs(self, given):
+        raise AssertionError("nothing here asks for probabilities of sequences that are known")
 
     def _decoder(self, prompts, copies):
         spy = (CompiledSpy if self.engine == "compiled" else Spy)(self.function, prompts, **self.of_spy)

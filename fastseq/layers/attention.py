@@ -1,4 +1,4 @@
-"""Attention: the function over heads, and the layer with its projections. The arithmetic is in their operations."""
+"""Attention: the function over heads, and the layer with projections. The arithmetic is in the operations they call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastseq.layers.settings import KW_ONLY, Dtype, Resolved, flag, floating, fr
 
 
 class AttentionTape:
-    """What `attention_backward` needs of one `attention_forward`: an opaque value that may be used again."""
+    """The values that `attention_backward` needs from one `attention_forward`; opaque, may be used several times."""
 
     __slots__ = ("_backend", "_dtype", "_kept", "_shape")
 
@@ -48,7 +48,7 @@ def attention(
     return_weights: bool = False,
     _backend: Backend = COMPILED,
 ) -> Any:
-    """Softmax attention [1]_: each query gets the mean of the values, weighted by softmax(scale q . k + mask).
+    """Softmax attention [1]_: for each query the mean of the values, weighted by softmax(scale q . k + mask).
 
     Parameters
     ----------
@@ -61,21 +61,21 @@ def attention(
     mask : array that broadcasts to (B, heads, Tq, Tk), optional
         Booleans: True = may attend. Or real numbers, which are added to the scaled scores; -inf forbids.
     causal : bool
-        Whether query i may attend only to keys up to i + Tk - Tq: the last query to all, so that a prefix of keys kept
-        from before needs no mask.
+        Whether query i may attend only to keys up to i + Tk - Tq. So the last query attends to all keys, and cached
+        keys of earlier steps need no mask.
     lengths : array of shape (B,), optional
         The real keys of each row of the batch, integers in 0..Tk; those past them are forbidden.
     scale : float, optional
-        What scores are multiplied by; 1 / sqrt(D) by default.
+        Factor of the scores; 1 / sqrt(D) by default.
     window : int, optional
         Query i may attend only to keys less than this many from key i + Tk - Tq.
     return_weights : bool
-        Whether to return the weights, too.
+        Whether to return the attention weights, too.
 
     Returns
     -------
     out : ndarray of shape (B, heads, Tq, E)
-        0 where a query may attend to nothing. What is forbidden changes nothing, NaN and inf included.
+        0 where a query may attend to nothing. Forbidden keys and values have no effect, even if they are NaN or inf.
     weights : ndarray of shape (B, heads, Tq, Tk)
         With `return_weights`: exactly 0 where forbidden.
 
@@ -112,19 +112,19 @@ def attention_forward(
     window: int | None = None,
     _backend: Backend = COMPILED,
 ) -> tuple[Array, AttentionTape]:
-    """`attention`, and what `attention_backward` needs.
+    """Compute `attention` in training; return outputs and a tape for `attention_backward`.
 
     Parameters
     ----------
     q, k, v, mask
-        As for `attention`; not to be changed as long as the tape is used.
+        As for `attention`; must not be changed while the tape is in use.
     causal, lengths, scale, window
         As for `attention`.
 
     Returns
     -------
     out : ndarray of shape (B, heads, Tq, E)
-        Not to be changed either.
+        Must not be changed either.
     tape : AttentionTape
     """
     given = _given(_backend, q, k, v, mask, causal, lengths, scale, window)
@@ -134,13 +134,13 @@ def attention_forward(
 
 @elsewhere.hiding_private
 def attention_backward(dout: Any, tape: AttentionTape, *, _backend: Backend = COMPILED) -> tuple[Array, Array, Array]:
-    """Gradients of queries, keys and values, given that of the outputs.
+    """Compute the gradients of queries, keys and values from that of the outputs.
 
     Parameters
     ----------
     dout : array of shape (B, heads, Tq, E)
     tape : AttentionTape
-        What `attention_forward` returned.
+        Returned by `attention_forward`.
 
     Returns
     -------
@@ -210,28 +210,28 @@ def _window(value: Any) -> int | None:
 
 
 class Frame(NamedTuple):
-    """How the rows of queries and keys become heads that attention takes: sequence after sequence, or one batch."""
+    """Conversion of rows of queries and keys to the heads that attention takes: packed sequences, or a padded batch."""
 
     queries: Rows
     keys: Rows
-    dense: bool  # (B, heads, T, D), where the length of the array of keys counts, and not that of each sequence
+    dense: bool  # heads are (B, heads, T, D), and causal masks count from the last key of the array, padding included
 
     @property
     def spans(self) -> tuple[Array, Array] | None:
-        """Where sequences begin."""
+        """The first row of each sequence of queries and of keys; None for a padded batch."""
         return None if self.dense else (self.queries.starts, self.keys.starts)
 
     @property
     def lengths(self) -> Array | None:
-        """The real keys, where padding stays among them."""
+        """The number of real keys of each sequence of a padded batch; None for packed sequences."""
         return self.keys.lengths if self.dense else None
 
     def mask(self, mask: Array | None) -> Array | None:
-        """A mask of all keys, as the form wants it."""
+        """Return a mask over the padded batch in the form that goes with these heads."""
         return mask if self.dense else cut(mask, self.queries, self.keys)
 
     def arrange(self, heads: Array, rows: Rows) -> Array:
-        """Rows (N, H, D) in the form of the frame."""
+        """Convert rows (N, H, D) to heads."""
         if not self.dense:
             return heads
         shape = (rows.batch, rows.time, *heads.shape[1:])
@@ -239,7 +239,7 @@ class Frame(NamedTuple):
         return array.reshape(shape).swapaxes(1, 2)
 
     def restore(self, heads: Array, rows: Rows) -> Array:
-        """What `arrange` made, as rows (N, H, D)."""
+        """Convert heads back to rows (N, H, D)."""
         if not self.dense:
             return heads
         count, width = heads.shape[1], heads.shape[3]
@@ -248,12 +248,12 @@ class Frame(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What is on the tape of a run over rows."""
+    """The tape of a run over rows."""
 
     sources: tuple[Array, ...]
-    projections: tuple[tuple[int, str, Any], ...]  # of which source, by which part of the weights, packed
+    projections: tuple[tuple[int, str, Any], ...]  # of each: the source, the part of the weights, these packed
     frame: Frame
-    turned: tuple[Array, Array, Array] | None  # cos, sin and the position of each row
+    turned: tuple[Array, Array, Array] | None  # of rotary positions: cos, sin and the position of each row
     attention: Any
     out: Array  # of attention, as rows
     output: Any  # the packed weights of the output projection
@@ -319,7 +319,7 @@ class MultiheadAttention(Configured):
 
     def _build(self) -> None:
         q, kv = self.embed_dim, self.num_kv_heads * self._head_dim
-        # The rows of in_proj of each part.
+        # The rows of `in_proj_weight` that each projection uses.
         self._rows = {
             "in": slice(0, q + 2 * kv),
             "q": slice(0, q),
@@ -358,11 +358,11 @@ class MultiheadAttention(Configured):
         return self.embed_dim
 
     def _row_counts(self) -> list[int]:
-        """How many rows of `in_proj_weight` are of queries, of keys and of values."""
+        """Return the numbers of rows of `in_proj_weight` for queries, keys and values."""
         return [self._rows[part].stop - self._rows[part].start for part in "qkv"]
 
     def _part(self, arrays: Mapping[str, Array], part: str) -> tuple[Array, Array | None]:
-        """Weight and bias of a projection: views of parameters, or of their gradients."""
+        """Return views of weight and bias of a projection, in a mapping of parameters or of gradients."""
         if part == "out":
             return arrays["out_proj.weight"], arrays.get("out_proj.bias")
         rows, bias = self._rows[part], arrays.get("in_proj_bias")
@@ -370,14 +370,14 @@ class MultiheadAttention(Configured):
         return weight, None if bias is None else bias[rows]
 
     def _weights(self, part: str) -> Any:
-        """The weights of a projection as the operations want them."""
+        """Return the packed weights of a projection."""
         packed = self._packed.get(part)
         if packed is None:
             packed = self._packed.setdefault(part, Derived())
         return packed.get(self._arrays, lambda arrays: self._backend.dense.linear_pack(*self._part(arrays, part)))
 
     def _parts(self, sources: int) -> tuple[tuple[int, str], ...]:
-        """Which source goes through which projection, for so many arrays that were passed."""
+        """Return pairs of source and projection, given how many arrays were passed."""
         if self._together and sources == 1:
             return ((0, "in"),)
         if self._together and sources == 2:
@@ -385,7 +385,7 @@ class MultiheadAttention(Configured):
         return (0, "q"), (min(1, sources - 1), "k"), (sources - 1, "v")
 
     def _projected(self, sources: tuple[Array, ...], frame: Frame) -> tuple[list[Array], tuple[Any, ...], Any]:
-        """Queries, keys and values as heads; which projections made them; what turned them."""
+        """Return queries, keys and values as heads; the projections; cos, sin and positions of rotary positions."""
         n_threads = threads.get_num_threads()
         projections = tuple((source, part, self._weights(part)) for source, part in self._parts(len(sources)))
         parts = [
@@ -401,7 +401,7 @@ class MultiheadAttention(Configured):
         return heads, projections, turned
 
     def _split(self, parts: list[Array]) -> list[Array]:
-        """What projections gave, as q, k and v: views."""
+        """Return views of q, k and v, given the outputs of the projections."""
         a, b = self.num_heads, self.num_heads + self.num_kv_heads
         if len(parts) == 1:
             return [parts[0][:, :a], parts[0][:, a:b], parts[0][:, b:]]
@@ -414,7 +414,7 @@ class MultiheadAttention(Configured):
         return y
 
     def _arguments(self, heads: list[Array], frame: Frame, mask: Array | None, causal: bool) -> _Given:
-        """The arguments that operations have in common."""
+        """Return the arguments that all attention operations take."""
         q, k, v = heads
         arranged = frame.arrange(q, frame.queries), frame.arrange(k, frame.keys), frame.arrange(v, frame.keys)
         return _Given(*arranged, frame.spans, frame.lengths, frame.mask(mask), causal, self.window, self._scale)
@@ -422,7 +422,7 @@ class MultiheadAttention(Configured):
     def _run(
         self, sources: tuple[Array, ...], frame: Frame, mask: Array | None, causal: bool, want_weights: bool
     ) -> tuple[Array, Array | None]:
-        """A call over rows: outputs as rows, and the weights."""
+        """Run inference over rows; return outputs as rows, and the attention weights."""
         heads, _, _ = self._projected(sources, frame)
         arguments = self._arguments(heads, frame, mask, causal)
         out, weights = self._backend.attention.attention(*arguments, want_weights, threads.get_num_threads())
@@ -433,7 +433,7 @@ class MultiheadAttention(Configured):
     def _run_forward(
         self, sources: tuple[Array, ...], frame: Frame, mask: Array | None, causal: bool, seed: int
     ) -> tuple[Array, _Kept]:
-        """`_run` for training."""
+        """Run `_run` in training."""
         heads, projections, turned = self._projected(sources, frame)
         arguments = self._arguments(heads, frame, mask, causal)
         out, kept = self._backend.attention.attention_forward(*arguments, self.dropout, seed, threads.get_num_threads())
@@ -441,7 +441,7 @@ class MultiheadAttention(Configured):
         return self._output(rows, output), _Kept(sources, projections, frame, turned, kept, rows, output)
 
     def _run_backward(self, dy: Array, kept: _Kept, targets: Mapping[str, Array]) -> list[Array]:
-        """The gradient of each source, as rows."""
+        """Return the gradient of each source, as rows."""
         n_threads, frame = threads.get_num_threads(), kept.frame
         drows = self._backend.dense.linear_backward(kept.output, kept.out, dy, *self._part(targets, "out"), n_threads)
         dout = frame.arrange(_heads(drows, self._head_dim), frame.queries)
@@ -461,7 +461,7 @@ class MultiheadAttention(Configured):
         return dsources
 
     def _joined(self, dheads: list[Array], parts: int) -> list[Array]:
-        """The gradients of what projections gave: `_split` undone."""
+        """Return gradients of the outputs of the projections: the reverse of `_split`."""
         dq, dk, dv = dheads
         joined = {1: [[dq, dk, dv]], 2: [[dq], [dk, dv]], 3: [[dq], [dk], [dv]]}[parts]
         return [_flat(np.concatenate(arrays, axis=1) if len(arrays) > 1 else arrays[0]) for arrays in joined]
@@ -483,18 +483,18 @@ class MultiheadAttention(Configured):
         ----------
         query : array of shape (B, Tq, E), or (Tq, E)
         key : array of shape (B, Tk, kdim), optional
-            Without it the queries are keys and values too: self-attention.
+            By default the queries are keys and values, too: self-attention.
         value : array of shape (B, Tk, vdim), optional
-            Without it the keys are the values too.
+            By default the keys are the values, too.
         mask : array that broadcasts to (B, heads, Tq, Tk), optional
             Booleans: True = may attend. Or real numbers, which are added to the scaled scores; -inf forbids.
         causal : bool
             Whether query i may attend only to keys up to i + Tk - Tq.
         lengths : array of shape (B,), optional
-            The real keys of each row of the batch; those past them are forbidden. In self-attention there are no
-            queries past them either: outputs are 0 there.
+            The real keys of each row of the batch; those past them are forbidden. In self-attention outputs past them
+            are 0.
         return_weights : bool
-            Whether to return the weights, too.
+            Whether to return the attention weights, too.
 
         Returns
         -------
@@ -531,9 +531,9 @@ class MultiheadAttention(Configured):
         Parameters
         ----------
         query, key, value, mask, causal, lengths
-            As for a call. Arrays are not to be changed as long as the tape is used.
+            As for a call. Arrays must not be changed while the tape is in use.
         seed : int, optional
-            Fixes what dropout drops; drawn where it is not given.
+            Fixes the masks of dropout; drawn by default.
 
         Returns
         -------
@@ -546,15 +546,15 @@ class MultiheadAttention(Configured):
         return (out[0] if unbatched else out), Tape(self, (kept, unbatched))
 
     def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Any:
-        """Gradients, given that of the outputs.
+        """Compute gradients from that of the outputs.
 
         Parameters
         ----------
         dy : array of shape (B, Tq, E)
         tape : Tape
-            What `forward` returned.
+            Returned by `forward`.
         grads : mapping from str to ndarray, optional
-            Where the gradients of the parameters are added; `grads` of the layer by default.
+            Arrays that gradients of parameters are added to; `grads` of the layer by default.
 
         Returns
         -------
@@ -574,7 +574,7 @@ class MultiheadAttention(Configured):
     def _opened(
         self, query: Any, key: Any, value: Any, mask: Any, lengths: Any
     ) -> tuple[tuple[Array, ...], Frame, Array | None, bool]:
-        """Rows of what was passed, how they become heads, the mask, and whether there was no batch."""
+        """Check arguments; return sources as rows, their frame, the mask, and whether there is no axis of batch."""
         if key is None and value is not None:
             raise ValueError("key should be given where value is")
         if key is not None and self.rotary is not None:
@@ -609,7 +609,7 @@ class MultiheadAttention(Configured):
 
 
 def batched(name: str, value: Any, dtype: np.dtype[Any], width: int, time: str = "T") -> tuple[Array, bool]:
-    """An array (B, T, width), and whether it was given without its batch."""
+    """Return an array (B, T, width), and whether it was passed without the axis of batch."""
     array = checks.real_array(name, value, dtype)
     if array.ndim not in (2, 3) or array.shape[-1] != width:
         raise ValueError(f"{name} should be of shape (B, {time}, {width}) or ({time}, {width}), not {array.shape}")
@@ -617,14 +617,14 @@ def batched(name: str, value: Any, dtype: np.dtype[Any], width: int, time: str =
 
 
 def head_dim(of: str, size: int, by: str, heads: int) -> int:
-    """The size of a head."""
+    """Return the size of a head."""
     if size % heads:
         raise ValueError(f"{of} should be a multiple of {by}={heads}, not {size}")
     return size // heads
 
 
 def kv_heads(count: int | None, of: str, heads: int) -> int:
-    """The number of heads of keys and values: as given, or that of the queries."""
+    """Return the number of heads of keys and values; by default that of the queries."""
     if count is None:
         return heads
     if heads % count:
@@ -633,16 +633,16 @@ def kv_heads(count: int | None, of: str, heads: int) -> int:
 
 
 def check_rotary(base: float | None, size: int) -> None:
-    """Refuse rotary positions in heads that cannot have them."""
+    """Raise an error for rotary positions in heads of odd size."""
     if base is not None and size % 2:
         raise ValueError(f"rotary should be None where the size of a head is odd, {size}, not {base}")
 
 
 def _heads(rows: Array, size: int) -> Array:
-    """Rows (N, H D) as heads (N, H, D)."""
+    """Reshape rows (N, H D) to heads (N, H, D)."""
     return rows.reshape(len(rows), rows.shape[1] // size, size)
 
 
 def _flat(heads: Array) -> Array:
-    """Heads (N, H, D) as contiguous rows (N, H D)."""
+    """Reshape heads (N, H, D) to contiguous rows (N, H D)."""
     return np.ascontiguousarray(heads).reshape(len(heads), heads.shape[1] * heads.shape[2])

@@ -1,4 +1,4 @@
-"""What every layer has: a configuration, parameters and their gradients, state dicts, files."""
+"""The base classes of layers: configuration, parameters and their gradients, state dicts, files."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from fastseq.narrow import TYPES, NarrowArray, narrowed
 
 L = TypeVar("L", bound="Layer")
 
-# What a layer declares about the axis of time, `Layer.time`.
+# Values of `Layer.time`.
 POINTWISE, SEQUENCE, POOLING = TIMES = ("pointwise", "sequence", "pooling")
-SUMMARY_WIDTH = 60  # characters for what a layer is, in a summary
+SUMMARY_WIDTH = 60  # characters of the column of `summary` that describes a layer
 # Verbs that need weights of the dtype of the layer: a twin with narrow weights refuses them.
 TRAINING_VERBS = ("forward", "backward", "fit", "training_forward", "training_backward", "zero_grad", "load_state_dict")
 
-_replacing = threading.Lock()  # two threads that change different parameters must not lose one
+_replacing = threading.Lock()  # held while `_arrays` is replaced, so that of two threads neither loses its change
 
 
 def _new_lock() -> None:
@@ -40,14 +40,14 @@ def _new_lock() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)  # another thread of the parent may have held the old one
+    os.register_at_fork(after_in_child=_new_lock)  # another thread of the parent process may hold the old lock
 
 
 class Parameters(MutableMapping[str, Array]):
     """The parameters of a layer: a mapping from name to read-only array.
 
-    Setting a name replaces its array by a copy of what is given, in the dtype of the layer. Names are
-    neither added nor removed.
+    Setting a name replaces its array by a copy of the value, in the dtype of the layer. Names cannot be added or
+    removed.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -80,9 +80,9 @@ class Parameters(MutableMapping[str, Array]):
 
 
 class Tape:
-    """What `backward` needs of one `forward`: an opaque value that is never changed and may be used again.
+    """The values that `backward` needs from one `forward`; opaque, never changed, and may be used several times.
 
-    It belongs to the layer of its forward and to the parameters the layer had then.
+    It belongs to one layer, and to the parameters that the layer had in that forward.
     """
 
     __slots__ = ("_kept", "_layer")
@@ -96,21 +96,21 @@ class Tape:
 
 
 def is_ours(made: Any) -> bool:
-    """Whether a class or a function is of this package."""
+    """Return whether a class or a function is defined in this package."""
     return str(made.__module__).partition(".")[0] == "fastseq"
 
 
 class LayerType(ABCMeta):
-    """The type of layer classes: it reads their settings, and fixes the attributes of a layer that is made."""
+    """Metaclass of layers: it reads the settings that a class declares, and makes attributes of instances read-only."""
 
-    # There are no virtual subclasses, for whose sake ABCMeta's own checks take many times as long.
+    # The checks of ABCMeta support virtual subclasses, which there are none of here, and are many times slower.
     __instancecheck__ = type.__instancecheck__
     __subclasscheck__ = type.__subclasscheck__
 
     _settings: dict[str, settings.Setting]
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> LayerType:
-        """Make a class; where it declares or inherits settings, its ``__init__`` and documentation follow from them."""
+        """Make a class, and generate ``__init__`` and documentation where it declares or inherits settings."""
         namespace["_declared"] = declared = settings.declared(namespace)
         made = super().__new__(mcs, name, bases, namespace, **options)
         made._settings = settings.collected(made)
@@ -122,7 +122,7 @@ class LayerType(ABCMeta):
         return made
 
     def __call__(cls: type[L], *args: Any, **settings: Any) -> L:  # type: ignore[misc]
-        """Make a layer."""
+        """Make a layer; afterwards its attributes are read-only."""
         try:
             layer: L = super().__call__(*args, **settings)  # type: ignore[misc]
         except TypeError:
@@ -134,13 +134,13 @@ class LayerType(ABCMeta):
             )
         layer._freeze()
         advice = layer._advice()
-        if advice is not None and not checks.is_of_package(sys._getframe(1)):  # a model knows what it makes
+        if advice is not None and not checks.is_of_package(sys._getframe(1)):  # models choose their layers deliberately
             checks.warn(advice)
         return layer
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """That of ``__init__``; without this, `inspect` would take that of ``__call__`` above."""
+        """The signature of ``__init__``; otherwise `inspect` would show that of ``__call__`` above."""
         signature = inspect.signature(cls.__init__)  # type: ignore[misc]
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
@@ -164,10 +164,10 @@ class Layer(metaclass=LayerType):
     Attributes
     ----------
     time : {"pointwise", "sequence", "pooling"}
-        What the layer does with the axis of time, axis 1 of x (B, T, ...). "pointwise": each step by itself, so that it
-        needs no lengths; a container clears what the layer gives in the padding. "sequence": it gives an output a step,
+        How the layer treats the axis of time, axis 1 of x (B, T, ...). "pointwise": each step is computed by itself,
+        without lengths; a container sets outputs in the padding to 0. "sequence": there is an output for each step,
         which may depend on other steps; call and `forward` take ``lengths``, and outputs past them are 0. "pooling":
-        call and `forward` take ``lengths``, and give one output a row, without an axis of time.
+        call and `forward` take ``lengths``, and return one output for each row, without an axis of time.
     carries_state : bool
         Whether call and `forward` take a state and return it, as recurrent layers do:
         ``y, state = layer(x, state, lengths=lengths, resets=resets)``, and the same with a tape from ``forward``; then
@@ -177,28 +177,28 @@ class Layer(metaclass=LayerType):
     time: str = POINTWISE
     carries_state: bool = False
 
-    _backend: ClassVar[Backend] = COMPILED  # what the layer runs on
-    _keeps_width: ClassVar[bool] = False  # whether outputs are vectors of the size of the inputs, whatever that is
+    _backend: ClassVar[Backend] = COMPILED  # the operations that the layer calls
+    _keeps_width: ClassVar[bool] = False  # whether output vectors have the size of the input vectors
 
-    # Verbs that say of an argument they do not have what it is called here. Calls of few microseconds are not among
-    # them: it takes a call more.
+    # Methods whose error for an unknown argument names the one that is meant. Methods that take few microseconds are
+    # not wrapped, because the wrapper costs another Python call.
     _naming: ClassVar[tuple[str, ...]] = ()
 
     dtype: Dtype
     _config: dict[str, Any]
     _frozen: bool = False
-    _declares: bool = False  # whether the class says itself, to `__init__` below, what makes such a layer
-    # Trailing axes that a pointwise layer works on together: with (B, T) they are the axes x has at least.
+    _declares: bool = False  # whether the class passed its configuration to `__init__` below
+    # Trailing axes that a pointwise layer computes on together; x has at least these besides (B, T).
     _features: int = 0
-    _random: ClassVar[bool] = False  # whether forward of a `Pointwise` draws numbers
+    _random: ClassVar[bool] = False  # whether the forward of a `Pointwise` layer is random
     # Patterns of the names of those parameters that are matrices of products, or tables of vectors: what a twin of
     # `with_weights` has in a narrow type.
     _products: ClassVar[tuple[str, ...]] = ()
     _weight_type: str = "float32"
-    # Never changed in place: a change puts a new dict here. Whatever is made from the parameters, as the packed
-    # weights are, keeps the dict it was made from and is stale when that is no longer this one.
+    # Never changed in place: a change of parameters stores a new dict here. Values derived from parameters, such as
+    # packed weights, keep the dict they were computed from, and are stale once this is another one.
     _arrays: Mapping[str, Array]
-    _gradients: dict[str, Array] | None = None  # made when first asked for: inference never does
+    _gradients: dict[str, Array] | None = None  # allocated on first use, which inference does not need
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -221,14 +221,14 @@ class Layer(metaclass=LayerType):
                 setattr(self, name, value)
 
     def add_parameter(self, name: str, array: Any) -> None:
-        """Give the layer a parameter, in ``__init__``.
+        """Add a parameter to the layer; to be called in ``__init__``.
 
         Parameters
         ----------
         name : str
-            Not empty, and of no parameter that is there.
+            Not empty, and not the name of another parameter.
         array : array
-            What it starts from; real numbers, copied, and converted to the dtype of the layer.
+            The initial value: real numbers, copied, and converted to the dtype of the layer.
         """
         if self._frozen:
             raise TypeError(f"parameters are added in __init__, not to a {type(self).__name__} that is made")
@@ -242,11 +242,11 @@ class Layer(metaclass=LayerType):
         self._replace({name: given})
 
     def tape(self, *values: Any) -> Tape:
-        """What a `forward` returns beside its outputs: whatever `backward` needs."""
+        """Make the tape that `forward` returns beside its outputs, of the values that `backward` needs."""
         return Tape(self, values)
 
     def kept(self, tape: Any) -> Any:
-        """The values that `forward` put on a tape of this layer; another tape is an error."""
+        """Return the values that `forward` passed to `tape`; a tape of another layer is an error."""
         return self._kept(tape)
 
     def targets(self, grads: Any) -> dict[str, Array]:
@@ -257,24 +257,24 @@ class Layer(metaclass=LayerType):
         return dict(self._targets(grads))
 
     def run(self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None) -> tuple[Array, Any]:
-        """Inference of any layer in one form: what a call gives, and the state each row ends in.
+        """Run any layer in inference, with the same arguments and results for all layers.
 
         Parameters
         ----------
         x : array of shape (B, T, ...)
-            What the layer takes.
+            Inputs of the layer.
         state : optional
-            What an earlier run returned; only where the layer carries a state.
+            The state that an earlier run returned; only where the layer carries a state.
         lengths : array of shape (B,), optional
-            The real steps of each row. Outputs past them are 0, and nothing in `x` matters there.
+            The real steps of each row. Outputs past them are 0, and do not depend on `x` past them.
         resets : array of bool of shape (B, T), optional
-            Where states go back to zeros; only where the layer carries a state.
+            Where states are reset to zeros; only where the layer carries a state.
 
         Returns
         -------
         y : ndarray
         state
-            None where the layer carries none.
+            The state of each row after its last step; None where the layer carries none.
         """
         me: Any = self
         if self.carries_state:
@@ -289,14 +289,14 @@ class Layer(metaclass=LayerType):
     def forward_carrying(
         self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, seed: int | None = None
     ) -> tuple[Array, Any, Tape]:
-        """`forward` of any layer in one form, for containers and the trainer.
+        """Run `forward` of any layer, with the same arguments and results for all; for containers and the trainer.
 
         Parameters
         ----------
         x, state, lengths, resets
             As of `run`.
         seed : int, optional
-            Fixes what dropout drops.
+            Fixes the masks of dropout.
 
         Returns
         -------
@@ -323,14 +323,14 @@ class Layer(metaclass=LayerType):
     def backward_carrying(
         self, dy: Any, tape: Tape, *, truncate: int | None = None, grads: Mapping[str, Array] | None = None
     ) -> Array | None:
-        """`backward` of any layer in one form: the gradient of x, or None where x has none."""
+        """Run `backward` of any layer; return the gradient of x, or None where x has none."""
         me: Any = self
         result = me.backward(dy, tape, grads=grads, **_some(truncate=truncate))
         dx = result[0] if isinstance(result, tuple) else result
         return dx if isinstance(dx, np.ndarray) else None
 
     def unstreamable(self) -> str | None:
-        """Why the layer cannot be trained on chunks of streams one after another; None where it can."""
+        """Return why the layer cannot be trained on consecutive chunks of streams; None where it can."""
         if self.time == POOLING:
             return f"{self._making()} gives one output for all steps, and would give one for every chunk"
         if getattr(self, "bidirectional", False):
@@ -340,11 +340,11 @@ class Layer(metaclass=LayerType):
         return None
 
     def _stepless(self) -> str | None:
-        """Why a call on one step after another, with the state carried, is not the call on all; None where it is."""
+        """Return why calls step by step, with the state carried, differ from one call; None if they do not."""
         return self.unstreamable()
 
     def _step_on(self, x_t: Array, state: Any) -> tuple[Array, Any]:
-        """One step (B, ...) more, of a layer that `_stepless` says nothing against; what a call gives for it."""
+        """Compute the next step (B, ...), of a layer whose `_stepless` is None."""
         y, state = self.run(x_t[:, None], state)
         return y[:, 0], state
 
@@ -354,7 +354,7 @@ class Layer(metaclass=LayerType):
                 raise ValueError(f"{name} should be None: {self._making()} carries no state")
 
     def _cleared(self, x: Any, lengths: Any) -> tuple[Any, Array | None]:
-        """x and lengths for a pointwise layer: what stands past a length can do no harm."""
+        """Return x with zeros past the lengths, and the lengths, checked; for a pointwise layer."""
         if lengths is None:
             return x, None
         x = checks.as_array("x", x)
@@ -378,15 +378,15 @@ class Layer(metaclass=LayerType):
         return cleared(y, lengths)
 
     def _advice(self) -> str | None:
-        """What can hardly be meant of the settings, and is allowed, to warn of it; None where there is nothing."""
+        """Return a warning about settings that are allowed but probably a mistake; None without one."""
         return None
 
     def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
-        """Parameters to start from: PyTorch's default."""
+        """Return initial parameters, distributed as by PyTorch's default."""
         return {}
 
     def _freeze(self) -> None:
-        """From now on attributes are fixed."""
+        """Make attributes read-only."""
         self._frozen = True
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -396,17 +396,17 @@ class Layer(metaclass=LayerType):
                 raise AttributeError(f'{name} is a parameter: set it by layer.parameters["{name}"] = ...')
             if hasattr(self, name):
                 raise AttributeError(f"{name} is fixed once a {kind} is made")
-            if is_ours(type(self)):  # a class of your own may have what it likes
+            if is_ours(type(self)):  # classes of users may have other attributes
                 raise AttributeError(f"{name} is no attribute of a {kind}, and cannot become one")
         super().__setattr__(name, value)
 
     def _replace(self, changed: Mapping[str, Array]) -> None:
-        """Take copies of some arrays, each of the shape of the parameter it replaces."""
+        """Replace parameters by copies of arrays of the same shapes."""
         with np.errstate(all="ignore"):  # a small float64 may become a float32 of 0
             self._adopt({name: np.array(array, dtype=self.dtype, order="C") for name, array in changed.items()})
 
     def _adopt(self, changed: Mapping[str, Any]) -> None:
-        """Take some arrays as they are: C-contiguous, of the layer's dtype or narrow, and nobody else's from now on."""
+        """Replace parameters without copying; the arrays are C-contiguous, of the layer's dtype or narrow, and its own."""
         for array in changed.values():
             if isinstance(array, np.ndarray):
                 array.flags.writeable = False
@@ -526,7 +526,7 @@ class Layer(metaclass=LayerType):
             array.fill(0)
 
     def _targets(self, grads: Any) -> Mapping[str, Array]:
-        """Where `backward` adds gradients: the layer's own arrays, or those given, which are looked at here."""
+        """Return the arrays that `backward` adds gradients to: `grads` of the layer, or those passed, checked."""
         if grads is None:
             return self.grads
         given = checks.mapping("grads", grads)
@@ -546,7 +546,7 @@ class Layer(metaclass=LayerType):
         return given
 
     def _kept(self, tape: Any) -> Any:
-        """What `forward` put on a tape of this layer."""
+        """Check that a tape is of this layer, and return its values."""
         if not isinstance(tape, Tape):
             raise TypeError(f"tape should be what forward returned, not {checks.describe(tape)}")
         if tape._layer is not self:
@@ -554,11 +554,11 @@ class Layer(metaclass=LayerType):
         return tape._kept
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of all parameters by name, as PyTorch names and lays them out."""
+        """Return copies of all parameters by name; names and layouts are those of PyTorch."""
         return {name: np.array(_real(array)) for name, array in self._arrays.items()}
 
     def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
-        """Take all parameters from a mapping, a PyTorch state dict for example.
+        """Replace all parameters by the arrays of a mapping, a PyTorch state dict for example.
 
         Parameters
         ----------
@@ -568,7 +568,7 @@ class Layer(metaclass=LayerType):
         Raises
         ------
         ValueError
-            Naming every name that is unknown, missing or of another shape; the layer is as it was then.
+            Listing every name that is unknown, missing or of another shape; the layer is unchanged.
         """
         given = checks.mapping("mapping", mapping)
         wanted = self._arrays
@@ -608,7 +608,7 @@ class Layer(metaclass=LayerType):
         self._become_twin(weight_type)
 
     def _recognise(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """What else the shapes look like, for the message of a state dict that does not fit."""
+        """Return a hint what else the shapes may be, for the message of a state dict that does not fit."""
         return ""
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -618,7 +618,7 @@ class Layer(metaclass=LayerType):
         io.save(path, type(self).__name__, self._config, self._arrays, own_names, self._weight_type)
 
     def _saved_parts(self) -> list[Layer]:
-        """The layers whose class and configuration a file of this one names."""
+        """Return the layers whose class and configuration are stored in a file of this one."""
         return [self]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -628,12 +628,12 @@ class Layer(metaclass=LayerType):
         self._restore(state["config"], state["arrays"], state.get("weights", "float32"))
 
     def _making(self) -> str:
-        """The call that makes a layer of this configuration."""
+        """Return the call that makes a layer of this configuration."""
         settings = ", ".join(f"{name}={value!r}" for name, value in self._config.items())
         return f"{type(self).__name__}({settings})"
 
     def _brief(self) -> str:
-        """`_making`, without what is as by default."""
+        """Return `_making` without arguments that have their default."""
         takes = inspect.signature(type(self)).parameters
         settings = [
             f"{name}={value!r}"
@@ -643,14 +643,14 @@ class Layer(metaclass=LayerType):
         return f"{type(self).__name__}({', '.join(settings)})"
 
     def _count(self) -> int:
-        """How many numbers its parameters are."""
+        """Return the number of elements of all parameters."""
         return sum(array.size for array in self._arrays.values())
 
     def __repr__(self) -> str:
         return f"{self._making()} with {self._count():,} parameters"
 
     def summary(self) -> str:
-        """A table for a person: what the layer or model is made of, what each part gives, and its parameters."""
+        """Return a table of the parts of the layer or model, with output shapes and numbers of parameters."""
         rows = [*self._summary_rows(""), ("", "in all", "", self._count())]
         cells = [(name, _shortened(what, SUMMARY_WIDTH), gives, f"{count:,}") for name, what, gives, count in rows]
         cells.insert(0, ("", type(self).__name__, "output", "parameters"))
@@ -662,23 +662,23 @@ class Layer(metaclass=LayerType):
         return "\n".join(line.strip() if not widths[0] else line.rstrip() for line in lines)
 
     def _summary_rows(self, prefix: str) -> list[tuple[str, str, str, int]]:
-        """Of each part its name, what it is, what it gives and how many parameters it has."""
+        """Return name, description, output shape and number of parameters of each part."""
         return [(prefix, self._brief(), self._output_form(True), self._count())]
 
     def _gives(self) -> int | None:
-        """The size of an output vector, where the layer says it; None: that of its inputs, or not known."""
+        """Return the size of an output vector where the settings fix it; None: that of the inputs, or not known."""
         return None
 
     def _takes(self) -> int | None:
-        """The size of the vectors it takes, where the layer says it; None: any, or not known."""
+        """Return the size of an input vector where the settings fix it; None: any, or not known."""
         return None
 
     def _width_after(self, width: int | None) -> int | None:
-        """The size of an output vector, given that of the inputs; None where it is not known."""
+        """Return the size of an output vector, given that of an input vector; None where it is not known."""
         return width if self._keeps_width else self._gives()
 
     def _output_form(self, timed: bool, width: int | None = None) -> str:
-        """The shape of outputs, as far as it is known; whether inputs have an axis of time."""
+        """Return the shape of outputs as far as it is known; `timed`: whether inputs have an axis of time."""
         width = self._gives() or width
         axes = ["B", *(["T"] if timed and self.time != POOLING else []), *([] if width is None else [str(width)])]
         return "" if width is None else f"({', '.join(axes)})"
@@ -697,10 +697,10 @@ class Layer(metaclass=LayerType):
     )
 )
 class Configured(Layer):
-    """A layer whose settings are declared in the body of its class, see `fastseq.layers.settings`."""
+    """A layer or model whose settings are declared in the body of its class, see `fastseq.layers.settings`."""
 
     def _settle(self, given: Mapping[str, Any]) -> None:
-        """Check and keep settings, and make what follows from them; ``__init__`` of a class that declares settings."""
+        """Check and store settings, then make parameters; called by the generated ``__init__``."""
         for name, setting in type(self)._settings.items():
             value = setting.check(name, given[name])
             if name == "dtype":
@@ -708,28 +708,29 @@ class Configured(Layer):
             setattr(self, name, value)
         self._resolve()
         self._config = {name: getattr(self, name) for name in type(self)._settings}
-        self._config["dtype"] = self.dtype.name
+        if "dtype" in self._config:
+            self._config["dtype"] = self.dtype.name
         self._build()
 
     def _resolve(self) -> None:
-        """Check settings that depend on others, and give those their value that follow from others."""
+        """Check settings against each other, and set those whose default depends on others."""
 
     def _build(self) -> None:
-        """Make parameters, and whatever else the settings determine."""
+        """Make parameters and other attributes from the settings."""
         self._arrays = {}
         self._replace(self._initial(np.random.default_rng(getattr(self, "seed", None))))
 
 
 class Pointwise(Configured):
-    """A layer of one input and no other argument: it writes `_forward` and `_backward`, and its verbs are here."""
+    """A layer with one input and no other argument; a subclass implements `_forward` and `_backward`."""
 
     @abstractmethod
     def _forward(self, x: Any, seed: int | None) -> tuple[Array, Any]:
-        """The outputs, and what `_backward` needs; in inference `seed` is None, and nothing is random."""
+        """Return outputs and the values that `_backward` needs; in inference `seed` is None, and nothing is random."""
 
     @abstractmethod
     def _backward(self, dy: Array, kept: Any, targets: Mapping[str, Array]) -> Array:
-        """The gradient of x; those of parameters are added to `targets`. `dy` has the shape of y."""
+        """Return the gradient of x, and add those of parameters to `targets`; `dy` has the shape of y."""
 
     def __call__(self, x: Any) -> Array:
         """Apply the layer; inference.
@@ -751,14 +752,14 @@ class Pointwise(Configured):
         return self._forward(x, None)[0]
 
     def forward(self, x: Any, seed: int | None = None) -> tuple[Array, Tape]:
-        """Apply the layer in training: the outputs, and what `backward` needs.
+        """Apply the layer in training; return outputs and a tape for `backward`.
 
         Parameters
         ----------
         x : array
-            As for a call. Not to be changed as long as the tape is used.
+            As for a call. Must not be changed while the tape is in use.
         seed : int, optional
-            Fixes what is random, which is dropout alone; drawn where it is not given.
+            Fixes the masks of dropout, the only randomness; drawn by default.
 
         Returns
         -------
@@ -769,15 +770,15 @@ class Pointwise(Configured):
         return y, Tape(self, (y.shape, kept))
 
     def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array:
-        """Gradients, given that of the outputs.
+        """Compute gradients from that of the outputs.
 
         Parameters
         ----------
         dy : array of the shape of y
         tape : Tape
-            What `forward` returned.
+            Returned by `forward`.
         grads : mapping from str to ndarray, optional
-            Where the gradients of the parameters are added; `grads` of the layer by default.
+            Arrays that gradients of parameters are added to; `grads` of the layer by default.
 
         Returns
         -------
@@ -793,7 +794,7 @@ class Composite(Layer):
     _naming: ClassVar[tuple[str, ...]] = ("__call__", "forward", "generate", "stream", "forecast", "log_prob")
 
     _children: dict[str, Layer]
-    _by_own_rule: ClassVar[tuple[str, ...]] = ()  # children that start as they do whatever `initialise` is asked for
+    _by_own_rule: ClassVar[tuple[str, ...]] = ()  # children that `initialise` leaves as they are
     _real_children: ClassVar[tuple[str, ...]] = ()  # children that a twin has in float32
 
     @property
@@ -835,7 +836,7 @@ class Composite(Layer):
         return self._brief()
 
     def _child_targets(self, grads: Any) -> dict[str, Mapping[str, Array] | None]:
-        """What to give as `grads` to the backward of each child; what was given is looked at here."""
+        """Return the argument `grads` for the backward of each child; `grads` itself is checked here."""
         if grads is None:
             return dict.fromkeys(self._children)
         targets = self._targets(grads)
@@ -853,7 +854,7 @@ def _real(array: Any) -> Array:
 
 
 def _without_prefix(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """How to take what is before the names that are wanted off those of a state dict, if that is what is wrong."""
+    """Return a hint how to remove a prefix from the names of a state dict, if the names fit without it."""
     some = next(iter(wanted), None)
     found = [name[: -len(some)] for name in given if name.endswith(some)] if some else []
     for prefix in (one for one in found if one):
@@ -872,12 +873,12 @@ def _shortened(text: str, width: int) -> str:
 
 
 def _some(**options: Any) -> dict[str, Any]:
-    """The options that were given."""
+    """Return the options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _check_makes(kind: str, takes: Mapping[str, inspect.Parameter], config: Mapping[str, Any]) -> None:
-    """Refuse a configuration that does not make a layer of its class again."""
+    """Raise an error where a configuration is not a complete set of arguments of its class."""
     kinds = {parameter.kind for parameter in takes.values()}
     faults = [
         f"{name} is missing"
@@ -896,7 +897,7 @@ def _check_makes(kind: str, takes: Mapping[str, inspect.Parameter], config: Mapp
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A setting as a file can hold it."""
+    """Return a setting in a form that JSON can hold; else raise an error."""
     plain = value.item() if isinstance(value, np.generic) else value
     try:
         json.dumps(plain)
@@ -909,24 +910,24 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def under(child: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """The entries of one child, under the names it has for them."""
+    """Return the entries of one child, without its prefix."""
     prefix = f"{child}."
     return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def mask_seed(seed: Any) -> int:
-    """The seed of the dropout masks of a forward: as given, or drawn."""
+    """Return the seed of the dropout masks of a forward: the argument, or a random one for None."""
     given = checks.seed("seed", seed)
     return int.from_bytes(os.urandom(8), "little") >> 1 if given is None else given
 
 
 def seeds_of(seed: int | None, count: int) -> list[int | None]:
-    """A seed for each of some layers."""
+    """Derive `count` seeds from one; all are None where it is None."""
     return [None if seed is None else child_seed(seed, i) for i in range(count)]
 
 
 def child_seed(seed: int, child: int) -> int:
-    """The seed that a layer made of layers gives one of them: splitmix64, 63 bits of it."""
+    """Derive the seed of the child of this number: 63 bits of splitmix64."""
     whole = (1 << 64) - 1
     z = (seed + (child + 1) * 0x9E3779B97F4A7C15) & whole
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & whole

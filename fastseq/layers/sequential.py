@@ -1,4 +1,4 @@
-"""Layers one after another."""
+"""A container of layers that run in order."""
 
 from __future__ import annotations
 
@@ -24,22 +24,21 @@ from fastseq.layers.base import (
 )
 from fastseq.layers.rows import cleared
 
-SHOWN_WIDTH = 80  # characters of the layers that a `repr` shows
+SHOWN_WIDTH = 80  # characters of layers in a `repr`, at most
 
 
 class Sequential(Composite):
-    """Layers one after another: each takes what the one before it gives.
+    """Layers in order: the outputs of each are the inputs of the next.
 
-    Where `lengths` are given they go to every layer that looks at several steps, up to the first that pools; what other
-    layers make of padding is cleared. A layer says by `time` what it does. Recurrent layers start from zeros, or
-    from `state`, and pass on their outputs at every step. Parameters are named ``0.weight``, ``1.weight_ih_l0`` and so
-    on.
+    `lengths` are passed to every layer whose `time` is not "pointwise", up to the first that pools; outputs of
+    pointwise layers in the padding are set to 0. Recurrent layers start from zeros, or from `state`, and pass on their
+    outputs at every step. Parameters are named ``0.weight``, ``1.weight_ih_l0`` and so on.
 
     Parameters
     ----------
     *layers : layers
-        At least one, no one twice, all of one dtype; each takes vectors of the size that the one before it gives, as
-        far as both say it. After one that pools, only such as take each row by itself.
+        At least one, none of them twice, all of one dtype. The size of the input vectors of each is that of the output
+        vectors of the one before, as far as both are known. After a layer that pools there are only pointwise ones.
     """
 
     def __init__(self, *layers: Layer) -> None:
@@ -77,7 +76,7 @@ class Sequential(Composite):
 
     @property
     def time(self) -> str:  # type: ignore[override]
-        """What the layers together do with the axis of time: "pooling", "sequence" or "pointwise"."""
+        """How the layers together treat the axis of time: "pooling", "sequence" or "pointwise"."""
         times = {layer.time for layer in self}
         return next(time for time in (POOLING, SEQUENCE, POINTWISE) if time in times)
 
@@ -101,19 +100,19 @@ class Sequential(Composite):
         Parameters
         ----------
         x : array
-            What the first layer takes.
+            Inputs of the first layer.
         state : tuple, optional
-            Where the layers that carry a state start: what `run` or `initial_state` returned.
+            Initial states of the layers that carry one, as `run` or `initial_state` returned them.
         lengths : array of shape (B,), optional
-            The real steps of each row of x (B, T, ...), integers in 0..T in any order. Past them `y` is 0 and nothing
-            in `x` matters.
+            The real steps of each row of x (B, T, ...), integers in 0..T in any order. Past them `y` is 0, and does
+            not depend on `x`.
         resets : array of bool of shape (B, T), optional
-            True where states go back to zeros before the step; for the layers that carry one.
+            True where states are reset to zeros before the step; for the layers that carry one.
 
         Returns
         -------
         y : ndarray
-            What the last layer gives.
+            Outputs of the last layer.
 
         Raises
         ------
@@ -123,7 +122,7 @@ class Sequential(Composite):
         return self.run(x, state, lengths=lengths, resets=resets)[0]
 
     def run(self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None) -> tuple[Array, Any]:
-        """A call, and where each row ends.
+        """Run all layers in inference, and return their states.
 
         Parameters
         ----------
@@ -134,7 +133,8 @@ class Sequential(Composite):
         -------
         y : ndarray
         state : tuple, or None
-            A state for each layer, None for those that carry none; None where no layer does.
+            The state of each layer after the last step of each row, None for layers that carry none; None where no
+            layer carries one.
         """
         states = self._states(state, resets)
         ends = []
@@ -155,22 +155,22 @@ class Sequential(Composite):
         Parameters
         ----------
         x_t : array of shape (B, I), or (B,) of ids
-            What the first layer takes at this step.
+            Inputs of the first layer at this step.
         state : tuple, optional
-            What the step before, `run` or `initial_state` returned; zeros by default.
+            As returned by the step before, `run` or `initial_state`; zeros by default.
 
         Returns
         -------
         y_t : ndarray of shape (B, ...)
-            What the last layer gives at this step.
+            Outputs of the last layer at this step.
         state : tuple, or None
-            To be given to the next step, as `run` returns it.
+            The argument `state` of the next step, as `run` returns it.
 
         Raises
         ------
         TypeError, ValueError
-            Naming the argument, what it was and what it should be. Also where a layer has to see all steps: one that
-            pools or is bidirectional, attention, or positions.
+            Naming the argument, what it was and what it should be. Also where a layer needs all steps at once: one
+            that pools or is bidirectional, attention, or positions.
         """
         lost = self._stepless()
         if lost is not None:
@@ -197,19 +197,19 @@ class Sequential(Composite):
     def forward(
         self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, seed: int | None = None
     ) -> tuple[Array, Tape]:
-        """Run all layers for training: what a call gives, except dropout, and what `backward` needs.
+        """Run all layers in training, with dropout; return outputs and a tape for `backward`.
 
         Parameters
         ----------
         x, state, lengths, resets
-            As for a call. `x` is not to be changed as long as the tape is used.
+            As for a call. `x` must not be changed while the tape is in use.
         seed : int, optional
-            Fixes what dropout drops, of each layer another; drawn where it is not given.
+            Fixes the masks of dropout, which differ from layer to layer; drawn by default.
 
         Returns
         -------
         y : ndarray
-            What the last layer gives.
+            Outputs of the last layer.
         tape : Tape
             For `backward`.
         """
@@ -219,7 +219,7 @@ class Sequential(Composite):
     def forward_carrying(
         self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, seed: int | None = None
     ) -> tuple[Array, Any, Tape]:
-        """`forward`, and between y and tape where each row ends, as `run` returns it."""
+        """Run `forward`, and return between y and tape the states, as `run` does."""
         seed = mask_seed(seed)
         states = self._states(state, resets)
         ends, kept = [], []
@@ -241,23 +241,23 @@ class Sequential(Composite):
     def backward(
         self, dy: Any, tape: Tape, *, truncate: int | None = None, grads: Mapping[str, Array] | None = None
     ) -> Array | None:
-        """Gradients, given that of the outputs.
+        """Compute gradients from that of the outputs.
 
         Parameters
         ----------
         dy : array of the shape of y
-            Past a row's length nothing in it matters.
+            Ignored past the length of a row.
         tape : Tape
-            What `forward` returned.
+            Returned by `forward`.
         truncate : int, optional
-            For the layers that carry a state: how many steps a gradient goes back, as of the recurrent layers.
+            For the layers that carry a state: how many steps gradients go back, as in recurrent layers.
         grads : mapping from str to ndarray, optional
-            Where the gradients of the parameters are added; `grads` of the layers by default.
+            Arrays that gradients of parameters are added to; `grads` of the layers by default.
 
         Returns
         -------
         dx : ndarray of the shape of x, or None
-            0 past a row's length. None where the first layer takes symbols, which have no gradient.
+            0 past the length of a row. None where inputs of the first layer are symbols, which have no gradient.
         """
         kept, shape = self._kept(tape)
         if truncate is not None and not self.carries_state:
@@ -272,7 +272,7 @@ class Sequential(Composite):
         return gradient if gradient is None else cleared(gradient, kept[0][1])
 
     def initial_state(self, batch_size: int) -> Any:
-        """The states that rows start from when none is given: a tuple, as `run` returns it.
+        """Return the default initial states: a tuple, as `run` returns it.
 
         Parameters
         ----------
@@ -286,11 +286,11 @@ class Sequential(Composite):
         return tuple(layer.initial_state(count) if layer.carries_state else None for layer in children)
 
     def unstreamable(self) -> str | None:
-        """Why the layers cannot be trained on chunks of streams one after another; None where they can."""
+        """Return why the layers cannot be trained on consecutive chunks of streams; None where they can."""
         return next((why for layer in self if (why := layer.unstreamable()) is not None), None)
 
     def _states(self, state: Any, resets: Any) -> tuple[Any, ...]:
-        """A state for each layer, None for zeros."""
+        """Check the states, and return one for each layer, None for zeros."""
         if not self.carries_state:
             self._check_no_state(state, resets)
         if state is None:
@@ -305,7 +305,7 @@ class Sequential(Composite):
         return tuple(state)
 
     def _opened(self, x: Any, lengths: Any) -> tuple[Any, Array | None]:
-        """x and lengths, looked at as far as all layers have them in common."""
+        """Return x and lengths after the checks that do not depend on the first layer."""
         x, lengths = checks.ragged("x", x, lengths)
         if lengths is None:
             return x, None
@@ -315,7 +315,7 @@ class Sequential(Composite):
         return x, checks.lengths(lengths, *x.shape[:2])
 
     def _passed_on(self, layer: Layer, y: Array, lengths: Array | None) -> tuple[Array, Array | None]:
-        """What the next layer takes of the outputs of one, and the lengths that they have."""
+        """Return the inputs of the next layer, from the outputs of one, and their lengths."""
         if layer.time == POOLING or lengths is None:
             return y, None
         return cleared(y, lengths), lengths
@@ -377,14 +377,14 @@ class Sequential(Composite):
 
 
 def _not_a_layer(value: object) -> str:
-    """What something is that should be a layer; of a list of them how they are given."""
+    """Describe a value that should be a layer, with a hint where it is a list."""
     hint = "; layers are given one by one: Sequential(*layers)" if isinstance(value, list | tuple) else ""
     return f"{checks.describe(value)}{hint}"
 
 
 def _check_widths(layers: Sequence[Layer]) -> None:
-    """Refuse a layer that takes vectors of another size than those it would be given, where both are known."""
-    width, source = None, 0  # of what comes from the layer before, and which layer made it so
+    """Raise an error where the sizes of outputs and of the next inputs are known and differ."""
+    width, source = None, 0  # of the outputs of the layer before; the layer that determines it
     for place, layer in enumerate(layers):
         if not _declares_widths(layer):
             width = None
@@ -399,18 +399,18 @@ def _check_widths(layers: Sequence[Layer]) -> None:
 
 
 def _declares_widths(layer: Layer) -> bool:
-    """Whether what a layer says of its sizes is true: one of ours does, unless somebody gave it a call of their own."""
+    """Return whether the sizes that a layer declares hold: not where a user's subclass has its own ``__call__``."""
     return is_ours(type(layer).__call__)
 
 
 def _locate(error: Exception, place: int, layer: Layer) -> None:
-    """Say in an error of which layer it is."""
+    """Add to the message of an error in which layer it occurred."""
     if len(error.args) == 1 and isinstance(error.args[0], str):
         error.args = (f"layers[{place}], a {type(layer).__name__}: {error.args[0]}",)
 
 
 def _parts(layer: Layer) -> Iterator[Layer]:
-    """A layer and all that it is made of."""
+    """Yield a layer and, recursively, its children."""
     yield layer
     if isinstance(layer, Composite):
         for child in layer._children.values():
@@ -418,7 +418,7 @@ def _parts(layer: Layer) -> Iterator[Layer]:
 
 
 def _check_one_input(name: str, layer: Layer) -> None:
-    """Refuse what cannot be called with the outputs of the layer before."""
+    """Raise an error for a layer that cannot be called with one input."""
     if not callable(layer):
         raise TypeError(f"{name} should be a layer that can be called, not {layer!r}")
     try:

@@ -1,4 +1,4 @@
-"""Settings of layers, each declared once: a line in the body of a class.
+"""Settings of layers and models, each declared once: a line in the body of a class.
 
 >>> class Linear(Configured):
 ...     in_features: int = size(doc="I.")
@@ -79,18 +79,20 @@ def checked(
     form: str,
     doc: str,
     before: str | None = None,
+    optional: bool = False,
 ) -> Any:
-    """Declare a setting whose attribute is what `check` returns for name and value; a default of None stays None."""
-    if default is None:
-        return Setting(
-            lambda name, value: None if value is None else check(name, value),
-            None,
-            f"{takes} | None",
-            form,
-            doc,
-            before,
-        )
-    return Setting(check, default, takes, form, doc, before)
+    """Declare a setting whose attribute is what `check` returns for name and value.
+
+    None stays None where it is the default, or where `optional` allows it beside another default.
+    """
+    if default is not None and not optional:
+        return Setting(check, default, takes, form, doc, before)
+
+    def check_given(name: str, value: Any) -> Any:
+        return None if value is None else check(name, value)
+
+    form = form if default is None else f"{form} or None"
+    return Setting(check_given, default, f"{takes} | None", form, doc, before)
 
 
 def size(*, default: Any = REQUIRED, least: int = 1, limit: int | None = None, doc: str, before: str = "") -> Any:
@@ -124,18 +126,21 @@ def number(*, default: float | None, least: float | None = None, above: float | 
     return checked(check, default=default, takes="float", form="float", doc=doc)
 
 
-def choice(allowed: Sequence[str], *, default: str, doc: str, before: str | None = None) -> Any:
+def choice(
+    allowed: Sequence[str], *, default: str | None, doc: str, before: str | None = None, optional: bool = False
+) -> Any:
     """Declare one of some names."""
 
     def check(name: str, value: Any) -> str:
         return checks.choice(name, value, allowed)
 
-    return checked(check, default=default, takes="str", form=_either(allowed), doc=doc, before=before)
+    form = _either(allowed)
+    return checked(check, default=default, takes="str", form=form, doc=doc, before=before, optional=optional)
 
 
-def floating(*, default: str = "float32", of: str = "parameters and outputs") -> Any:
-    """Declare the dtype of a layer; `Configured._settle` asks the backend whether it takes it."""
-    doc = f"Of {of}. Inputs of another real dtype are converted."
+def floating(*, default: str = "float32", of: str = "parameters and outputs", doc: str = "") -> Any:
+    """Declare the dtype of a layer or model; `Configured._settle` asks the backend whether it takes it."""
+    doc = doc or f"Of {of}. Inputs of another real dtype are converted."
     return Setting(lambda _, value: value, default, "Any", _either(("float32", "float64")), doc)
 
 
@@ -191,9 +196,10 @@ def constructor(kind: type, settings: Mapping[str, Setting]) -> FunctionType:
 
 
 def documentation(doc: str, settings: Mapping[str, Setting]) -> str:
-    """Return the documentation of a class with an entry for each setting, before its notes and references."""
+    """Return the documentation of a class with an entry for each setting, before its other sections."""
     text = inspect.cleandoc(doc)
-    places = [place for title in ("Notes\n-----", "References\n----------") if (place := text.find(f"\n{title}")) >= 0]
+    titles = ("Attributes", "Notes", "References")
+    places = [place for title in titles if (place := text.find(f"\n{title}\n{'-' * len(title)}")) >= 0]
     place = min(places, default=len(text))
     entries = "\n".join(one.documented(name) for name, one in settings.items())
     head, rest = text[:place].rstrip(), text[place:].lstrip("\n")

@@ -11,6 +11,7 @@ import numpy as np
 from fastseq import checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.layers.base import seeds_of
+from fastseq.layers.settings import KW_ONLY, Dtype, choice, floating, random_seed, size
 from fastseq.models.forms import BATCH_SIZE, no_targets
 from fastseq.models.series import ScaledModel, Series, check_extent, gaussian, series_of
 from fastseq.models.sums import bounded, row_sums
@@ -25,20 +26,6 @@ class AutoRegressive(ScaledModel):
     Without `hidden`, every series has coefficients of its own, and a model of one series predicts any number of them.
     With it, one perceptron learns from all series and predicts any number: H = f(W x + b), O = V H + c, x the τ past
     values, oldest first, standardised by mean and deviation of what was fitted.
-
-    Parameters
-    ----------
-    order : int
-        τ, at least 1.
-    hidden : int, optional
-        Units of the perceptron; by default there is none.
-    activation : {"sigmoid", "tanh", "relu"}
-        f; of a perceptron.
-    dtype : {"float32", "float64"}
-        Of parameters, and of the predictions of a perceptron before they are scaled. Least squares are solved, and a
-        linear model predicts, in float64. Predictions have the wider one of this and the dtype of the series.
-    seed : int, optional
-        Fixes the initial parameters of the perceptron.
 
     Attributes
     ----------
@@ -58,50 +45,36 @@ class AutoRegressive(ScaledModel):
 
     _real_children = ("hidden", "output")  # a few weights, which a forecast takes one step after another
 
-    order: int
-    hidden: int | None
-    activation: str
-    seed: int | None
+    order: int = size(doc="τ, at least 1.")
+    hidden: int | None = size(default=None, doc="Units of the perceptron; by default there is none.")
+    _: KW_ONLY
+    activation: str = choice(("sigmoid", "tanh", "relu"), default="sigmoid", doc="f; of a perceptron.")
+    dtype: Dtype = floating(
+        default="float64",
+        doc="Of parameters, and of the predictions of a perceptron before they are scaled. Least squares are solved,"
+        " and a linear model predicts, in float64. Predictions have the wider one of this and the dtype of the series.",
+    )
+    seed: int | None = random_seed(default=None, doc="Fixes the initial parameters of the perceptron.")
 
-    def __init__(
-        self,
-        order: int,
-        hidden: int | None = None,
-        *,
-        activation: str = "sigmoid",
-        dtype: Any = "float64",
-        seed: int | None = None,
-    ) -> None:
-        self.order = checks.size("order", order, 1)
-        self.hidden = None if hidden is None else checks.size("hidden", hidden, 1)
-        self.activation = checks.choice("activation", activation, ("sigmoid", "tanh", "relu"))
+    def _resolve(self) -> None:
         if self.hidden is None and self.activation != "sigmoid":
             raise ValueError(f"activation should not be given where hidden is None, but is {self.activation!r}")
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
-        config = {
-            "order": self.order,
-            "hidden": self.hidden,
-            "activation": self.activation,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
+
+    def _build(self) -> None:
         self._history: History | None = None
         self._first_predicted = self.order  # by the last `fit`: of each series
         self._first: Any = None
         self._second: Any = None
-        if self.hidden is None:
-            self._start(config)
-            self._measured = ("coefficients", "intercept", "sigma2", "counts")
-            return
-        first, second = seeds_of(self.seed, 2)
-        self._start(
-            config,
-            hidden=self._backend.of(layers.Linear)(self.order, self.hidden, dtype=self.dtype, seed=first),
-            output=self._backend.of(layers.Linear)(self.hidden, 1, dtype=self.dtype, seed=second),
-        )
-        self._first, self._second = self._children.values()
-        self._measured = ("mean", "deviation", "sigma2", "counts")
+        if self.hidden is not None:
+            first, second = seeds_of(self.seed, 2)
+            self._first = self._part(layers.Linear, self.order, self.hidden, seed=first)
+            self._second = self._part(layers.Linear, self.hidden, 1, seed=second)
+        self._start(hidden=self._first, output=self._second)
+
+    @property
+    def _measured(self) -> tuple[str, ...]:
+        of_kind = ("coefficients", "intercept") if self.hidden is None else ("mean", "deviation")
+        return (*of_kind, "sigma2", "counts")
 
     def _linear(self, name: str) -> Array:
         if self.hidden is not None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastseq import checks, io, losses, training
 from fastseq.checks import Array
-from fastseq.layers.base import SEQUENCE, Composite
+from fastseq.layers.base import SEQUENCE, Composite, Configured, Layer
 from fastseq.layers.derived import Derived
 from fastseq.training import Batch, History
 
@@ -37,20 +37,29 @@ class ParameterCache:
         return self._kept.get(tuple([layer._arrays for layer in self._layers]), lambda _: make())
 
 
-class Model(Composite):
-    """Layers with trained parameters, none in some models, and what `fit` measured beside them."""
+class Model(Configured, Composite):
+    """Layers with trained parameters, none in some models, and what `fit` measured beside them.
+
+    A subclass declares its settings, and has `_build`, which makes the layers and passes them to `_start`.
+    """
 
     time = SEQUENCE
     _by_own_rule = ("output", "head")  # with another start the first losses are far from what chance gives
 
-    # The names of what `fit` measures: all of them are there, or none.
-    _measured: tuple[str, ...] = ()
-    _fitted: Mapping[str, Array]
+    @property
+    def _measured(self) -> tuple[str, ...]:
+        """The names of what `fit` measures: all of them are in `_fitted`, or none."""
+        return ()
 
-    def _start(self, config: dict[str, Any], **children: Any) -> None:
-        self._config = config
-        self._children = children
-        self._fitted = {}
+    def _part(self, kind: type[Layer], *sizes: Any, **settings: Any) -> Any:
+        """Make a layer over the operations of the model, and of its dtype."""
+        made: Any = self._backend.of(kind)
+        return made(*sizes, dtype=self.dtype, **settings)
+
+    def _start(self, **children: Layer | None) -> None:
+        """Take the layers that have parameters, by the names that these begin with; None stands for no layer."""
+        self._children = {name: child for name, child in children.items() if child is not None}
+        self._fitted: Mapping[str, Array] = {}
 
     @property
     def loss_unit(self) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
+from fastseq.layers.settings import KW_ONLY, checked, size
 from fastseq.models.decoding import Decoder
 from fastseq.models.forms import no_targets
 from fastseq.models.sums import sums
@@ -43,24 +44,17 @@ class _Weights(NamedTuple):
     total: Array  # of each context
 
 
+def _check_smoothing(name: str, value: Any) -> float | str:
+    if isinstance(value, str):
+        return checks.choice(name, value, _SMOOTHINGS)
+    return checks.number(name, value, least=0)
+
+
 class MarkovChain(SymbolModel):
     """The discrete autoregressive model of order τ: P(x_t | x_<t) = P(x_t | x_{t-τ}, ..., x_{t-1}), by counting.
 
     Every sequence is preceded by begin symbols, so that its first symbols have contexts, too. Only contexts that
     were seen take memory.
-
-    Parameters
-    ----------
-    vocab_size : int
-        V; symbols are 0..V-1.
-    order : int
-        τ, 0 or more.
-    smoothing : float or {"witten_bell", "kneser_ney"}
-        A number is added to every count; at 0 the estimate is that of maximum likelihood, and a context that was
-        not seen is followed by anything. The two names interpolate with the distributions of all lower orders, down
-        to the uniform one: by the number of different symbols that followed a context [1]_, or by absolute
-        discounts and the number of different contexts a symbol followed [2]_. Orders beyond two or three need one
-        of them.
 
     References
     ----------
@@ -71,21 +65,27 @@ class MarkovChain(SymbolModel):
 
     _measured = ("grams", "counts")
 
-    vocab_size: int
-    order: int
-    smoothing: float | str
+    order: int = size(default=1, least=0, doc="τ, 0 or more.")
+    _: KW_ONLY
+    smoothing: float | str = checked(
+        _check_smoothing,
+        default=1.0,
+        takes="float | str",
+        form='float or {"witten_bell", "kneser_ney"}',
+        doc="A number is added to every count; at 0 the estimate is that of maximum likelihood, and a context that was"
+        " not seen is followed by anything. The two names interpolate with the distributions of all lower orders, down"
+        " to the uniform one: by the number of different symbols that followed a context [1]_, or by absolute"
+        " discounts and the number of different contexts a symbol followed [2]_. Orders beyond two or three need one"
+        " of them.",
+    )
 
-    def __init__(self, vocab_size: int, order: int = 1, *, smoothing: float | str = 1.0) -> None:
-        self.vocab_size = checks.size("vocab_size", vocab_size, 1)
+    def _resolve(self) -> None:
         if self.vocab_size > MAX_SYMBOLS:
             raise OverflowError(f"vocab_size should be at most {MAX_SYMBOLS}, not {self.vocab_size}")
-        self.order = checks.size("order", order)
-        if isinstance(smoothing, str):
-            self.smoothing = checks.choice("smoothing", smoothing, _SMOOTHINGS)
-        else:
-            self.smoothing = checks.number("smoothing", smoothing, least=0)
+
+    def _build(self) -> None:
         self.dtype = np.dtype(np.float64)
-        self._start({"vocab_size": self.vocab_size, "order": self.order, "smoothing": self.smoothing})
+        self._start()
         self._levels: list[tuple[_Level, _Weights]] = []
 
     @checks.short_traceback

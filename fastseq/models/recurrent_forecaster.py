@@ -11,9 +11,10 @@ from fastseq import checks, layers, losses, training
 from fastseq.checks import Array
 from fastseq.layers.base import Tape, seeds_of
 from fastseq.layers.recurrent import advice_on_dropout
+from fastseq.layers.settings import KW_ONLY, Dtype, choice, floating, fraction, random_seed, size
 from fastseq.models.base import Task, TrainedModel
 from fastseq.models.forms import BATCH_SIZE, no_targets, padded_pair
-from fastseq.models.recurrent_parts import CELLS, recurrent_layer, rollout
+from fastseq.models.recurrent_parts import CELLS, rollout
 from fastseq.models.series import ScaledModel, Series, gaussian, series_of
 from fastseq.models.symbols import real_steps
 from fastseq.training import Batch, History
@@ -26,21 +27,6 @@ class RecurrentForecaster(ScaledModel, TrainedModel):
     out of the model is not. That is done in float64, and what goes out has the wider dtype of the model's and of what
     came in.
 
-    Parameters
-    ----------
-    input_size : int
-        I, values a step. Where it is 1, the axis of values may be left out.
-    hidden_size, num_layers : int
-        Of the recurrent layer.
-    cell : {"lstm", "gru", "rnn"}
-        Which recurrent layer.
-    dropout : float in [0, 1)
-        Share of the outputs between layers that training drops; of two layers or more.
-    dtype : {"float32", "float64"}
-        Of parameters and states.
-    seed : int, optional
-        Fixes the initial parameters.
-
     Attributes
     ----------
     sigma2 : ndarray of shape (I,)
@@ -49,51 +35,23 @@ class RecurrentForecaster(ScaledModel, TrainedModel):
 
     _measured = ("mean", "deviation", "sigma2")
 
-    input_size: int
-    hidden_size: int
-    num_layers: int
-    cell: str
-    dropout: float
-    seed: int | None
+    input_size: int = size(doc="I, values a step. Where it is 1, the axis of values may be left out.")
+    hidden_size: int = size(doc="The size of the state of the recurrent layer.")
+    num_layers: int = size(default=1, doc="Recurrent layers, stacked.")
+    _: KW_ONLY
+    cell: str = choice(tuple(CELLS), default="lstm", doc="Which recurrent layer.")
+    dropout: float = fraction(
+        default=0.0, doc="Share of the outputs between layers that training drops; of two layers or more."
+    )
+    dtype: Dtype = floating(default="float32", doc="Of parameters and states.")
+    seed: int | None = random_seed(default=None, doc="Fixes the initial parameters.")
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        cell: str = "lstm",
-        dropout: float = 0.0,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        self.input_size = checks.size("input_size", input_size, 1)
-        self.hidden_size = checks.size("hidden_size", hidden_size, 1)
-        self.num_layers = checks.size("num_layers", num_layers, 1)
-        self.cell = checks.choice("cell", cell, CELLS)
-        self.dropout = checks.fraction("dropout", dropout)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
+    def _build(self) -> None:
         first, second = seeds_of(self.seed, 2)
-        config = {
-            "input_size": self.input_size,
-            "hidden_size": self.hidden_size,
-            "num_layers": self.num_layers,
-            "cell": self.cell,
-            "dropout": self.dropout,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
         sizes = self.input_size, self.hidden_size, self.num_layers
-        of = self._backend.of
-        of_type: dict[str, Any] = {"dtype": self.dtype}
-        self._start(
-            config,
-            recurrent=recurrent_layer(self._backend, self.cell, *sizes, dropout=self.dropout, seed=first, **of_type),
-            output=of(layers.Linear)(self.hidden_size, self.input_size, seed=second, **of_type),
-        )
-        self._recurrent: Any = self._children["recurrent"]
-        self._output: Any = self._children["output"]
+        self._recurrent: Any = self._part(CELLS[self.cell], *sizes, dropout=self.dropout, seed=first)
+        self._output: Any = self._part(layers.Linear, self.hidden_size, self.input_size, seed=second)
+        self._start(recurrent=self._recurrent, output=self._output)
 
     def _advice(self) -> str | None:
         return advice_on_dropout(self.dropout, self.num_layers)

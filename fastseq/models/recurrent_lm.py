@@ -10,10 +10,11 @@ from fastseq import checks, layers, threads, training
 from fastseq.backend import RecurrentDecoder
 from fastseq.checks import Array
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
+from fastseq.layers.settings import KW_ONLY, Dtype, choice, floating, fraction, random_seed, size
 from fastseq.models.base import ParameterCache, Task
 from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.forms import BATCH_SIZE
-from fastseq.models.recurrent_parts import CELLS, Reader, recurrent_layer
+from fastseq.models.recurrent_parts import CELLS, Reader
 from fastseq.models.symbol_model import LanguageModel
 from fastseq.models.symbols import Symbols, ids_array, log_softmax_at, real_steps
 from fastseq.training import Batch, History
@@ -37,80 +38,30 @@ class RecurrentLM(LanguageModel):
 
     Every sequence starts with a begin symbol of its own, which stands before x_1 and is never predicted.
 
-    Parameters
-    ----------
-    vocab_size : int
-        V; symbols are 0..V-1.
-    embedding_dim, hidden_size : int
-        Of the vector of a symbol, and of the state.
-    num_layers : int
-        Recurrent layers, stacked.
-    cell : {"lstm", "gru", "rnn"}
-        Which recurrent layer.
-    dropout : float in [0, 1)
-        Share of what enters and leaves each recurrent layer that training drops [1]_.
-    dtype : {"float32", "float64"}
-        Of parameters and logits.
-    seed : int, optional
-        Fixes the initial parameters.
-
     References
     ----------
     .. [1] W. Zaremba, I. Sutskever and O. Vinyals, "Recurrent neural network regularization", arXiv:1409.2329, 2014.
     """
 
-    vocab_size: int
-    embedding_dim: int
-    hidden_size: int
-    num_layers: int
-    cell: str
-    dropout: float
-    seed: int | None
+    embedding_dim: int = size(doc="The size of the vector of a symbol.")
+    hidden_size: int = size(doc="The size of the state.")
+    num_layers: int = size(default=1, doc="Recurrent layers, stacked.")
+    _: KW_ONLY
+    cell: str = choice(tuple(CELLS), default="lstm", doc="Which recurrent layer.")
+    dropout: float = fraction(
+        default=0.0, doc="Share of what enters and leaves each recurrent layer that training drops [1]_."
+    )
+    dtype: Dtype = floating(default="float32", doc="Of parameters and logits.")
+    seed: int | None = random_seed(default=None, doc="Fixes the initial parameters.")
 
-    def __init__(
-        self,
-        vocab_size: int,
-        embedding_dim: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        cell: str = "lstm",
-        dropout: float = 0.0,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        self.vocab_size = checks.size("vocab_size", vocab_size, 1)
-        self.embedding_dim = checks.size("embedding_dim", embedding_dim, 1)
-        self.hidden_size = checks.size("hidden_size", hidden_size, 1)
-        self.num_layers = checks.size("num_layers", num_layers, 1)
-        self.cell = checks.choice("cell", cell, CELLS)
-        self.dropout = checks.fraction("dropout", dropout)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
+    def _build(self) -> None:
         first, second, third = seeds_of(self.seed, 3)
-        of = self._backend.of
-        of_type: dict[str, Any] = {"dtype": self.dtype}
-        config = {
-            "vocab_size": self.vocab_size,
-            "embedding_dim": self.embedding_dim,
-            "hidden_size": self.hidden_size,
-            "num_layers": self.num_layers,
-            "cell": self.cell,
-            "dropout": self.dropout,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
         sizes = self.embedding_dim, self.hidden_size, self.num_layers
-        self._start(
-            config,
-            embedding=of(layers.Embedding)(self.vocab_size + 1, self.embedding_dim, seed=first, **of_type),
-            recurrent=recurrent_layer(self._backend, self.cell, *sizes, dropout=self.dropout, seed=second, **of_type),
-            output=of(layers.Linear)(self.hidden_size, self.vocab_size, seed=third, **of_type),
-        )
-        self._embedding: Any = self._children["embedding"]
-        self._recurrent: Any = self._children["recurrent"]
-        self._output: Any = self._children["output"]
-        self._drop = of(layers.Dropout)(self.dropout, **of_type)
+        self._embedding: Any = self._part(layers.Embedding, self.vocab_size + 1, self.embedding_dim, seed=first)
+        self._recurrent: Any = self._part(CELLS[self.cell], *sizes, dropout=self.dropout, seed=second)
+        self._output: Any = self._part(layers.Linear, self.hidden_size, self.vocab_size, seed=third)
+        self._drop: Any = self._part(layers.Dropout, self.dropout)
+        self._start(embedding=self._embedding, recurrent=self._recurrent, output=self._output)
         self._reader = Reader(self._embedding, self._recurrent)
         self._for_decoders = ParameterCache(self._embedding, self._recurrent, self._output)
 

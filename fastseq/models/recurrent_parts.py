@@ -1,4 +1,4 @@
-"""Parts that the recurrent models share: layers by the name of their cell, an embedding read by a layer."""
+"""Parts that the recurrent models share: layers by the names of their cells, an embedding read by a layer."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from typing import Any
 import numpy as np
 
 from fastseq import layers, threads
-from fastseq.backend import Backend
 from fastseq.checks import Array
+from fastseq.layers.recurrent import Recurrent
 from fastseq.models.base import ParameterCache
 
-CELLS = ("rnn", "lstm", "gru")
-
-
-def recurrent_layer(backend: Backend, cell: str, *sizes: int, **settings: Any) -> Any:
-    """A recurrent layer by the name of its cell."""
-    classes: dict[str, Any] = {"rnn": layers.RNN, "lstm": layers.LSTM, "gru": layers.GRU}
-    return backend.of(classes[cell])(*sizes, **settings)
+CELLS: dict[str, type[Recurrent]] = {"rnn": layers.RNN, "lstm": layers.LSTM, "gru": layers.GRU}
 
 
 class Reader:

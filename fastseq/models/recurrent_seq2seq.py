@@ -12,9 +12,10 @@ from fastseq.checks import Array
 from fastseq.layers.additive_attention import AllSteps
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
+from fastseq.layers.settings import KW_ONLY, Dtype, choice, flag, floating, fraction, random_seed, size
 from fastseq.models.base import ParameterCache
 from fastseq.models.decoding import Decoder, StateDecoder
-from fastseq.models.recurrent_parts import CELLS, Reader, recurrent_layer
+from fastseq.models.recurrent_parts import CELLS, Reader
 from fastseq.models.sequence_pairs import Pairs, SequencePairModel
 from fastseq.models.symbols import TokenRows, ids_array
 from fastseq.state import Seq2SeqState, State, adopt, adopt_pair
@@ -73,28 +74,6 @@ class Seq2Seq(SequencePairModel):
     - ``"additive"`` [3]_: scores v tanh(W s + U k + b) of the decoder's state before the step give c, which enters the
       decoder beside the symbol; the logits are a linear map of [s; c], s the state after the step.
 
-    Parameters
-    ----------
-    source_vocab_size, target_vocab_size : int
-        S and V.
-    embedding_dim, hidden_size : int
-        Of the vector of a symbol, and of the state of encoder and decoder.
-    num_layers : int
-        Recurrent layers of either, stacked.
-    cell : {"gru", "lstm", "rnn"}
-        Which recurrent layer.
-    bidirectional : bool
-        Whether the encoder reads the source from both ends.
-    attention : {"additive", "multiplicative"}, optional
-        What the decoder sees of the source beside its initial state.
-    dropout : float in [0, 1)
-        Share that training drops of the vectors of symbols, of what passes between layers, and of what the logits are
-        made from.
-    dtype : {"float32", "float64"}
-        Of parameters and logits.
-    seed : int, optional
-        Fixes the initial parameters.
-
     Notes
     -----
     Scheduled sampling gives the decoder the likeliest symbol after what it was given before, of all but the end, found
@@ -109,114 +88,67 @@ class Seq2Seq(SequencePairModel):
        ICLR 2015.
     """
 
-    # The set of operations of what has no layer of its own.
+    embedding_dim: int = size(doc="The size of the vector of a symbol.")
+    hidden_size: int = size(doc="The size of the state of encoder and decoder.")
+    num_layers: int = size(default=1, doc="Recurrent layers of either, stacked.")
+    _: KW_ONLY
+    cell: str = choice(tuple(CELLS), default="gru", doc="Which recurrent layer.")
+    bidirectional: bool = flag(default=True, doc="Whether the encoder reads the source from both ends.")
+    attention: str | None = choice(
+        ATTENTIONS, default=None, doc="What the decoder sees of the source beside its initial state."
+    )
+    dropout: float = fraction(
+        default=0.0,
+        doc="Share that training drops of the vectors of symbols, of what passes between layers, and of what the"
+        " logits are made from.",
+    )
+    dtype: Dtype = floating(default="float32", doc="Of parameters and logits.")
+    seed: int | None = random_seed(default=None, doc="Fixes the initial parameters.")
 
-    embedding_dim: int
-    hidden_size: int
-    num_layers: int
-    cell: str
-    bidirectional: bool
-    attention: str | None
-    dropout: float
-    seed: int | None
-
-    def __init__(
-        self,
-        source_vocab_size: int,
-        target_vocab_size: int,
-        embedding_dim: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        cell: str = "gru",
-        bidirectional: bool = True,
-        attention: str | None = None,
-        dropout: float = 0.0,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        self.source_vocab_size = checks.size("source_vocab_size", source_vocab_size, 1)
-        self.target_vocab_size = checks.size("target_vocab_size", target_vocab_size, 1)
-        self.embedding_dim = checks.size("embedding_dim", embedding_dim, 1)
-        self.hidden_size = checks.size("hidden_size", hidden_size, 1)
-        self.num_layers = checks.size("num_layers", num_layers, 1)
-        self.cell = checks.choice("cell", cell, CELLS)
-        self.bidirectional = checks.flag("bidirectional", bidirectional)
-        self.attention = None if attention is None else checks.choice("attention", attention, ATTENTIONS)
-        self.dropout = checks.fraction("dropout", dropout)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
-        config = {
-            "source_vocab_size": self.source_vocab_size,
-            "target_vocab_size": self.target_vocab_size,
-            "embedding_dim": self.embedding_dim,
-            "hidden_size": self.hidden_size,
-            "num_layers": self.num_layers,
-            "cell": self.cell,
-            "bidirectional": self.bidirectional,
-            "attention": self.attention,
-            "dropout": self.dropout,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
-        of = self._backend.of
-        of_type: dict[str, Any] = {"dtype": self.dtype}
+    def _build(self) -> None:
         hidden, keys = self.hidden_size, self.hidden_size * (2 if self.bidirectional else 1)
-        seeds = seeds_of(self.seed, 7)
-        more = {"dropout": self.dropout, **of_type}
         context = keys if self.attention == "additive" else 0
-        children: dict[str, Any] = {
-            "source_embedding": of(layers.Embedding)(
-                self.source_vocab_size, self.embedding_dim, seed=seeds[0], **of_type
-            ),
-            "target_embedding": of(layers.Embedding)(
-                self.target_vocab_size + 1, self.embedding_dim, seed=seeds[1], **of_type
-            ),
-            "encoder": recurrent_layer(
-                self._backend,
-                self.cell,
-                self.embedding_dim,
-                hidden,
-                self.num_layers,
-                bidirectional=self.bidirectional,
-                seed=seeds[2],
-                **more,
-            ),
-        }
+        seeds = seeds_of(self.seed, 7)
+        symbol, recurrent = self.embedding_dim, CELLS[self.cell]
+        stacked: dict[str, Any] = {"num_layers": self.num_layers, "dropout": self.dropout}
+        self._source_embedding: Any = self._part(layers.Embedding, self.source_vocab_size, symbol, seed=seeds[0])
+        self._target_embedding: Any = self._part(layers.Embedding, self.begin + 1, symbol, seed=seeds[1])
+        self._encoder_layer: Any = self._part(
+            recurrent, symbol, hidden, bidirectional=self.bidirectional, seed=seeds[2], **stacked
+        )
         self._bridges: dict[str, Any] = {}
         if self.bidirectional:
             names = [f"bridge_{array}_l{layer}" for array in self._states() for layer in range(self.num_layers)]
-            of_bridges = [None] * len(names) if seeds[3] is None else seeds_of(seeds[3], len(names))
-            for name, own in zip(names, of_bridges, strict=True):
-                self._bridges[name] = of(layers.Linear)(keys, hidden, seed=own, **of_type)
-            children |= self._bridges
-        children["decoder"] = recurrent_layer(
-            self._backend, self.cell, self.embedding_dim + context, hidden, self.num_layers, seed=seeds[4], **more
-        )
+            for name, own in zip(names, seeds_of(seeds[3], len(names)), strict=True):
+                self._bridges[name] = self._part(layers.Linear, keys, hidden, seed=own)
+        self._decoder_layer: Any = self._part(recurrent, symbol + context, hidden, seed=seeds[4], **stacked)
+        self._attention: Any = None
+        self._combine: Any = None
+        scores: list[Any] = []  # layers of the scores, which decoders read
         if self.attention == "multiplicative":
-            children["attention"] = of(layers.MultiplicativeAttention)(hidden, keys, seed=seeds[5], **of_type)
-            own = None if seeds[5] is None else child_seed(seeds[5], 0)
-            children["combine"] = of(layers.Linear)(keys + hidden, hidden, False, seed=own, **of_type)
+            (own,) = seeds_of(seeds[5], 1)
+            self._attention = self._part(layers.MultiplicativeAttention, hidden, keys, seed=seeds[5])
+            self._combine = self._part(layers.Linear, keys + hidden, hidden, False, seed=own)
+            scores = [self._combine]
         elif self.attention == "additive":
-            children["attention"] = of(layers.AdditiveAttention)(hidden, keys, hidden, seed=seeds[5], **of_type)
-        children["output"] = of(layers.Linear)(hidden + context, self.target_vocab_size + 1, seed=seeds[6], **of_type)
-        self._start(config, **children)
-        self._source_embedding: Any = children["source_embedding"]
-        self._target_embedding: Any = children["target_embedding"]
-        self._encoder_layer: Any = children["encoder"]
-        self._decoder_layer: Any = children["decoder"]
-        attention_layer: Any = children.get("attention")
-        self._attention: Any = attention_layer
-        self._combine: Any = children.get("combine")
-        self._output: Any = children["output"]
-        self._drop = of(layers.Dropout)(self.dropout, **of_type)
-        walked = [self._target_embedding, self._decoder_layer, self._output, self._combine]
-        if self.attention == "additive":
-            walked += [attention_layer._query, attention_layer._score]
+            self._attention = self._part(layers.AdditiveAttention, hidden, keys, hidden, seed=seeds[5])
+            scores = [self._attention._query, self._attention._score]
+        self._output: Any = self._part(layers.Linear, hidden + context, self.end + 1, seed=seeds[6])
+        self._drop: Any = self._part(layers.Dropout, self.dropout)
+        self._start(
+            source_embedding=self._source_embedding,
+            target_embedding=self._target_embedding,
+            encoder=self._encoder_layer,
+            **self._bridges,
+            decoder=self._decoder_layer,
+            attention=self._attention,
+            combine=self._combine,
+            output=self._output,
+        )
         self._source_reader = Reader(self._source_embedding, self._encoder_layer)
         # Not with additive attention, with which the decoder is given more than a symbol.
         self._target_reader = Reader(self._target_embedding, self._decoder_layer)
-        self._for_decoders = ParameterCache(*(layer for layer in walked if layer is not None))
+        self._for_decoders = ParameterCache(self._target_embedding, self._decoder_layer, self._output, *scores)
 
     def _states(self) -> str:
         """The names of the arrays of a recurrent state."""

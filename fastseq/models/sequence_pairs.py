@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from fastseq import checks, losses, training
 from fastseq.checks import Array
 from fastseq.layers.base import Tape
 from fastseq.layers.rows import rows_of
+from fastseq.layers.settings import size
 from fastseq.models import decoding
 from fastseq.models.base import Task, TrainedModel
 from fastseq.models.decoding import Decoder
@@ -68,20 +70,20 @@ class SequencePairModel(TrainedModel):
     decoder is given.
     """
 
-    source_vocab_size: int
-    target_vocab_size: int
+    source_vocab_size: int = size(doc="S; symbols of sources are 0..S-1.")
+    target_vocab_size: int = size(doc="V; symbols of targets are 0..V-1.")
 
+    @abstractmethod
     def _scores(self, pairs: Pairs) -> Array:
         """The logits (N, V + 1) of what follows each symbol; inference."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _attended(self, pairs: Pairs) -> tuple[Array, Any]:
         """The same, and what each step attended to in the form that a call returns, but with a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _through(self, pairs: Pairs, seed: int | None, sampling: float) -> tuple[Array, Any]:
         """All layers, forward, with dropout: the logits, and what `_back` needs."""
-        raise NotImplementedError
 
     @property
     def begin(self) -> int:
@@ -228,9 +230,9 @@ class SequencePairModel(TrainedModel):
         rows = pairs.begun.rows
         return sums(np.repeat(np.arange(rows.batch), np.diff(rows.starts)), result, rows.batch)
 
+    @abstractmethod
     def _decoder(self, source: TokenRows, copies: int) -> tuple[Array, Decoder]:
         """The logits (B, V + 1) of the first symbol said of each source, and a decoder whose rows stand there."""
-        raise NotImplementedError
 
     @decoding.documented
     def generate(

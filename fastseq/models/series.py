@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from fastseq import checks, training
 from fastseq.checks import Array
+from fastseq.layers.base import Layer
 from fastseq.models.base import Model
 from fastseq.models.forms import held_out, is_data, is_list_of_rows, last_part
 from fastseq.models.sums import bounded, row_sums
@@ -167,23 +169,21 @@ class ScaledModel(Model):
     ``deviation`` and ``sigma2``, the variance of what its predictions leave.
     """
 
-    # While it is trained: the series, and for which arrays sigma2 was measured.
-    _learning_from: Series | None = None
-    _measured_for: tuple[Array, ...] = ()
-    _untouched: tuple[Array, ...] = ()  # the parameters it was made with
-
     @property
     def loss_unit(self) -> str:
         """What the losses of a training are counted in."""
         return "squared deviations a value"
 
-    def _start(self, config: dict[str, Any], **children: Any) -> None:
-        super()._start(config, **children)
-        self._untouched = tuple(self._arrays.values())
+    def _start(self, **children: Layer | None) -> None:
+        super()._start(**children)
+        self._untouched = tuple(self._arrays.values())  # the parameters it was made with
+        # While it is trained: the series, and for which arrays sigma2 was measured.
+        self._learning_from: Series | None = None
+        self._measured_for: tuple[Array, ...] = ()
 
+    @abstractmethod
     def _raw_validation(self, value: Any) -> Series:
         """Check series to validate on in the forms in which `fit` takes them."""
-        raise NotImplementedError
 
     def _held_out(
         self, given: Series, share: Any, seed: int | None, least: int, settings: Mapping[str, Any]
@@ -208,9 +208,9 @@ class ScaledModel(Model):
         cut = last_part(length, share, least)
         return given.steps(0, cut), given.steps(cut, length)
 
+    @abstractmethod
     def _variance(self, given: Series) -> Array:
         """The mean square of what predictions leave of some series, as `sigma2` has it."""
-        raise NotImplementedError
 
     def _refresh(self) -> None:
         given = self._learning_from

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
+from fastseq.layers.settings import size
 from fastseq.models import decoding
 from fastseq.models.base import Model, TrainedModel
 from fastseq.models.forms import batched_already, is_data, is_list_of_rows, no_targets, padded_pair
@@ -22,12 +24,13 @@ from fastseq.training import Batch, History
 class SymbolModel(Model):
     """A model of sequences of symbols 0..V-1: the chain rule, and what follows from it."""
 
-    vocab_size: int
+    vocab_size: int = size(doc="V; symbols are 0..V-1.")
 
+    @abstractmethod
     def _log_probs(self, given: Symbols) -> Array:
         """log P(x_s | x_<s) of every symbol, (N,), in float64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decoder(self, prompts: list[Array], copies: int) -> tuple[Array, decoding.Decoder]:
         """The logits (B, V) of what follows each prompt, and a decoder whose rows stand there.
 
@@ -38,7 +41,6 @@ class SymbolModel(Model):
         copies : int
             To how many rows each may be forked.
         """
-        raise NotImplementedError
 
     def log_prob(self, sequences: Any, lengths: Any = None) -> Array:
         """The log-probability of each sequence: the sum over s of log P(x_s | x_<s).
@@ -187,13 +189,13 @@ class LanguageModel(SymbolModel, TrainedModel):
         """The id of the begin symbol: V."""
         return self.vocab_size
 
+    @abstractmethod
     def _most_steps(self) -> int:
         """Return how many steps of whole sequences an evaluation takes through the layers at once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _text_data(self, given: Symbols, batch_size: int | None, chunk: int | None, seed: int | None) -> Any:
         """Make data of the trainer of the sequences to learn from."""
-        raise NotImplementedError
 
     def evaluation_forward(self, batch: Batch, state: Any = None) -> tuple[float, int, Any]:
         """Return loss, count and state as of `training_forward`, without dropout.

@@ -10,14 +10,26 @@ from fastseq import checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.convert import bert
 from fastseq.layers.attention import Frame
-from fastseq.layers.base import POOLING, SEQUENCE, Layer, Tape, child_seed, mask_seed, seeds_of
+from fastseq.layers.base import POOLING, SEQUENCE, Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows
-from fastseq.layers.transformer import ACTIVATIONS, Context
+from fastseq.layers.settings import (
+    KW_ONLY,
+    Dtype,
+    Resolved,
+    choice,
+    flag,
+    floating,
+    fraction,
+    number,
+    random_seed,
+    size,
+)
+from fastseq.layers.transformer import ACTIVATIONS, D_MODEL, MAX_LAYERS, NHEAD, Context
 from fastseq.models.base import Task, TrainedModel
 from fastseq.models.forms import BATCH_SIZE, batched_already, held_out, is_data
 from fastseq.models.sums import sums
 from fastseq.models.symbols import TokenRows, log_softmax_at, real_steps, token_rows
-from fastseq.models.transformer_parts import attention_maps, encode, initialise
+from fastseq.models.transformer_parts import ACTIVATION, INNER, NORM_FIRST, attention_maps, encode, initialise
 from fastseq.training import Batch, History
 
 POOLINGS = ("mean", "cls", "max")
@@ -41,47 +53,10 @@ class _EncoderKept(NamedTuple):
 
 
 class TransformerEncoderModel(TrainedModel):
-    """A Transformer that looks both ways: vectors of tokens, one vector of a sequence, or scores of labels.
+    """A bidirectional Transformer encoder: a vector of each token, one vector of a sequence, or scores of labels.
 
-    It is put together as BERT [1]_: the embeddings of word, position and type are summed and normed, layers follow;
-    then the tokens are pooled, or not, and a head of one linear map gives the scores of labels, if there is one.
-
-    Parameters
-    ----------
-    vocab_size : int
-        V; ids are 0..V-1.
-    d_model, nhead : int
-        The size of a token's vector, and the number of heads, each of size d_model / nhead.
-    num_layers : int
-        Layers of attention and feed-forward.
-    dim_feedforward : int, optional
-        The size between the two linear maps of the feed-forward; 4 d_model by default.
-    max_length : int
-        The most tokens of a sequence.
-    type_vocab_size : int
-        Kinds of tokens, in BERT the first and the second sentence; 0: tokens have none.
-    dropout : float in [0, 1)
-        Share that training drops: of the embeddings, in the layers as `TransformerEncoder` has it, and of what enters
-        the head.
-    activation : {"gelu", "gelu_tanh", "relu"}
-        Between the two linear maps.
-    norm_first : bool
-        Whether norms stand before attention and feed-forward, and one after the last layer; else after each sum.
-    layer_norm_eps : float
-        Keeps the roots in the norms away from 0.
-    pooling : {"mean", "cls", "max"} or None
-        One vector of a sequence: the mean of its tokens' [2]_, the first one, or the largest of each element. None:
-        a vector of each token.
-    pooler : bool
-        Whether the vector of a sequence goes through a linear map and tanh, as in BERT; with ``pooling="cls"``.
-    normalize : bool
-        Whether the vectors that come out are divided by their length.
-    num_labels : int, optional
-        A head: scores of so many labels, of each sequence or, without pooling, of each token.
-    dtype : {"float32", "float64"}
-        Of parameters and outputs.
-    seed : int, optional
-        Fixes the initial parameters: normal, of deviation 0.02 [1]_.
+    The architecture is that of BERT [1]_: embeddings of word, position and type are summed and normalised, and layers
+    follow. Their outputs may be pooled, and a head of one linear map may give scores of labels.
 
     References
     ----------
@@ -90,120 +65,82 @@ class TransformerEncoderModel(TrainedModel):
     .. [2] N. Reimers and I. Gurevych, "Sentence-BERT: sentence embeddings using Siamese BERT-networks", EMNLP 2019.
     """
 
-    vocab_size: int
-    d_model: int
-    nhead: int
-    num_layers: int
-    dim_feedforward: int
-    max_length: int
-    type_vocab_size: int
-    dropout: float
-    activation: str
-    norm_first: bool
-    layer_norm_eps: float
-    pooling: str | None
-    pooler: bool
-    normalize: bool
-    num_labels: int | None
-    seed: int | None
+    vocab_size: int = size(doc="V; ids are 0..V-1.")
+    d_model: int = size(doc=D_MODEL)
+    nhead: int = size(doc=NHEAD)
+    num_layers: int = size(limit=MAX_LAYERS, doc="Layers of attention and feed-forward.")
+    _: KW_ONLY
+    dim_feedforward: Resolved[int | None, int] = size(default=None, doc=INNER)
+    max_length: int = size(default=512, doc="The most tokens of a sequence.")
+    type_vocab_size: int = size(
+        default=0, least=0, doc="Kinds of tokens, in BERT the first and the second sentence; 0: no embedding of them."
+    )
+    dropout: float = fraction(
+        default=0.1,
+        doc="Share that training drops: of the embeddings, in the layers as `TransformerEncoder` has it, and of what"
+        " enters the head.",
+    )
+    activation: str = choice(ACTIVATIONS, default="gelu", doc=ACTIVATION)
+    norm_first: bool = flag(default=False, doc=NORM_FIRST)
+    layer_norm_eps: float = number(default=1e-12, least=0, doc="Keeps the roots in the norms away from 0.")
+    pooling: str | None = choice(
+        POOLINGS,
+        default="mean",
+        optional=True,
+        doc="One vector of a sequence: the mean of its tokens' [2]_, the first one, or the largest of each element."
+        " None: a vector of each token.",
+    )
+    normalize: bool = flag(default=False, doc="Whether the vectors that come out are divided by their length.")
+    num_labels: int | None = size(
+        default=None,
+        doc="A head: scores of so many labels, of each sequence or, without pooling, of each token.",
+    )
+    dtype: Dtype = floating(default="float32", doc="Of parameters and outputs.")
+    seed: int | None = random_seed(default=None, doc="Fixes the initial parameters: normal, of deviation 0.02 [1]_.")
+    pooler: bool = flag(
+        default=False,
+        doc='Whether the vector of a sequence goes through a linear map and tanh, as in BERT; with ``pooling="cls"``.',
+    )
 
-    def __init__(
-        self,
-        vocab_size: int,
-        d_model: int,
-        nhead: int,
-        num_layers: int,
-        *,
-        dim_feedforward: int | None = None,
-        max_length: int = 512,
-        type_vocab_size: int = 0,
-        dropout: float = 0.1,
-        activation: str = "gelu",
-        norm_first: bool = False,
-        layer_norm_eps: float = 1e-12,
-        pooling: str | None = "mean",
-        normalize: bool = False,
-        num_labels: int | None = None,
-        dtype: Any = "float32",
-        seed: int | None = None,
-        pooler: bool = False,
-    ) -> None:
-        self.vocab_size = checks.size("vocab_size", vocab_size, 1)
-        self.d_model = checks.size("d_model", d_model, 1)
-        self.max_length = checks.size("max_length", max_length, 1)
-        self.type_vocab_size = checks.size("type_vocab_size", type_vocab_size)
-        self.dropout = checks.fraction("dropout", dropout)
-        self.activation = checks.choice("activation", activation, ACTIVATIONS)
-        self.norm_first = checks.flag("norm_first", norm_first)
-        self.layer_norm_eps = checks.number("layer_norm_eps", layer_norm_eps, least=0)
-        self.pooling = None if pooling is None else checks.choice("pooling", pooling, POOLINGS)
-        self.pooler = checks.flag("pooler", pooler)
+    def _resolve(self) -> None:
         if self.pooler and self.pooling != "cls":
             raise ValueError(f"pooling should be 'cls' with pooler=True, not {self.pooling!r}")
-        self.normalize = checks.flag("normalize", normalize)
-        self.num_labels = None if num_labels is None else checks.size("num_labels", num_labels, 1)
         if self.normalize and self.num_labels is not None:
             raise ValueError("normalize should be False where num_labels gives the model a head")
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
+        self.dim_feedforward = self.dim_feedforward or 4 * self.d_model
+
+    def _build(self) -> None:
         seeds = seeds_of(self.seed, 6)
-        of = self._backend.of
-        of_type: dict[str, Any] = {"dtype": self.dtype}
-        encoder = of(layers.TransformerEncoder)(
-            num_layers,
-            self.d_model,
-            nhead,
-            4 * self.d_model if dim_feedforward is None else dim_feedforward,
+        width, kinds, labels = self.d_model, self.type_vocab_size, self.num_labels
+        self._word: Any = self._part(layers.Embedding, self.vocab_size, width, seed=seeds[1])
+        self._position: Any = self._part(layers.LearnedPositions, self.max_length, width, seed=seeds[2])
+        self._type: Any = self._part(layers.Embedding, kinds, width, seed=seeds[3]) if kinds else None
+        self._norm: Any = self._part(layers.LayerNorm, width, eps=self.layer_norm_eps)
+        self._encoder: Any = self._part(
+            layers.TransformerEncoder,
+            self.num_layers,
+            width,
+            self.nhead,
+            self.dim_feedforward,
             dropout=self.dropout,
             activation=self.activation,
             norm_first=self.norm_first,
             layer_norm_eps=self.layer_norm_eps,
             final_norm=self.norm_first,
             seed=seeds[0],
-            **of_type,
         )
-        self.nhead, self.num_layers = encoder.nhead, encoder.num_layers
-        self.dim_feedforward = encoder.dim_feedforward
-        config = {
-            "vocab_size": self.vocab_size,
-            "d_model": self.d_model,
-            "nhead": self.nhead,
-            "num_layers": self.num_layers,
-            "dim_feedforward": self.dim_feedforward,
-            "max_length": self.max_length,
-            "type_vocab_size": self.type_vocab_size,
-            "dropout": self.dropout,
-            "activation": self.activation,
-            "norm_first": self.norm_first,
-            "layer_norm_eps": self.layer_norm_eps,
-            "pooling": self.pooling,
-            "normalize": self.normalize,
-            "num_labels": self.num_labels,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-            "pooler": self.pooler,
-        }
-        children: dict[str, Layer] = {
-            "word": of(layers.Embedding)(self.vocab_size, self.d_model, seed=seeds[1], **of_type),
-            "position": of(layers.LearnedPositions)(self.max_length, self.d_model, seed=seeds[2], **of_type),
-        }
-        if self.type_vocab_size:
-            children["type"] = of(layers.Embedding)(self.type_vocab_size, self.d_model, seed=seeds[3], **of_type)
-        children["norm"] = of(layers.LayerNorm)(self.d_model, eps=self.layer_norm_eps, **of_type)
-        children["encoder"] = encoder
-        if self.pooler:
-            children["pooler"] = of(layers.Linear)(self.d_model, self.d_model, seed=seeds[5], **of_type)
-        if self.num_labels is not None:
-            children["head"] = of(layers.Linear)(self.d_model, self.num_labels, seed=seeds[4], **of_type)
-        self._start(config, **children)
-        self._word: Any = children["word"]
-        self._position: Any = children["position"]
-        self._type: Any = children.get("type")
-        self._norm: Any = children["norm"]
-        self._encoder: Any = encoder
-        self._pooler: Any = children.get("pooler")
-        self._head: Any = children.get("head")
-        self._drop = of(layers.Dropout)(self.dropout, **of_type)
+        self._pooler: Any = self._part(layers.Linear, width, width, seed=seeds[5]) if self.pooler else None
+        self._head: Any = None if labels is None else self._part(layers.Linear, width, labels, seed=seeds[4])
+        self._drop: Any = self._part(layers.Dropout, self.dropout)
+        self._start(
+            word=self._word,
+            position=self._position,
+            type=self._type,
+            norm=self._norm,
+            encoder=self._encoder,
+            pooler=self._pooler,
+            head=self._head,
+        )
         initialise(self, self.num_layers, 1.0)
 
     @property

@@ -13,13 +13,14 @@ from fastseq.checks import Array
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows, rows_of
-from fastseq.layers.transformer import ACTIVATIONS, NORMS, Context
+from fastseq.layers.settings import KW_ONLY, random_seed, size
+from fastseq.layers.transformer import D_MODEL, MAX_LAYERS, NHEAD, Context
 from fastseq.models.base import Task
 from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.forms import BATCH_SIZE
 from fastseq.models.symbol_model import LanguageModel
 from fastseq.models.symbols import Symbols, ids_array, log_softmax_at, real_steps, token_rows
-from fastseq.models.transformer_parts import POSITIONS, TiedOutput, attention_maps, encode, initialise
+from fastseq.models.transformer_parts import GenerativeTransformer, attention_maps, encode, initialise
 from fastseq.state import AttentionState
 from fastseq.training import Batch, History
 
@@ -37,51 +38,16 @@ class _Kept(NamedTuple):
     output: Any
 
 
-class TransformerLM(LanguageModel):
-    """The autoregressive model of symbols by attention: P(x_t | x_<t) from a Transformer that looks back.
+class TransformerLM(GenerativeTransformer, LanguageModel):
+    """An autoregressive Transformer of symbols: P(x_t | x_<t) by causal attention.
 
-    It is put together as GPT-2 [1]_: embedding, positions, layers with the norm first, a last norm, and the embedding
-    once more as the output. Every sequence starts with a begin symbol, which stands before x_1 and is never predicted.
+    The architecture is that of GPT-2 [1]_: embedding, positions, layers with the norm first, a last norm, and the
+    matrix of the embedding as the output map. Every sequence starts with a begin symbol, which stands before x_1 and is
+    never predicted.
 
-    At most `context` tokens are looked at together, the begin symbol among them. Of a longer sequence the last ones
-    count: the window moves on by half of `context` whenever it is full, so that every symbol but the first ones has
-    at least half of `context` before it. A call, `log_prob` and `generate` have the same windows.
-
-    Parameters
-    ----------
-    vocab_size : int
-        V; symbols are 0..V-1.
-    d_model, nhead : int
-        The size of a token's vector, and the number of heads, each of size d_model / nhead.
-    num_layers : int
-        Layers of attention and feed-forward.
-    dim_feedforward : int, optional
-        The size between the two linear maps of the feed-forward; 4 d_model by default.
-    context : int
-        The most tokens that are looked at together.
-    dropout : float in [0, 1)
-        Share that training drops: of what enters the first layer, and in the layers as `TransformerEncoder` has it.
-    activation : {"gelu_tanh", "gelu", "relu", "swiglu", "geglu"}
-        Between the two linear maps.
-    norm : {"layer", "rms"}
-        `LayerNorm` or `RMSNorm`.
-    norm_first : bool
-        Whether norms stand before attention and feed-forward, and one after the last layer; else after each sum.
-    positions : {"learned", "sinusoidal", "rotary"} or None
-        How a token knows where it stands; None: only by what it may attend to.
-    num_kv_heads : int, optional
-        Heads of keys and values, a divisor of `nhead`; as many as there are heads by default.
-    window : int, optional
-        A token may attend only to the last this many, itself among them.
-    bias : bool
-        Whether linear maps and layer norms of the layers have biases.
-    tied : bool
-        Whether the output has the matrix of the embedding [2]_; else one of its own, without bias.
-    dtype : {"float32", "float64"}
-        Of parameters and logits.
-    seed : int, optional
-        Fixes the initial parameters: normal, of deviation 0.02, divided by sqrt(2 num_layers) where a residual branch
-        ends [1]_.
+    A symbol is predicted from at most `context` tokens, the begin symbol among them. In longer sequences this window
+    moves on by half of `context` whenever it is full, so that every symbol except the first ones has at least half of
+    `context` before it. A call, `log_prob` and `generate` have the same windows.
 
     References
     ----------
@@ -89,117 +55,35 @@ class TransformerLM(LanguageModel):
     .. [2] O. Press and L. Wolf, "Using the output embedding to improve language models", EACL 2017.
     """
 
-    vocab_size: int
-    d_model: int
-    nhead: int
-    num_layers: int
-    dim_feedforward: int
-    context: int
-    dropout: float
-    activation: str
-    norm: str
-    norm_first: bool
-    positions: str | None
-    num_kv_heads: int
-    window: int | None
-    bias: bool
-    tied: bool
-    seed: int | None
+    d_model: int = size(doc=D_MODEL)
+    nhead: int = size(doc=NHEAD)
+    num_layers: int = size(limit=MAX_LAYERS, doc="Layers of attention and feed-forward.")
+    _: KW_ONLY
+    context: int = size(default=1024, before="dropout", doc="The most tokens that a symbol is predicted from.")
+    window: int | None = size(
+        default=None,
+        before="bias",
+        doc="A token may attend only to the last this many, itself among them.",
+    )
+    seed: int | None = random_seed(
+        default=None,
+        doc="Fixes the initial parameters: normal, of deviation 0.02, divided by sqrt(2 num_layers) where a residual"
+        " branch ends [1]_.",
+    )
 
-    def __init__(
-        self,
-        vocab_size: int,
-        d_model: int,
-        nhead: int,
-        num_layers: int,
-        *,
-        dim_feedforward: int | None = None,
-        context: int = 1024,
-        dropout: float = 0.0,
-        activation: str = "gelu_tanh",
-        norm: str = "layer",
-        norm_first: bool = True,
-        positions: str | None = "learned",
-        num_kv_heads: int | None = None,
-        window: int | None = None,
-        bias: bool = True,
-        tied: bool = True,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        self.vocab_size = checks.size("vocab_size", vocab_size, 1)
-        self.d_model = checks.size("d_model", d_model, 1)
-        self.context = checks.size("context", context, 1)
-        self.dropout = checks.fraction("dropout", dropout)
-        self.positions = None if positions is None else checks.choice("positions", positions, POSITIONS)
-        self.bias = checks.flag("bias", bias)
-        self.tied = checks.flag("tied", tied)
-        self.norm_first = checks.flag("norm_first", norm_first)
-        self.activation = checks.choice("activation", activation, ACTIVATIONS)
-        self.norm = checks.choice("norm", norm, NORMS)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
+    def _build(self) -> None:
         first, second, third, fourth = seeds_of(self.seed, 4)
-        of = self._backend.of
-        of_type: dict[str, Any] = {"dtype": self.dtype}
-        encoder = of(layers.TransformerEncoder)(
-            num_layers,
-            self.d_model,
-            nhead,
-            4 * self.d_model if dim_feedforward is None else dim_feedforward,
-            dropout=self.dropout,
-            activation=self.activation,
-            norm_first=self.norm_first,
-            final_norm=self.norm_first,
-            bias=self.bias,
-            norm=self.norm,
-            num_kv_heads=num_kv_heads,
-            rotary=10000.0 if self.positions == "rotary" else None,
-            window=window,
-            seed=first,
-            **of_type,
+        self._embedding: Any = self._part(layers.Embedding, self.vocab_size + 1, self.d_model, seed=second)
+        self._positions: Any = self._positions_layer(self.context, third)
+        self._encoder: Any = self._stack(layers.TransformerEncoder, self.num_layers, window=self.window, seed=first)
+        self._output: Any = self._output_map(self._embedding, self.vocab_size, fourth)
+        self._drop: Any = self._part(layers.Dropout, self.dropout)
+        self._start(
+            embedding=self._embedding,
+            positions=self._positions if self.positions == "learned" else None,
+            encoder=self._encoder,
+            output=None if self.tied else self._output,
         )
-        self.nhead, self.num_layers = encoder.nhead, encoder.num_layers
-        self.dim_feedforward, self.num_kv_heads = encoder.dim_feedforward, encoder.num_kv_heads
-        self.window = encoder.window
-        config = {
-            "vocab_size": self.vocab_size,
-            "d_model": self.d_model,
-            "nhead": self.nhead,
-            "num_layers": self.num_layers,
-            "dim_feedforward": self.dim_feedforward,
-            "context": self.context,
-            "dropout": self.dropout,
-            "activation": self.activation,
-            "norm": self.norm,
-            "norm_first": self.norm_first,
-            "positions": self.positions,
-            "num_kv_heads": self.num_kv_heads,
-            "window": self.window,
-            "bias": self.bias,
-            "tied": self.tied,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
-        children: dict[str, Any] = {
-            "embedding": of(layers.Embedding)(self.vocab_size + 1, self.d_model, seed=second, **of_type)
-        }
-        self._positions: Any = None
-        if self.positions == "learned":
-            self._positions = of(layers.LearnedPositions)(self.context, self.d_model, seed=third, **of_type)
-            children["positions"] = self._positions
-        elif self.positions == "sinusoidal":
-            self._positions = of(layers.SinusoidalPositions)(self.d_model, **of_type)
-        children["encoder"] = encoder
-        if not self.tied:
-            children["output"] = of(layers.Linear)(self.d_model, self.vocab_size, False, seed=fourth, **of_type)
-        self._start(config, **children)
-        self._embedding: Any = children["embedding"]
-        self._encoder: Any = encoder
-        self._output: Any = children.get("output")
-        if self.tied:
-            self._output = TiedOutput(self._embedding, self._backend.dense, self.vocab_size)
-        self._drop = of(layers.Dropout)(self.dropout, **of_type)
         initialise(self, self.num_layers, 1 / math.sqrt(2 * self.num_layers))
 
     def _begun(self, ids: Array, lengths: Array) -> Symbols:

@@ -1,21 +1,102 @@
-"""Parts that the Transformer models share: initial weights, the tied output, calls of an encoder over rows."""
+"""What the Transformer models share: settings, initial weights, the tied output, calls of an encoder over rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastseq import threads
+from fastseq import layers, threads
 from fastseq.checks import Array
 from fastseq.layers.attention import Frame
 from fastseq.layers.rows import Rows
-from fastseq.layers.transformer import Context
+from fastseq.layers.settings import KW_ONLY, Dtype, Resolved, choice, flag, floating, fraction, random_seed, size
+from fastseq.layers.transformer import ACTIVATIONS, FEEDFORWARD, NORMS, Context
 from fastseq.models.base import Model, ParameterCache
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
 _DEVIATION = 0.02  # of initial weights
+
+
+INNER = f"{FEEDFORWARD[:-1]}; 4 d_model by default."
+ACTIVATION = "Between the two linear maps; gated ones as of `TransformerEncoder`."
+NORM_FIRST = "Whether norms stand before attention and feed-forward, and one after the last layer; else after each sum."
+
+
+class GenerativeTransformer(Model):
+    """A model that generates from Transformer layers: its settings, and the parts that they determine."""
+
+    _: KW_ONLY
+    dim_feedforward: Resolved[int | None, int] = size(default=None, doc=INNER)
+    dropout: float = fraction(
+        default=0.0,
+        doc="Share that training drops: of what enters the first layer, and in the layers as `TransformerEncoder` has"
+        " it.",
+    )
+    activation: str = choice(ACTIVATIONS, default="gelu_tanh", doc=ACTIVATION)
+    norm: str = choice(NORMS, default="layer", doc="`LayerNorm` or `RMSNorm`.")
+    norm_first: bool = flag(default=True, doc=NORM_FIRST)
+    positions: str | None = choice(
+        POSITIONS,
+        default="learned",
+        optional=True,
+        doc="Encoding of positions. None: a token's position shows only in what it may attend to.",
+    )
+    num_kv_heads: Resolved[int | None, int] = size(
+        default=None, doc="Heads of keys and values, a divisor of `nhead`; as many as there are heads by default."
+    )
+    bias: bool = flag(default=True, doc="Whether linear maps and layer norms of the layers have biases.")
+    tied: bool = flag(
+        default=True,
+        doc="Whether the output has the matrix of the embedding of what is generated [2]_; else one of its own,"
+        " without bias.",
+    )
+    dtype: Dtype = floating(default="float32", doc="Of parameters and logits.")
+    seed: int | None = random_seed(default=None, doc="Fixes the initial parameters.")
+
+    if TYPE_CHECKING:  # each class declares these where they stand in its signature
+
+        @property
+        def d_model(self) -> int: ...  # noqa: D102
+
+        @property
+        def nhead(self) -> int: ...  # noqa: D102
+
+    def _resolve(self) -> None:
+        self.dim_feedforward = self.dim_feedforward or 4 * self.d_model
+        self.num_kv_heads = self.num_kv_heads or self.nhead
+
+    def _stack(self, kind: Any, num_layers: int, **more: Any) -> Any:
+        """Make an encoder or a decoder of these settings."""
+        return self._part(
+            kind,
+            num_layers,
+            self.d_model,
+            self.nhead,
+            self.dim_feedforward,
+            dropout=self.dropout,
+            activation=self.activation,
+            norm_first=self.norm_first,
+            final_norm=self.norm_first,
+            bias=self.bias,
+            norm=self.norm,
+            num_kv_heads=self.num_kv_heads,
+            rotary=10000.0 if self.positions == "rotary" else None,
+            **more,
+        )
+
+    def _positions_layer(self, count: int, seed: int | None) -> Any:
+        """Make the layer that adds up to `count` positions to embeddings; None where the setting has no such layer."""
+        if self.positions == "learned":
+            return self._part(layers.LearnedPositions, count, self.d_model, seed=seed)
+        return self._part(layers.SinusoidalPositions, self.d_model) if self.positions == "sinusoidal" else None
+
+    def _output_map(self, embedding: Any, count: int, seed: int | None) -> Any:
+        """Make the map from vectors to `count` logits."""
+        if self.tied:
+            return TiedOutput(embedding, self._backend.dense, count)
+        return self._part(layers.Linear, self.d_model, count, False, seed=seed)
 
 
 def attention_maps(weights: list[Array], rows: Rows, unbatched: bool) -> list[Array]:

@@ -12,11 +12,12 @@ from fastseq.checks import Array
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows
-from fastseq.layers.transformer import ACTIVATIONS, MAX_LAYERS, NORMS, Context, Tokens
+from fastseq.layers.settings import KW_ONLY, choice, random_seed, size
+from fastseq.layers.transformer import D_MODEL, MAX_LAYERS, NHEAD, Context, Tokens
 from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.sequence_pairs import Pairs, SequencePairModel
 from fastseq.models.symbols import TokenRows, ids_array
-from fastseq.models.transformer_parts import POSITIONS, TiedOutput
+from fastseq.models.transformer_parts import POSITIONS, GenerativeTransformer
 from fastseq.narrow import scaled
 from fastseq.splitmix import mixed, uniform
 from fastseq.state import AttentionState
@@ -31,46 +32,11 @@ class _Kept(NamedTuple):
     tower: Any
 
 
-class TransformerSeq2Seq(SequencePairModel):
-    """From sequence to sequence by attention: an encoder looks at the source, a decoder says the target [1]_.
+class TransformerSeq2Seq(GenerativeTransformer, SequencePairModel):
+    """The Transformer with encoder and decoder [1]_, from a source sequence to a target sequence.
 
-    The decoder is given what was said so far, looks back at all of it, and at all that the encoder made of the source.
-    One more symbol, the boundary V, is what it is given first, and what it says last.
-
-    Parameters
-    ----------
-    source_vocab_size, target_vocab_size : int
-        S and V; symbols are 0..S-1 and 0..V-1.
-    d_model, nhead : int
-        The size of a symbol's vector, and the number of heads, each of size d_model / nhead.
-    num_encoder_layers, num_decoder_layers : int
-        How many layers.
-    dim_feedforward : int, optional
-        The size between the two linear maps of the feed-forward; 4 d_model by default.
-    max_length : int
-        The most symbols of a source, and of a target with the boundary.
-    dropout : float in [0, 1)
-        Share that training drops: of what enters the first layers, and in the layers as `TransformerEncoder` has it.
-    activation : {"gelu_tanh", "gelu", "relu", "swiglu", "geglu"}
-        Between the two linear maps.
-    norm : {"layer", "rms"}
-        `LayerNorm` or `RMSNorm`.
-    norm_first : bool
-        Whether norms stand before attention and feed-forward, and one after the last layer; else after each sum.
-    positions : {"sinusoidal", "learned", "rotary"} or None
-        How a symbol knows where it stands; None: only by what it may attend to. Sinusoidal ones are added to vectors
-        that are multiplied by sqrt(d_model) [1]_, so that neither drowns the other.
-    num_kv_heads : int, optional
-        Heads of keys and values, a divisor of `nhead`; as many as there are heads by default.
-    bias : bool
-        Whether linear maps and layer norms of the layers have biases.
-    tied : bool
-        Whether the output has the matrix of the target's embedding [2]_; else one of its own, without bias.
-    dtype : {"float32", "float64"}
-        Of parameters and logits.
-    seed : int, optional
-        Fixes the initial parameters: embeddings are normal of deviation 1 / sqrt(d_model), linear maps as of
-        `fastseq.init.xavier_uniform`, their biases 0.
+    The decoder attends to the symbols of the target so far, and to all outputs of the encoder. One more symbol, the
+    boundary V, is its first input and its last output.
 
     References
     ----------
@@ -78,141 +44,59 @@ class TransformerSeq2Seq(SequencePairModel):
     .. [2] O. Press and L. Wolf, "Using the output embedding to improve language models", EACL 2017.
     """
 
-    d_model: int
-    nhead: int
-    num_encoder_layers: int
-    num_decoder_layers: int
-    dim_feedforward: int
-    max_length: int
-    dropout: float
-    activation: str
-    norm: str
-    norm_first: bool
-    positions: str | None
-    num_kv_heads: int
-    bias: bool
-    tied: bool
-    seed: int | None
+    d_model: int = size(doc=D_MODEL)
+    nhead: int = size(doc=NHEAD)
+    num_encoder_layers: int = size(limit=MAX_LAYERS, doc="How many layers the encoder has.")
+    num_decoder_layers: int = size(limit=MAX_LAYERS, doc="How many layers the decoder has.")
+    _: KW_ONLY
+    max_length: int = size(
+        default=256, before="dropout", doc="The most symbols of a source, and of a target with the boundary."
+    )
+    positions: str | None = choice(
+        POSITIONS,
+        default="sinusoidal",
+        optional=True,
+        doc="Encoding of positions. None: a token's position shows only in what it may attend to. Sinusoidal ones are"
+        " added to vectors that are multiplied by sqrt(d_model) [1]_, so that neither drowns the other.",
+    )
+    seed: int | None = random_seed(
+        default=None,
+        doc="Fixes the initial parameters: embeddings are normal of deviation 1 / sqrt(d_model), linear maps as of"
+        " `fastseq.init.xavier_uniform`, their biases 0.",
+    )
 
-    def __init__(
-        self,
-        source_vocab_size: int,
-        target_vocab_size: int,
-        d_model: int,
-        nhead: int,
-        num_encoder_layers: int,
-        num_decoder_layers: int,
-        *,
-        dim_feedforward: int | None = None,
-        max_length: int = 256,
-        dropout: float = 0.0,
-        activation: str = "gelu_tanh",
-        norm: str = "layer",
-        norm_first: bool = True,
-        positions: str | None = "sinusoidal",
-        num_kv_heads: int | None = None,
-        bias: bool = True,
-        tied: bool = True,
-        dtype: Any = "float32",
-        seed: int | None = None,
-    ) -> None:
-        self.source_vocab_size = checks.size("source_vocab_size", source_vocab_size, 1)
-        self.target_vocab_size = checks.size("target_vocab_size", target_vocab_size, 1)
-        self.d_model = checks.size("d_model", d_model, 1)
-        self.num_encoder_layers = checks.size("num_encoder_layers", num_encoder_layers, 1)
-        self.num_decoder_layers = checks.size("num_decoder_layers", num_decoder_layers, 1)
-        counts = {"num_encoder_layers": self.num_encoder_layers, "num_decoder_layers": self.num_decoder_layers}
-        for name, count in counts.items():
-            if count > MAX_LAYERS:
-                raise ValueError(f"{name} should be at most {MAX_LAYERS}, not {count}")
-        self.max_length = checks.size("max_length", max_length, 1)
-        self.dropout = checks.fraction("dropout", dropout)
-        self.activation = checks.choice("activation", activation, ACTIVATIONS)
-        self.norm = checks.choice("norm", norm, NORMS)
-        self.norm_first = checks.flag("norm_first", norm_first)
-        self.positions = None if positions is None else checks.choice("positions", positions, POSITIONS)
-        self.bias = checks.flag("bias", bias)
-        self.tied = checks.flag("tied", tied)
-        self.dtype = checks.real_dtype("dtype", dtype, self._backend.dtypes)
-        self.seed = checks.seed("seed", seed)
-        of = self._backend.of
-        of_type: dict[str, Any] = {"dtype": self.dtype}
+    def _build(self) -> None:
         seeds = seeds_of(self.seed, 7)
-        settings = {
-            "dropout": self.dropout,
-            "activation": self.activation,
-            "norm_first": self.norm_first,
-            "final_norm": self.norm_first,
-            "bias": self.bias,
-            "norm": self.norm,
-            "num_kv_heads": num_kv_heads,
-            "rotary": 10000.0 if self.positions == "rotary" else None,
-            **of_type,
-        }
-        sizes = self.d_model, nhead, 4 * self.d_model if dim_feedforward is None else dim_feedforward
-        encoder = of(layers.TransformerEncoder)(self.num_encoder_layers, *sizes, seed=seeds[0], **settings)
-        decoder = of(layers.TransformerDecoder)(self.num_decoder_layers, *sizes, seed=seeds[1], **settings)
-        self.nhead, self.num_kv_heads = encoder.nhead, encoder.num_kv_heads
-        self.dim_feedforward = encoder.dim_feedforward
-        config = {
-            "source_vocab_size": self.source_vocab_size,
-            "target_vocab_size": self.target_vocab_size,
-            "d_model": self.d_model,
-            "nhead": self.nhead,
-            **counts,
-            "dim_feedforward": self.dim_feedforward,
-            "max_length": self.max_length,
-            "dropout": self.dropout,
-            "activation": self.activation,
-            "norm": self.norm,
-            "norm_first": self.norm_first,
-            "positions": self.positions,
-            "num_kv_heads": self.num_kv_heads,
-            "bias": self.bias,
-            "tied": self.tied,
-            "dtype": self.dtype.name,
-            "seed": self.seed,
-        }
-        children: dict[str, Any] = {
-            "source_embedding": of(layers.Embedding)(self.source_vocab_size, self.d_model, seed=seeds[2], **of_type),
-            "target_embedding": of(layers.Embedding)(
-                self.target_vocab_size + 1, self.d_model, seed=seeds[3], **of_type
-            ),
-        }
-        self._source_positions: Any = None
-        self._target_positions: Any = None
-        if self.positions == "learned":
-            of_source, of_target = (
-                of(layers.LearnedPositions)(self.max_length, self.d_model, seed=own, **of_type) for own in seeds[4:6]
-            )
-            children |= {"source_positions": of_source, "target_positions": of_target}
-            self._source_positions, self._target_positions = of_source, of_target
-        elif self.positions == "sinusoidal":
-            self._source_positions = self._target_positions = of(layers.SinusoidalPositions)(self.d_model, **of_type)
-        children |= {"encoder": encoder, "decoder": decoder}
-        if not self.tied:
-            children["output"] = of(layers.Linear)(
-                self.d_model, self.target_vocab_size + 1, False, seed=seeds[6], **of_type
-            )
-        self._start(config, **children)
-        self._source_embedding: Any = children["source_embedding"]
-        self._target_embedding: Any = children["target_embedding"]
-        self._encoder: Any = encoder
-        self._decoder_layers: Any = decoder
-        self._output: Any = children.get("output")
-        if self.tied:
-            operations = self._backend.dense
-            self._output = TiedOutput(self._target_embedding, operations, self.target_vocab_size + 1)
-        self._drop = of(layers.Dropout)(self.dropout, **of_type)
+        count = self.target_vocab_size + 1
+        self._source_embedding: Any = self._part(layers.Embedding, self.source_vocab_size, self.d_model, seed=seeds[2])
+        self._target_embedding: Any = self._part(layers.Embedding, count, self.d_model, seed=seeds[3])
+        learned = self.positions == "learned"
+        self._source_positions: Any = self._positions_layer(self.max_length, seeds[4])
+        self._target_positions: Any = (
+            self._positions_layer(self.max_length, seeds[5]) if learned else self._source_positions
+        )
+        self._encoder: Any = self._stack(layers.TransformerEncoder, self.num_encoder_layers, seed=seeds[0])
+        self._decoder_layers: Any = self._stack(layers.TransformerDecoder, self.num_decoder_layers, seed=seeds[1])
+        self._output: Any = self._output_map(self._target_embedding, count, seeds[6])
+        self._drop: Any = self._part(layers.Dropout, self.dropout)
+        self._start(
+            source_embedding=self._source_embedding,
+            target_embedding=self._target_embedding,
+            source_positions=self._source_positions if learned else None,
+            target_positions=self._target_positions if learned else None,
+            encoder=self._encoder,
+            decoder=self._decoder_layers,
+            output=None if self.tied else self._output,
+        )
         # What embeddings are multiplied by.
         self._scale = self.dtype.type(math.sqrt(self.d_model) if self.positions == "sinusoidal" else 1)
-        # Attention that starts nearly uniform, as with weights much smaller, is long in finding out where to look.
+        # Attention that starts nearly uniform, as with weights much smaller, takes long to learn where to look.
         for name, place in {"encoder": 0, "decoder": 1, "output": 6}.items():
-            if name in children:
-                init.initialise(children[name], "xavier_uniform", seed=seeds[place])
-        for place, name in enumerate(("source_embedding", "target_embedding"), 2):
-            rng, shape = np.random.default_rng(seeds[place]), children[name].parameters["weight"].shape
-            children[name].parameters["weight"] = rng.normal(0, 1 / math.sqrt(self.d_model), shape)
+            if name in self._children:
+                init.initialise(self._children[name], "xavier_uniform", seed=seeds[place])
+        for place, embedding in enumerate((self._source_embedding, self._target_embedding), 2):
+            rng, shape = np.random.default_rng(seeds[place]), embedding.parameters["weight"].shape
+            embedding.parameters["weight"] = rng.normal(0, 1 / math.sqrt(self.d_model), shape)
 
     def _check_fits(self, name: str, tokens: int) -> None:
         if tokens > self.max_length:

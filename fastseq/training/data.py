@@ -7,6 +7,7 @@ seed and the epoch alone, so a run can be taken up again anywhere.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,15 +53,15 @@ class Batch(NamedTuple):
         return int(np.prod(self.inputs.shape[:2])) + more
 
 
-class Data:
+class Data(ABC):
     """What the kinds of data share: a seed, and the order of an epoch."""
 
     _seed: int | None
     _drawn = False  # whether the seed is one that nobody chose
 
+    @abstractmethod
     def __len__(self) -> int:
         """Batches in an epoch."""
-        raise NotImplementedError
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, counted from 0, from the `start`-th on."""
@@ -69,8 +70,9 @@ class Data:
             raise ValueError(f"start should be at most {len(self)}, not {start}")
         return self._batches(epoch, start)
 
+    @abstractmethod
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        raise NotImplementedError
+        """The same, of arguments that are checked."""
 
     def _random(self, epoch: int) -> np.random.Generator:
         """The random numbers of an epoch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,7 +27,7 @@ class _Settings(NamedTuple):
     frozen: bool
 
 
-class Optimiser:
+class Optimiser(ABC):
     """What the optimisers share: parameters in groups, arrays kept from step to step, the learning rate."""
 
     _slots: tuple[str, ...]  # names of the arrays that are kept for each parameter
@@ -118,6 +119,7 @@ class Optimiser:
             raise ValueError(f"grads does not fit {self._layer!r}: {'; '.join(faults)}")
         return arrays
 
+    @abstractmethod
     def _pass(
         self,
         p: Array,
@@ -129,7 +131,7 @@ class Optimiser:
         weight_decay: float,
         n_threads: int,
     ) -> None:
-        raise NotImplementedError
+        """Compute `out`, the parameter `p` after this step, from its gradient `g`; change the arrays of `kept`."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later step depends on: copies of the arrays that are kept, the count of steps, the rate.

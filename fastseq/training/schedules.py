@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,12 @@ from fastseq import checks
 _MOST_EXPONENT = math.log(sys.float_info.max)
 
 
-class Schedule:
+class Schedule(ABC):
     """What the schedules share. Those that depend on the step alone have nothing to save."""
 
+    @abstractmethod
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """What a later rate depends on."""

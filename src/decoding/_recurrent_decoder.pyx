@@ -1,9 +1,9 @@
-"""Steps of a recurrent model of symbols, compiled: what `fastseq._decoding` drives, with no Python for a symbol.
+"""Decoding steps of recurrent models of symbols, compiled; `fastseq._decoding` calls them without Python code.
 
-The states of all rows stand in memory of the decoder, twice: a step reads the one and writes the other. Which old row
-each row goes on from is a number beside it, and so is the source that it attends to, where there are sources: forking
-and reordering rows moves no state. What the first layer makes of a symbol, as far as its chain goes without context and
-state, is a row of a table, unless that would be large.
+The states of all rows are kept in two buffers: a step reads one and writes the other. Beside each row stand the number
+of the row it continues from in the buffer that is read and, where there is attention, the number of its source; so
+forking and reordering rows moves no state. The part of the first layer's pre-activations that depends on the symbol
+alone is read from a table with a row for each symbol, unless that table would be large.
 
 Threads split rows or panels as in `_recurrent.pyx`, and the bits are those of a step of the model.
 """
@@ -36,24 +36,24 @@ cnp.import_array()
 
 cdef enum Attention:
     NONE
-    MULTIPLICATIVE  # of the output of a step: its context and it give what the logits are made of
-    ADDITIVE        # of the output of the step before: its context enters the first layer, and the logits
+    MULTIPLICATIVE  # queries are outputs of this step: logits are a linear map of tanh(W_c [context; output])
+    ADDITIVE        # queries are from outputs of the step before: contexts are inputs of the first layer and logits
 
 cdef dict ATTENTIONS = {None: NONE, "multiplicative": MULTIPLICATIVE, "additive": ADDITIVE}
 
 cdef enum:
-    BLOCK_ROWS = 128           # rows whose pointers are made at once
+    BLOCK_ROWS = 128  # rows whose pointers are computed together
 
 cdef double MAX_BYTES = 1e18  # sizes below do not overflow
 
 
-# What the weights of a decoder are. Read only.
+# Pointers to the weights of a decoder. Read only.
 cdef struct Network:
     const fs_kernels *kernels
     Py_ssize_t item
     Py_ssize_t layers
     const CellWeights **cells
-    const CellWeights *inputs   # the first layer, as far as it looks at symbols
+    const CellWeights *inputs   # the weights of the first layer that multiply the embedding
     RowTable embedding          # of width inputs.input_size
     const char *table           # [symbols][panels][vectors][lanes], main then candidate, as `init` of a step; or NULL
     Py_ssize_t table_row
@@ -86,25 +86,25 @@ cdef class Weights:
     ----------
     embedding : ndarray or NarrowArray of shape (symbols, E)
     inputs : Cell
-        What the first layer makes of the vector of a symbol, before it looks at anything else. With additive attention
-        and narrow weights it is not looked at: the first of the cells takes vector and context as one row.
+        The weights of the first layer that multiply the embedding of a symbol. With additive attention and narrow
+        weights they are not used: the first of the cells takes embedding and context as one row.
     table : ndarray or None
-        That of all symbols, `_recurrent.input_table`.
+        Their product with the embedding of each symbol, `_recurrent.input_table`.
     cells : sequence of Cell
-        One a layer. The inputs of the first are the context, with additive attention; else they are not looked at.
+        One a layer. With additive attention the input of the first is the context; otherwise it is not used.
     output : PackedWeight
         From the output of a step to its logits; with additive attention, from output and context (`pack_pair`).
     attention : {"multiplicative", "additive"}, optional
     combine : PackedWeight, optional
-        With multiplicative attention: from context and output (`pack_pair`) to what the logits are made of.
+        With multiplicative attention: from context and output (`pack_pair`) to the vector that logits are computed of.
     query : PackedWeight, optional
-        With additive attention: what the scores take of the output of the last layer.
+        With additive attention: W of the query W s, s the output of the last layer.
     score : ndarray of shape (A,), optional
-        And what they are made with.
+        With additive attention: v of the scores v tanh(query + projected key).
     """
 
     cdef Network network
-    cdef list kept  # what the pointers are into
+    cdef list kept  # owners of the memory that the pointers are into
 
     def __init__(
         self, embedding not None, inputs, cnp.ndarray table, cells, output, *, attention=None,
@@ -149,11 +149,11 @@ cdef class Weights:
         return &packed.panels
 
 
-# What rows attend to: keys and what scores take of them, of one source after another.
+# The sources that rows attend to: keys, and their projections for the scores.
 cdef struct Sources:
     Py_ssize_t n
-    Py_ssize_t width         # of a key: K, or with multiplicative attention whole vectors of that
-    Py_ssize_t units         # the same of what scores take: A
+    Py_ssize_t width         # elements of a key: K; with multiplicative attention padded to whole vectors
+    Py_ssize_t units         # elements of a projected key: A; padded likewise
     const char *keys         # [source][max_keys][width]
     const char *projected    # [source][max_keys][units]
     const int64_t *lengths   # [source]
@@ -161,80 +161,80 @@ cdef struct Sources:
     Py_ssize_t all_keys
 
 
-# The rows of a decoder.
+# The rows of a decoder. Sizes that end in `_row`, `_each` or `_first` are in bytes.
 cdef struct Rows:
     const Network *network
     Sources sources
     int n_threads
     Py_ssize_t rows
-    Py_ssize_t room          # rows there is memory for
-    Scratch memory           # what all below is in
-    char *before             # [room][state_row]: h of every layer, then c; zeros behind each
-    char *after              # the same, which the next step writes
+    Py_ssize_t capacity       # rows that the memory is for
+    Scratch memory            # of all arrays below
+    char *before              # [capacity][state_row]: h of every layer, then c; zeros after each
+    char *after               # the same, written by the next step
     Py_ssize_t state_row
-    Py_ssize_t h_row         # bytes from the h of one layer to that of the next,
-    Py_ssize_t c_first       # from the beginning to the c of the first layer,
-    Py_ssize_t c_row         # and from there to that of the next
-    char *middle             # [room][middle_row]; see `CellPointers`
+    Py_ssize_t h_row          # from the h of one layer to that of the next
+    Py_ssize_t c_first        # from the beginning of a row to the c of the first layer
+    Py_ssize_t c_row          # from the c of one layer to that of the next
+    char *middle              # [capacity][middle_row]; see `CellPointers`
     char *z
     Py_ssize_t middle_row
-    char *entered            # [room][table_row], where there is no table
-    char *context            # [room][context_row]
+    char *symbol_part         # [capacity][table_row]: where there is no table, a row of it for each row
+    char *context             # [capacity][context_row]
     Py_ssize_t context_row
-    char *said               # [room][said_row]: what the logits are made of, or with additive attention the query
-    Py_ssize_t said_row
-    char *stats              # [room][2], of multiplicative attention
-    Py_ssize_t *parent       # [room]: the row of `before` that each row goes on from,
-    Py_ssize_t *source       # [room]: and its source
-    Py_ssize_t *spare_parent  # [room]: room for others
+    char *mapped              # [capacity][mapped_row]: outputs of `combine`, or with additive attention of `query`
+    Py_ssize_t mapped_row
+    char *stats               # [capacity][2], of multiplicative attention
+    Py_ssize_t *parent        # [capacity]: the row of `before` that each row continues from
+    Py_ssize_t *source        # [capacity]: the source of each row
+    Py_ssize_t *spare_parent  # [capacity]: where `choose` writes before it exchanges the pointers
     Py_ssize_t *spare_source
-    char *scratch            # of each thread, for attention
+    char *scratch             # [n_threads][scratch_each], for attention
     Py_ssize_t scratch_each
-    char *narrow             # of each thread, where weights are narrow: vectors, narrow rows of x, and of h
+    char *narrow              # of each thread, where weights are narrow: embeddings, narrow rows of x, and of h
     Py_ssize_t narrow_each
     Py_ssize_t vectors_each
     Py_ssize_t narrow_x_each
-    bint backwards           # the next step takes the last panels first
+    bint backwards            # whether the next step takes the last panels first
     # One step.
-    Py_ssize_t done          # rows of it that are done
+    Py_ssize_t done           # rows that are done
     const int64_t *symbols
     char *logits
-    Py_ssize_t last          # rows that are done after this region
-    bint split_panels        # not rows
+    Py_ssize_t last           # rows that are done after this parallel region
+    bint split_panels         # whether threads split panels; else rows
 
 
-cdef void lay_out(Rows *job, Py_ssize_t room, Scratch *scratch) noexcept nogil:
-    """Give every array its place in memory for so many rows."""
+cdef void lay_out(Rows *job, Py_ssize_t capacity, Scratch *scratch) noexcept nogil:
+    """Set the pointers of all arrays for `capacity` rows."""
     cdef Py_ssize_t item = job.network.item
-    job.room = room
-    job.before = scratch_array(scratch, room * job.state_row)
-    job.after = scratch_array(scratch, room * job.state_row)
-    job.middle = scratch_array(scratch, room * job.middle_row)
-    job.z = scratch_array(scratch, room * job.middle_row)
-    job.entered = scratch_array(scratch, room * job.network.table_row if job.network.table == NULL else 0)
-    job.context = scratch_array(scratch, room * job.context_row)
-    job.said = scratch_array(scratch, room * job.said_row)
-    job.stats = scratch_array(scratch, room * 2 * item)
-    job.parent = <Py_ssize_t *> scratch_array(scratch, room * sizeof(Py_ssize_t))
-    job.source = <Py_ssize_t *> scratch_array(scratch, room * sizeof(Py_ssize_t))
-    job.spare_parent = <Py_ssize_t *> scratch_array(scratch, room * sizeof(Py_ssize_t))
-    job.spare_source = <Py_ssize_t *> scratch_array(scratch, room * sizeof(Py_ssize_t))
+    job.capacity = capacity
+    job.before = scratch_array(scratch, capacity * job.state_row)
+    job.after = scratch_array(scratch, capacity * job.state_row)
+    job.middle = scratch_array(scratch, capacity * job.middle_row)
+    job.z = scratch_array(scratch, capacity * job.middle_row)
+    job.symbol_part = scratch_array(scratch, capacity * job.network.table_row if job.network.table == NULL else 0)
+    job.context = scratch_array(scratch, capacity * job.context_row)
+    job.mapped = scratch_array(scratch, capacity * job.mapped_row)
+    job.stats = scratch_array(scratch, capacity * 2 * item)
+    job.parent = <Py_ssize_t *> scratch_array(scratch, capacity * sizeof(Py_ssize_t))
+    job.source = <Py_ssize_t *> scratch_array(scratch, capacity * sizeof(Py_ssize_t))
+    job.spare_parent = <Py_ssize_t *> scratch_array(scratch, capacity * sizeof(Py_ssize_t))
+    job.spare_source = <Py_ssize_t *> scratch_array(scratch, capacity * sizeof(Py_ssize_t))
 
 
-cdef int make_room(Rows *job, Py_ssize_t room) noexcept nogil:
-    """Memory for so many rows; what was there is left to the caller."""
+cdef int allocate_rows(Rows *job, Py_ssize_t capacity) noexcept nogil:
+    """Allocate memory for `capacity` rows; the memory used before stays with the caller."""
     cdef Rows made = job[0]
     memset(&made.memory, 0, sizeof(Scratch))
     lay_out(&made, 1, &made.memory)
-    if <double> room * made.memory.n_bytes > MAX_BYTES:
+    if <double> capacity * made.memory.n_bytes > MAX_BYTES:
         return FS_NO_MEMORY
     made.memory.n_bytes = 0
-    lay_out(&made, room, &made.memory)
+    lay_out(&made, capacity, &made.memory)
     if scratch_allocate(&made.memory):
         return FS_NO_MEMORY
-    lay_out(&made, room, &made.memory)
-    memset(made.before, 0, room * made.state_row)
-    memset(made.after, 0, room * made.state_row)
+    lay_out(&made, capacity, &made.memory)
+    memset(made.before, 0, capacity * made.state_row)
+    memset(made.after, 0, capacity * made.state_row)
     job[0] = made
     return FS_DONE
 
@@ -272,11 +272,12 @@ cdef void product(
 
 
 cdef void attend(Rows *job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t h_at, char *scratch) noexcept nogil:
-    """The contexts of some rows, of multiplicative attention; the queries are in `after`."""
+    """Compute the contexts of rows [first, last) by multiplicative attention; the queries are in `after`."""
     cdef const Network *network = job.network
     cdef const Sources *sources = &job.sources
     cdef Py_ssize_t item = network.item, row = first, end, source
-    cdef int64_t *packed = <int64_t *> scratch  # the source whose keys the kernel has packed, and what the kernel notes
+    # The source whose keys the kernel has packed; a cache line further begins the scratch of the kernel.
+    cdef int64_t *packed = <int64_t *> scratch
     cdef fs_attention attention = attention_of(sources)
     attention.q.row = job.state_row // item
     attention.out.row = job.context_row // item
@@ -300,7 +301,7 @@ cdef void attend(Rows *job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t h_at, 
 
 
 cdef fs_attention attention_of(const Sources *sources) noexcept nogil:
-    """Of one sequence and one head, whose arrays and sizes are still to be set; `max_keys` as for all."""
+    """Describe attention of one sequence and one head; the caller sets arrays, row sizes and counts of keys."""
     cdef fs_attention attention
     memset(&attention, 0, sizeof(attention))
     attention.batch = attention.heads = attention.kv_heads = attention.parts = 1
@@ -312,14 +313,15 @@ cdef fs_attention attention_of(const Sources *sources) noexcept nogil:
 
 
 cdef inline void align_rows(Rows *job, Py_ssize_t first, Py_ssize_t last, real *scratch) noexcept nogil:
-    """The contexts of some rows, of additive attention; the queries are in `said`."""
+    """Compute the contexts of rows [first, last) by additive attention; the queries are in `mapped`."""
     cdef const Sources *sources = &job.sources
     cdef Py_ssize_t row, begin
     for row in range(first, last):
         begin = job.source[row] * sources.max_keys
         align_one(
             job.network.kernels, sources.units, sources.width, sources.lengths[job.source[row]],
-            <const real *> (job.said + row * job.said_row), <const real *> sources.projected + begin * sources.units,
+            <const real *> (job.mapped + row * job.mapped_row),
+            <const real *> sources.projected + begin * sources.units,
             <const real *> sources.keys + begin * sources.width, <const real *> job.network.score,
             scratch + sources.units + sources.max_keys, <real *> (job.context + row * job.context_row), scratch,
         )
@@ -329,7 +331,7 @@ cdef void run_step(
     Rows *job, Py_ssize_t first, Py_ssize_t last, int share, int shares, fs_barrier *barrier, char *scratch,
     char *narrow,
 ) noexcept nogil:
-    """One step of the rows [first, last): what one of some threads does that share the panels."""
+    """Run one step of rows [first, last) on one of `shares` threads that split the panels."""
     cdef const Network *network = job.network
     cdef const CellWeights *cell
     cdef const void *x[BLOCK_ROWS]
@@ -342,7 +344,7 @@ cdef void run_step(
     cdef void *middle[BLOCK_ROWS]
     cdef void *z[BLOCK_ROWS]
     cdef void *out[BLOCK_ROWS]
-    cdef void *said[BLOCK_ROWS]
+    cdef void *mapped[BLOCK_ROWS]
     cdef CellPointers at
     cdef CellStep step
     cdef Py_ssize_t base = first, layer, row, i, n, h_at, c_at, top_at = (network.layers - 1) * job.h_row, mine, end
@@ -355,24 +357,24 @@ cdef void run_step(
     at.narrow_h = at.narrow_x + job.narrow_x_each
     while base < last:
         n = min(BLOCK_ROWS, last - base)
-        # Where rows are split within a step, a thread has [mine, end).
+        # Attention is split by rows: this thread computes [mine, end).
         mine = base + n * share // shares
         end = base + n * (share + 1) // shares
         if network.attention == ADDITIVE:
             for i in range(n):
                 h[i] = job.before + job.parent[base + i] * job.state_row + top_at
-                said[i] = job.said + (base + i) * job.said_row
-            product(job, network.query, FS_IDENTITY, n, NULL, 0, h, said, share, shares, narrow)
-            meet(barrier, shares)
+                mapped[i] = job.mapped + (base + i) * job.mapped_row
+            product(job, network.query, FS_IDENTITY, n, NULL, 0, h, mapped, share, shares, narrow)
+            wait_for_team(barrier, shares)
             if network.item == 4:
                 align_rows(job, mine, end, <float *> scratch)
             else:
                 align_rows(job, mine, end, <double *> scratch)
-            meet(barrier, shares)
+            wait_for_team(barrier, shares)
         if network.table == NULL and not network.entered_together:
             for i in range(n):
                 x[i] = vector_of(&network.embedding, job.symbols[base + i], narrow, i)
-                out[i] = job.entered + (base + i) * network.table_row
+                out[i] = job.symbol_part + (base + i) * network.table_row
             set_cell_step(&step, network.inputs, &at, True, share, shares)
             input_parts(&step, network.inputs, n, x, init, out)
         for layer in range(network.layers):
@@ -398,7 +400,7 @@ cdef void run_step(
                     continue
                 x[i] = job.context + row * job.context_row
                 if network.table == NULL:
-                    init[i] = job.entered + row * network.table_row
+                    init[i] = job.symbol_part + row * network.table_row
                 else:
                     init[i] = network.table + job.symbols[row] * network.table_row
                 candidate_init[i] = <const char *> init[i] + network.table_main
@@ -406,20 +408,20 @@ cdef void run_step(
             do_cell(&step, cell, n, job.backwards, shares, barrier)
         if network.attention == MULTIPLICATIVE:
             attend(job, mine, end, top_at, scratch)
-            meet(barrier, shares)
+            wait_for_team(barrier, shares)
             for i in range(n):
                 x[i] = job.context + (base + i) * job.context_row
                 h[i] = out[i]
-                said[i] = job.said + (base + i) * job.said_row
+                mapped[i] = job.mapped + (base + i) * job.mapped_row
             product(
-                job, network.combine, FS_TANH, n, x, network.combined_size, h, said, share, shares, narrow,
+                job, network.combine, FS_TANH, n, x, network.combined_size, h, mapped, share, shares, narrow,
             )
-            meet(barrier, shares)
+            wait_for_team(barrier, shares)
         for i in range(n):
             if network.attention == NONE:
                 h[i] = out[i]
             elif network.attention == MULTIPLICATIVE:
-                h[i] = said[i]
+                h[i] = mapped[i]
             else:
                 x[i] = out[i]
                 h[i] = job.context + (base + i) * job.context_row
@@ -448,13 +450,13 @@ cdef inline const void *entering(const Rows *job, Py_ssize_t row, char *out) noe
     return out
 
 
-cdef inline void meet(fs_barrier *barrier, int team) noexcept nogil:
+cdef inline void wait_for_team(fs_barrier *barrier, int team) noexcept nogil:
     if team > 1:
         team_wait(barrier, team)
 
 
-cdef void walk_rows(void *rows, int thread, int team, fs_barrier *barrier) noexcept nogil:
-    """What one of the threads does of the rows [done, last)."""
+cdef void run_rows(void *rows, int thread, int team, fs_barrier *barrier) noexcept nogil:
+    """Run the part of one thread of a step of rows [done, last)."""
     cdef Rows *job = <Rows *> rows
     cdef char *scratch = job.scratch + thread * job.scratch_each
     cdef char *narrow = job.narrow + thread * job.narrow_each
@@ -465,17 +467,17 @@ cdef void walk_rows(void *rows, int thread, int team, fs_barrier *barrier) noexc
         run_step(job, first + n * thread // team, first + n * (thread + 1) // team, 0, 1, NULL, scratch, narrow)
 
 
-cdef Split plan(const Rows *job, Py_ssize_t *some) noexcept nogil:
-    """How threads share a step, and how many rows are done of it until Ctrl-C is looked for."""
+cdef Split plan(const Rows *job, Py_ssize_t *chunk) noexcept nogil:
+    """Choose how threads share a step, and how many rows they compute between two checks for Ctrl-C."""
     cdef const Network *network = job.network
     cdef const Sources *sources = &job.sources
-    cdef Py_ssize_t work = product_work(network, network.output), all_work, meetings = 0, layer, keys, parts
+    cdef Py_ssize_t work = product_work(network, network.output), all_work, barriers = 0, layer, keys, parts
     cdef int tile = network.kernels.tile_rows[4]
     cdef const CellWeights *cell
     for layer in range(network.layers):
         cell = network.cells[layer]
         work += cell_work(cell)
-        meetings += 2 if cell.candidate.units or cell.projection.units else 1
+        barriers += 2 if cell.candidate.units or cell.projection.units else 1
     cell = network.cells[0]
     if network.attention != ADDITIVE:
         work -= network.table_row // network.item * cell.input_size
@@ -483,7 +485,7 @@ cdef Split plan(const Rows *job, Py_ssize_t *some) noexcept nogil:
         work += network.table_row // network.item * network.inputs.input_size
     all_work = work
     if network.attention != NONE:
-        meetings += 2
+        barriers += 2
         keys = sources.all_keys // sources.n
         all_work += keys * (sources.units + sources.width + WEIGHT_WORK)
         if network.attention == ADDITIVE:
@@ -492,9 +494,9 @@ cdef Split plan(const Rows *job, Py_ssize_t *some) noexcept nogil:
         else:
             work += product_work(network, network.combine)
     parts = (job.rows - 1) // max(2 * tile * job.n_threads, SIGNAL_WORK // all_work) + 1
-    some[0] = (job.rows + parts - 1) // parts
+    chunk[0] = (job.rows + parts - 1) // parts
     return split_of(
-        some[0], work, some[0] * all_work, meetings, cell.main.panels, tile, <int> network.item, job.n_threads,
+        chunk[0], work, chunk[0] * all_work, barriers, cell.main.panels, tile, <int> network.item, job.n_threads,
     )
 
 
@@ -505,13 +507,13 @@ cdef inline Py_ssize_t product_work(const Network *network, const fs_weights *we
 cdef int step(void *self, ptrdiff_t rows, const int64_t *symbols, void *logits) noexcept nogil:
     """See decoder.h."""
     cdef Rows *job = <Rows *> self
-    cdef Py_ssize_t some, row
-    cdef Split split = plan(job, &some)
-    job.last = min(rows, job.done + some)
+    cdef Py_ssize_t chunk, row
+    cdef Split split = plan(job, &chunk)
+    job.last = min(rows, job.done + chunk)
     job.split_panels = split.panels
     job.symbols = symbols
     job.logits = <char *> logits
-    run_team(walk_rows, job, split.threads, job.n_threads)
+    run_team(run_rows, job, split.threads, job.n_threads)
     if job.last < rows:
         job.done = job.last
         return FS_AGAIN
@@ -528,14 +530,14 @@ cdef int choose(void *self, ptrdiff_t rows, const int64_t *parents) noexcept nog
     cdef Rows *job = <Rows *> self
     cdef Rows old = job[0]
     cdef Py_ssize_t row
-    if rows <= job.room:
+    if rows <= job.capacity:
         for row in range(rows):
             job.spare_parent[row] = job.parent[parents[row]]
             job.spare_source[row] = job.source[parents[row]]
         job.parent, job.spare_parent = job.spare_parent, job.parent
         job.source, job.spare_source = job.spare_source, job.source
     else:
-        if make_room(job, rows) != FS_DONE:
+        if allocate_rows(job, rows) != FS_DONE:
             return FS_NO_MEMORY
         for row in range(rows):
             memcpy(
@@ -545,18 +547,18 @@ cdef int choose(void *self, ptrdiff_t rows, const int64_t *parents) noexcept nog
             job.source[row] = old.source[parents[row]]
         scratch_close(&old.memory)
     job.rows = rows
-    job.done = 0  # of a step that was begun, and then not wanted
+    job.done = 0  # a step that was begun may have been given up
     return FS_DONE
 
 
 cdef object whole_vectors(array, Py_ssize_t lanes):
-    """An array whose last axis is whole vectors: itself, or a copy with zeros behind it."""
+    """Return an array padded with zeros so that its last axis is a whole number of vectors."""
     wide = -(-array.shape[-1] // lanes) * lanes
     return np.pad(array, ((0, 0), (0, 0), (0, wide - array.shape[-1]))) if wide > array.shape[-1] else array
 
 
 cdef class Decoder:
-    """The states of some rows of symbols: a `fastseq.models.decoding.Decoder`.
+    """The states of rows of symbols: a `fastseq.models.decoding.Decoder`.
 
     Parameters
     ----------
@@ -566,10 +568,10 @@ cdef class Decoder:
     c : ndarray of shape (B, layers, H), or None
         The same of an LSTM.
     copies : int
-        To how many rows each may be forked; there may be more, but memory for these is taken now.
+        Rows that memory is allocated for, over B; more are allocated when `choose` asks for them.
     n_threads : int
     keys, projected, lengths : ndarrays of shapes (B, S, K), (B, S, A) and (B,), optional
-        With attention: what each row attends to, what scores take of it, and how many of the S there are, 1 or more.
+        With attention: the keys of each row, their projections for the scores, and the number of real keys, 1 or more.
     """
 
     cdef fs_decoder functions
@@ -585,7 +587,7 @@ cdef class Decoder:
         cdef const Network *network = &weights.network
         cdef Py_ssize_t layer, row
         cdef char *state
-        room = max(1, len(h) * copies)
+        capacity = max(1, len(h) * copies)
         self.weights = weights
         self.kept = []
         job.network = network
@@ -599,15 +601,15 @@ cdef class Decoder:
         if network.attention != NONE:
             self.set_sources(keys, projected, lengths)
         self.set_narrow()
-        if room > MAX_BYTES or make_room(job, room) != FS_DONE:
-            raise MemoryError(f"for the states of {room} rows")
+        if capacity > MAX_BYTES or allocate_rows(job, capacity) != FS_DONE:
+            raise MemoryError(f"for the states of {capacity} rows")
         for row in range(job.rows):
             job.parent[row] = job.source[row] = row
             state = job.before + row * job.state_row
             for layer in range(network.layers):
-                put(state + layer * job.h_row, h, row, layer)
+                copy_vector(state + layer * job.h_row, h, row, layer)
                 if c is not None:
-                    put(state + job.c_first + layer * job.c_row, c, row, layer)
+                    copy_vector(state + job.c_first + layer * job.c_row, c, row, layer)
         self.functions.self = job
         self.functions.vocab = network.output.units
         self.functions.item_size = <int> network.item
@@ -669,10 +671,10 @@ cdef class Decoder:
         if network.attention == MULTIPLICATIVE:
             attention = attention_of(sources)
             reals = network.kernels.attend_scratch(&attention)
-            job.said_row = lines(network.combine.units * network.item)
+            job.mapped_row = lines(network.combine.units * network.item)
         else:
             reals = sources.units + 2 * sources.max_keys
-            job.said_row = lines(network.query.units * network.item)
+            job.mapped_row = lines(network.query.units * network.item)
         job.scratch_each = CACHE_LINE + lines(reals * network.item)
         cdef cnp.ndarray scratch = np.empty(job.n_threads * job.scratch_each + CACHE_LINE, np.uint8)
         job.scratch = cnp.PyArray_BYTES(scratch)
@@ -686,11 +688,11 @@ cdef class Decoder:
         scratch_close(&self.job.memory)
 
     def capsule(self):
-        """How the search drives this; it lives as long as this does."""
+        """Return a capsule with the pointers that `_decoding` calls; keep this object alive while it is used."""
         return PyCapsule_New(&self.functions, "fastseq.decoder", NULL)
 
     def step(self, symbols):
-        """The logits (B, V) of what follows one symbol more of each row, (B,)."""
+        """Return the logits (B, V) after one more symbol of each row, (B,)."""
         cdef cnp.ndarray ids = np.ascontiguousarray(symbols, np.int64)
         cdef cnp.ndarray logits = np.empty((self.job.rows, self.functions.vocab), f"f{self.functions.item_size}")
         cdef const int64_t *given = <const int64_t *> cnp.PyArray_DATA(ids)
@@ -705,14 +707,14 @@ cdef class Decoder:
         return logits
 
     def choose(self, rows):
-        """The rows become these of the rows there were."""
+        """Replace the rows by those of these numbers; a row may be taken several times."""
         cdef cnp.ndarray parents = np.ascontiguousarray(rows, np.int64)
         if choose(&self.job, len(parents), <const int64_t *> cnp.PyArray_DATA(parents)) != FS_DONE:
             raise MemoryError(f"for the states of {len(parents)} rows")
 
 
-cdef void put(char *to, cnp.ndarray state, Py_ssize_t row, Py_ssize_t layer) noexcept:
-    """One vector of a state array (B, layers, width), the last axis contiguous."""
+cdef void copy_vector(char *to, cnp.ndarray state, Py_ssize_t row, Py_ssize_t layer) noexcept:
+    """Copy the vector of a row and a layer of a state array (B, layers, width), whose last axis is contiguous."""
     cdef const char *at = cnp.PyArray_BYTES(state)
     at += row * cnp.PyArray_STRIDE(state, 0) + layer * cnp.PyArray_STRIDE(state, 1)
     memcpy(to, at, cnp.PyArray_DIM(state, 2) * cnp.PyArray_ITEMSIZE(state))

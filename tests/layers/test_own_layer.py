@@ -14,8 +14,15 @@ from common import ROOT, assert_same_bits
 
 import fastseq as fs
 from fastseq import io
+from fastseq.bench.cases import Case
 from fastseq.layers.base import Pointwise
 from fastseq.models.base import TrainedModel
+from fastseq.models.sequence_pairs import SequencePairModel
+from fastseq.models.series import ScaledModel
+from fastseq.models.symbol_model import LanguageModel, SymbolModel
+from fastseq.training.data import Data
+from fastseq.training.optimisers import Optimiser
+from fastseq.training.schedules import Schedule
 
 
 class Scale(fs.Layer):
@@ -249,7 +256,21 @@ def test_summary() -> None:
         assert type(layer).__name__ in layer.summary()
 
 
-def test_a_class_that_misses_what_it_has_to_write_cannot_be_made() -> None:
-    for base in (Pointwise, TrainedModel):
-        with pytest.raises(TypeError, match=r"abstract class Incomplete.* _back"):
-            type(base)("Incomplete", (base,), {})()
+@pytest.mark.parametrize(
+    ("base", "missing"),
+    [
+        (Pointwise, "_backward"),
+        (TrainedModel, "_back"),
+        (SymbolModel, "_log_probs"),
+        (LanguageModel, "_text_data"),
+        (SequencePairModel, "_scores"),
+        (ScaledModel, "_variance"),
+        (Data, "_batches"),
+        (Schedule, "lr_at"),
+        (Optimiser, "_pass"),
+        (Case, "flops"),
+    ],
+)
+def test_a_class_that_misses_what_it_has_to_write_cannot_be_made(base: type, missing: str) -> None:
+    with pytest.raises(TypeError, match=rf"abstract class Incomplete.* {missing}\b"):
+        type(base)("Incomplete", (base,), {})()

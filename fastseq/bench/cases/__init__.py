@@ -6,6 +6,7 @@ A case knows no engine except by name; `fastseq.bench.engines` builds it.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -41,31 +42,31 @@ class Verdict(NamedTuple):
     symbols: tuple[int, int] | None = None
 
 
-class Case:
+class Case(ABC):
     """One row of the table: a value that is compared, hashed, and sent to the processes of the engines.
 
     What it computes, on which numbers, follows from the case alone, so that all engines compute the same.
     """
 
     @property
+    @abstractmethod
     def group(self) -> str:
         """Rows that share a geometric mean and a panel of the plot."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Display name of the case, e.g. "LSTM 1×100×64×128"."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """Display name of the case within its group."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def axes(self) -> str:
         """Names of the numbers in the label, e.g. "B×T×I×H"."""
-        raise NotImplementedError
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -78,9 +79,9 @@ class Case:
         return False
 
     @property
+    @abstractmethod
     def engines(self) -> tuple[str, ...]:
         """Those that can compute it, beside fastseq."""
-        raise NotImplementedError
 
     @property
     def usual(self) -> tuple[str, ...]:
@@ -119,19 +120,19 @@ class Case:
         return Verdict(worst, None, allowed)
 
     @property
+    @abstractmethod
     def terms(self) -> int:
         """Number of terms in the sums behind a result, over all layers in order."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def flops(self) -> int:
         """Floating-point operations in the products that have to be computed; a multiply-add is two."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def bytes_read(self) -> int:
         """Bytes that have to be read."""
-        raise NotImplementedError
 
     @property
     def working_set(self) -> int:
@@ -165,13 +166,13 @@ class Case:
         """
         return max(self.flops / multiply_adds, self.bytes_read / read)
 
+    @abstractmethod
     def memory(self, engines: int) -> int:
         """About how many bytes the arrays take in all processes together."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Kind and sizes of the case, for JSON."""
-        raise NotImplementedError
 
 
 def shapes(texts: Sequence[str], axes: str) -> list[tuple[int, ...]]:
