@@ -57,8 +57,6 @@ enum fs_weight_type {
  * A product of narrow weights: n_rows narrow rows against `panels` panels (1, or of one row up to 12 / vectors), added to
  * out, [n_rows][panels][vectors][lanes] of float32.
  */
-enum { FS_NARROW_ROWS = 48 }; /* the most of n_rows */
-
 typedef struct fs_narrow_product {
     ptrdiff_t n_rows, panels, words; /* words: 32 bits of each output, see microkernel.h */
     int vectors; /* 3 or 4                                           */

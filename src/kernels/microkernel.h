@@ -11,7 +11,8 @@ enum {
     MAX_ROWS = 8,
     MAX_PANELS = 4,
     CACHE_LINE = 64,
-    MAX_TILE = 24 /* the most sums a tile holds: 6 rows of 4 vectors, or 8 of 3 */
+    MAX_TILE = 24, /* the most sums a tile holds: 6 rows of 4 vectors, or 8 of 3 */
+    NARROW_ROWS = 48 * 64 / FS_VECTOR_BYTES /* the most of a narrow product: their sums stay in the first cache */
 };
 
 /* Lines fetched ahead at every k: as there are few rows, so are there tiles to do it. */

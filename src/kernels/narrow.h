@@ -197,9 +197,23 @@ INLINE void narrow_tile(const enum fs_weight_type TYPE, const int ROWS, const in
  */
 enum { SPLIT_WORDS = 64, SPLIT_ROWS = 4 };
 
+/* Functions of their own: inlined, their constants would take registers that tiles need. */
+static __attribute__((noinline)) void split_words(enum fs_weight_type type, ptrdiff_t n, int vectors,
+                                                  const real *words, real *parts)
+{
+    for (ptrdiff_t i = 0; i < n; i++)
+        for (int v = 0; v < vectors; v++) {
+            const vec both = load(words + (i * vectors + v) * LANES);
+            const vec first = type == FS_INT8 ? weights_part(FS_INT8, both, 0) : weights_part(FS_BFLOAT16, both, 0);
+            const vec second = type == FS_INT8 ? weights_part(FS_INT8, both, 1) : weights_part(FS_BFLOAT16, both, 1);
+            store(parts + (2 * i * vectors + v) * LANES, first);
+            store(parts + ((2 * i + 1) * vectors + v) * LANES, second);
+        }
+}
+
 /* sums[row] += ROWS rows times some words that were split; k counts parts. */
 INLINE void split_tile(const enum fs_weight_type TYPE, const int ROWS, const int VECTORS, const fs_narrow_product *p,
-                       ptrdiff_t row, ptrdiff_t word, const vec *parts, ptrdiff_t n, vec *all_sums)
+                       ptrdiff_t row, ptrdiff_t word, const real *parts, ptrdiff_t n, vec *all_sums)
 {
     vec sums[MAX_TILE];
     const void *x[MAX_ROWS];
@@ -219,19 +233,13 @@ INLINE void split_tile(const enum fs_weight_type TYPE, const int ROWS, const int
 INLINE void split_panel(const enum fs_weight_type TYPE, const int VECTORS, const fs_narrow_product *p)
 {
     const int limit = VECTORS == 3 ? ROWS_OF_3 : ROWS_OF_4;
-    const vec *words = p->weights;
-    real *out = p->out;
-    vec sums[FS_NARROW_ROWS * 4], parts[SPLIT_WORDS * 2 * 4];
+    real *out = p->out, parts[SPLIT_WORDS * 2 * 4 * LANES] __attribute__((aligned(CACHE_LINE)));
+    vec sums[NARROW_ROWS * 4];
     for (ptrdiff_t i = 0; i < p->n_rows * VECTORS; i++)
         sums[i] = first_sum(TYPE, p, out + i * LANES, 0);
     for (ptrdiff_t word = 0; word < p->words; word += SPLIT_WORDS) {
         const ptrdiff_t n = p->words - word < SPLIT_WORDS ? p->words - word : SPLIT_WORDS;
-        for (ptrdiff_t w = 0; w < n; w++)
-            for (int v = 0; v < VECTORS; v++) {
-                const vec both = load((const real *)(words + (word + w) * VECTORS + v));
-                parts[2 * w * VECTORS + v] = weights_part(TYPE, both, 0);
-                parts[(2 * w + 1) * VECTORS + v] = weights_part(TYPE, both, 1);
-            }
+        split_words(TYPE, n, VECTORS, (const real *)p->weights + word * VECTORS * LANES, parts);
         for (ptrdiff_t row = 0, rows; row < p->n_rows; row += rows) {
             rows = tile_height(p->n_rows - row, limit);
             switch (rows) {

@@ -178,7 +178,7 @@ INLINE void narrow_step_tile(const enum step_kind KIND, const tile_epilogue FIRS
     const fs_weights *w = s->weights;
     const ptrdiff_t tiles = rows * panels, panel_row = (ptrdiff_t)VECTORS * LANES;
     const ptrdiff_t blocks = (w->units + LANES - 1) / LANES;
-    vec sums[FS_NARROW_ROWS * 4], apart[FS_NARROW_ROWS];
+    vec sums[NARROW_ROWS * 4], apart[NARROW_ROWS];
     for (ptrdiff_t i = 0; i < tiles; i++)
         for (int v = 0; v < VECTORS; v++)
             sums[i * VECTORS + v] = load((const real *)s->init[row + i / panels] +
@@ -210,7 +210,7 @@ INLINE void narrow_step(const enum step_kind KIND, const tile_epilogue FIRST, co
     for (ptrdiff_t panel = s->first, panels; panel < s->last; panel += panels) {
         panels = s->last - panel < limit ? s->last - panel : limit;
         for (ptrdiff_t row = 0, rows; row < s->rows; row += rows) {
-            rows = tile_height(s->rows - row, FS_NARROW_ROWS);
+            rows = tile_height(s->rows - row, NARROW_ROWS);
             narrow_step_tile(KIND, FIRST, SECOND, VECTORS, s, row, rows, panel, panels);
         }
     }
