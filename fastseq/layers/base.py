@@ -59,7 +59,7 @@ class Parameters(MutableMapping[str, Array]):
         array = checks.real_array(name, value, self._layer.dtype)
         if array.shape != old[name].shape:
             raise ValueError(f"{name} should be of shape {old[name].shape}, not {array.shape}")
-        self._layer._replace({name: array})
+        self._layer._assign({name: array})
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("a parameter cannot be removed from its layer")
@@ -230,7 +230,7 @@ class Layer(metaclass=LayerType):
         given = checks.as_array("array", array)
         if given.dtype.kind not in "fiu":
             raise TypeError(f"array should hold real numbers, not {given.dtype}")
-        self._replace({name: given})
+        self._assign({name: given})
 
     def tape(self, *values: Any) -> Tape:
         """What a `forward` returns beside its outputs: whatever `backward` needs."""
@@ -376,6 +376,10 @@ class Layer(metaclass=LayerType):
         """Parameters to start from: PyTorch's default."""
         return {}
 
+    def _row_blocks(self, name: str) -> list[int]:
+        """How the rows of a matrix divide into matrices of their own, of each gate for instance."""
+        return [len(self._arrays[name])]
+
     def _freeze(self) -> None:
         """From now on attributes are fixed."""
         self._frozen = True
@@ -391,13 +395,16 @@ class Layer(metaclass=LayerType):
                 raise AttributeError(f"{name} is no attribute of a {kind}, and cannot become one")
         super().__setattr__(name, value)
 
-    def _replace(self, changed: Mapping[str, Array]) -> None:
-        """Take copies of some arrays, each of the shape of the parameter it replaces."""
+    def _assign(self, changed: Mapping[str, Array]) -> None:
+        """Replace parameters by copies of some arrays, each of the shape of the one it replaces."""
         with np.errstate(all="ignore"):  # a small float64 may become a float32 of 0
             self._adopt({name: np.array(array, dtype=self.dtype, order="C") for name, array in changed.items()})
 
     def _adopt(self, changed: Mapping[str, Array]) -> None:
-        """Take some arrays as they are: C-contiguous, of the layer's dtype, and nobody else's from now on."""
+        """Replace parameters without copying.
+
+        The arrays are C-contiguous, of the layer's dtype, and owned by the caller alone; ownership passes to the layer.
+        """
         for array in changed.values():
             array.flags.writeable = False
         with _replacing:
@@ -481,7 +488,7 @@ class Layer(metaclass=LayerType):
             hint = _without_prefix(given, wanted)
             hint = hint or self._recognise({name: getattr(value, "shape", ()) for name, value in given.items()})
             raise ValueError(f"mapping does not fit {self!r}: {'; '.join(faults)}{hint}")
-        self._replace(arrays)
+        self._assign(arrays)
 
     def _recognise(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
         """What else the shapes look like, for the message of a state dict that does not fit."""
@@ -501,7 +508,7 @@ class Layer(metaclass=LayerType):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["config"])  # type: ignore[misc]
-        self._replace(state["arrays"])
+        self._assign(state["arrays"])
         self._freeze()
 
     def _making(self) -> str:
@@ -594,7 +601,7 @@ class Configured(Layer):
     def _build(self) -> None:
         """Make parameters, and whatever else the settings determine."""
         self._arrays = {}
-        self._replace(self._initial(np.random.default_rng(getattr(self, "seed", None))))
+        self._assign(self._initial(np.random.default_rng(getattr(self, "seed", None))))
 
 
 class Pointwise(Configured):

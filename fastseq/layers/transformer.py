@@ -34,7 +34,7 @@ from fastseq.layers.settings import (
     random_seed,
     size,
 )
-from fastseq.state import AttentionState, attention_state, pages_for
+from fastseq.state import AttentionState, attention_state, contents, pages_for
 
 GATED = ("swiglu", "geglu")  # activations that multiply linear1's results with those of linear3
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", *GATED)
@@ -51,7 +51,7 @@ class Tokens(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all layers of a stack are told besides the tokens."""
+    """What all layers of a stack receive besides the tokens."""
 
     frame: Frame  # of self-attention
     mask: Array | None  # of self-attention, over the padded batch as all masks here
@@ -59,6 +59,12 @@ class Context(NamedTuple):
     memory: Array | None = None  # what a decoder attends to, as rows
     memory_frame: Frame | None = None
     memory_mask: Array | None = None
+
+    @classmethod
+    def of(cls, rows: Rows, causal: bool, memory: Array | None = None, memory_rows: Rows | None = None) -> Context:
+        """Return the context of tokens without masks, and in a decoder of a memory (M, d_model)."""
+        frame = None if memory_rows is None else Frame(rows, memory_rows, False)
+        return cls(Frame(rows, rows, False), None, causal, memory, frame)
 
 
 D_MODEL = "The size of a token's vector."
@@ -188,57 +194,58 @@ class Runs(Stack):
             None if norm is None else (self.norm, self.layer_norm_eps, norm._arrays["weight"], norm._arrays.get("bias"))
         )
 
-    def _started(self, batch: int, memory: Any = None, tokens: Array | None = None) -> AttentionState:
-        """The state of rows without tokens."""
+    def _start_state(self, batch: int, memory: Any, tokens: Array | None) -> AttentionState:
+        """Return the state of rows without tokens; `memory` are pages."""
         return attention_state(
             self._backend.transformer.no_pages(self._packed_blocks(1), self.dtype, batch), memory, tokens
         )
 
-    def _kept_by(self, state: Any, batch: int, tokens: bool = False) -> AttentionState:
-        """A state that is of this layer, in the form of its operations; else an error."""
+    def _check_state(self, state: Any, batch: int, tokens: bool) -> AttentionState:
+        """Return a state in the form of this layer's operations; that of another layer is an error."""
         if not isinstance(state, AttentionState):
             raise TypeError(f"state should be an AttentionState, not {checks.describe(state)}")
         form = len(self._blocks()), self.num_kv_heads, self.d_model // self.nhead, self.dtype
-        own, memory = state._own, state._memory
+        own, memory, ids, since = contents(state)
         if (
             own.form != form
             or own.window != (self.window or 0)
             or (memory is not None) != self._attends_memory
-            or (state._tokens is not None) != tokens
+            or (ids is not None) != tokens
         ):
             raise ValueError(f"state should be of this {type(self).__name__}, not of another layer or model: {state!r}")
         if state.batch_size != batch:
             raise ValueError(f"state should have a batch of {batch}, not {state.batch_size}")
         own = pages_for(self._backend.transformer, own)
         memory = None if memory is None else pages_for(self._backend.transformer, memory)
-        return attention_state(own, memory, state._tokens, state._since)
+        return attention_state(own, memory, ids, since)
 
-    def _go_on(
+    def _append_tokens(
         self, x: Array, starts: Array, state: AttentionState, tokens: Array | None
     ) -> tuple[Array, AttentionState]:
-        """Outputs of more tokens of each row, (N, d_model), and the state with them; `tokens` are all its ids."""
-        own = state._own
+        """Return outputs (N, d_model) of more tokens of each row, and the state with them; `tokens` are all its ids."""
+        own, memory, _, since = contents(state)
         longest = int((own.lengths + np.diff(starts)).max(initial=1))
         y, pages = self._backend.transformer.run_cached(
             self._packed_blocks(longest),
             x,
             starts,
             own,
-            state._memory,
+            memory,
             self._final_norm(),
             threads.get_num_threads(),
         )
-        return y, attention_state(pages, state._memory, tokens, state._since)
+        return y, attention_state(pages, memory, tokens, since)
 
     def _stepped(self, x_t: Any, state: Any) -> tuple[Array, AttentionState]:
         """What `step` returns, given a state."""
         x = checks.real_array("x_t", x_t, self.dtype)
         if x.ndim != 2 or x.shape[1] != self.d_model:
             raise ValueError(f"x_t should be of shape (B, {self.d_model}), not {x.shape}")
-        state = self._started(len(x)) if state is None else self._kept_by(state, len(x))
-        return self._go_on(np.ascontiguousarray(x), np.arange(len(x) + 1), state, None)
+        batch = len(x)
+        state = self._start_state(batch, None, None) if state is None else self._check_state(state, batch, False)
+        return self._append_tokens(np.ascontiguousarray(x), np.arange(batch + 1), state, None)
 
-    def _run(self, x: Array, context: Context, want_weights: bool) -> tuple[Array, list[Any] | None]:
+    def _run_rows(self, x: Array, context: Context, want_weights: bool) -> tuple[Array, list[Any] | None]:
         """A call over rows: the outputs as rows, and of every layer the weights (B, heads, Tq, Tk), or a pair."""
         rows = context.frame.queries
         keys = None if context.memory_frame is None else context.memory_frame.keys
@@ -300,7 +307,7 @@ class Encodes(Runs):
         batch_size : int
             Rows of the batch, 0 or more.
         """
-        return self._started(checks.size("batch_size", batch_size))
+        return self._start_state(checks.size("batch_size", batch_size), None, None)
 
     def step(self, x_t: Any, state: Any = None) -> tuple[Array, AttentionState]:
         """One token more of each row; the bits are those of a causal call over all tokens.
@@ -362,7 +369,7 @@ class Encodes(Runs):
             Naming the argument, what it was and what it should be.
         """
         tokens, context = self._opened(x, mask, causal, lengths)
-        y, weights = self._run(tokens.x, context, checks.flag("return_weights", return_weights))
+        y, weights = self._run_rows(tokens.x, context, checks.flag("return_weights", return_weights))
         return self._returned(y, weights, tokens.rows, tokens.unbatched)
 
     def forward(
@@ -421,14 +428,15 @@ class Decodes(Runs):
         """
         if np.ndim(memory) != 3:
             raise ValueError(f"memory should be of shape (B, Tm, {self.d_model}), not {np.shape(memory)}")
-        return self._remembering(self._tokens("memory", memory, "memory_lengths", memory_lengths, "Tm"))
+        tokens = self._tokens("memory", memory, "memory_lengths", memory_lengths, "Tm")
+        return self._memory_state(tokens.x, tokens.rows)
 
-    def _remembering(self, memory: Tokens) -> AttentionState:
-        """The state before the first token, given a memory as rows."""
+    def _memory_state(self, memory: Array, rows: Rows) -> AttentionState:
+        """Return the state before the first token, given a memory (M, d_model)."""
         pages = self._backend.transformer.memory_pages(
-            self._packed_blocks(1), memory.x, memory.rows.starts, threads.get_num_threads()
+            self._packed_blocks(1), memory, rows.starts, threads.get_num_threads()
         )
-        return self._started(memory.rows.batch, pages)
+        return self._start_state(rows.batch, pages, None)
 
     def step(self, x_t: Any, state: Any) -> tuple[Array, AttentionState]:
         """One token more of each row; the bits are those of a causal call over all tokens.
@@ -513,7 +521,7 @@ class Decodes(Runs):
             Naming the argument, what it was and what it should be.
         """
         tokens, context = self._opened(x, memory, mask, causal, lengths, memory_mask, memory_lengths)
-        y, weights = self._run(tokens.x, context, checks.flag("return_weights", return_weights))
+        y, weights = self._run_rows(tokens.x, context, checks.flag("return_weights", return_weights))
         return self._returned(y, weights, tokens.rows, tokens.unbatched)
 
     def forward(
@@ -1008,8 +1016,8 @@ class Transformer(Stack):
             src, tgt, src_mask, tgt_mask, memory_mask, src_lengths, tgt_lengths, causal
         )
         wanted = checks.flag("return_weights", return_weights)
-        memory, encoder_weights = self.encoder._run(source.x, of_encoder, wanted)
-        y, decoder_weights = self.decoder._run(target.x, of_decoder._replace(memory=memory), wanted)
+        memory, encoder_weights = self.encoder._run_rows(source.x, of_encoder, wanted)
+        y, decoder_weights = self.decoder._run_rows(target.x, of_decoder._replace(memory=memory), wanted)
         out = _single(target.rows.scatter(y), target.unbatched)
         if encoder_weights is None or decoder_weights is None:
             return out
