@@ -24,7 +24,8 @@ from fastseq.layers.linear import Linear, TiedOutput
 from fastseq.layers.positions import LearnedPositions, SinusoidalPositions
 from fastseq.layers.recurrent import Recurrent
 from fastseq.layers.rows import Rows
-from fastseq.layers.transformer import Context, Decodes, Runs
+from fastseq.layers.transformer.block import Context, Runs
+from fastseq.layers.transformer.decoder import Decodes
 from fastseq.state import AttentionState, State, adopt
 
 __all__ = [
