@@ -1,11 +1,11 @@
 """The inside interface: what models, training and initialisation need of layers beyond the verbs users call.
 
-Parameters as the arrays they are, packed weights, rows of real tokens, steps with checked arguments. These are
-functions and not methods, so that `dir` of a layer shows what a user may call and nothing else. Nothing outside
-`fastseq/layers/` uses an underscored member of a layer.
+Parameters without a copy, packed weights, rows of real tokens, steps. These are functions and not methods, so that
+`dir` of a layer shows what a user may call and nothing else. Outside `fastseq/layers/` nobody uses an underscored
+member of a layer, except subclasses, of self.
 
-A batch (B, T, ...) is passed as rows (N, ...): its real tokens, those of one sequence after those of another; `Rows`
-says where they are. Arguments are not checked, except where a function says so.
+Of a batch (B, T, ...), rows (N, ...) are the real tokens, sequence after sequence; `Rows` has where each sequence
+begins. Arguments are not checked, except where a function says so.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
     "cells",
     "check_state",
     "children",
-    "configuration",
+    "constructor_call",
     "copy_parameters",
     "drawn_children",
     "flow",
@@ -92,7 +92,7 @@ def copy_parameters(layer: Layer, changed: Mapping[str, Array]) -> None:
     layer._assign(changed)
 
 
-def configuration(layer: Layer) -> str:
+def constructor_call(layer: Layer) -> str:
     """Return the call that makes a layer of this configuration, for messages."""
     return layer._making()
 

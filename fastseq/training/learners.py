@@ -152,7 +152,7 @@ class LayerLearner(Learner):
             if isinstance(last, kind) and self.label == label:
                 checks.warn(
                     f"model should end in logits with the loss {label}, which takes the {kind.__name__.lower()} itself,"
-                    f" not in {inside.configuration(last)}: leave that layer out"
+                    f" not in {inside.constructor_call(last)}: leave that layer out"
                 )
 
     def check_data(self, name: str, data: Any) -> None:
