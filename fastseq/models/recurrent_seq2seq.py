@@ -526,11 +526,8 @@ class Seq2Seq(SequencePairModel):
                 raise ValueError(f"state.{name} should be of shape {wanted[name]}, not {found[name].shape}")
         if state.dtype == self.dtype:
             return state
-        arrays = [
-            array if array is None or name == "lengths" else checks.real_array(f"state.{name}", array, self.dtype)
-            for name, array in ((name, found.get(name)) for name in state._fields)
-        ]
-        return adopt_pair(*arrays)
+        given = {n: a if n == "lengths" else checks.real_array(f"state.{n}", a, self.dtype) for n, a in found.items()}
+        return adopt_pair(*(given.get(name) for name in state._fields))
 
     def _said(self, ids: Array, state: Seq2SeqState) -> tuple[Array, Seq2SeqState]:
         """`step` with arguments that are checked."""
