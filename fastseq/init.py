@@ -18,7 +18,7 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
-from fastseq.layers import LSTM, Linear, MultiheadAttention, Sequential
+from fastseq.layers import LSTM, Linear, MultiheadAttention, Sequential, inside
 from fastseq.layers.base import Composite, Layer, child_seed
 from fastseq.layers.recurrent import Recurrent
 
@@ -182,7 +182,7 @@ def _leaves(layer: Layer) -> list[Layer]:
     """The layers that are not made of layers."""
     if not isinstance(layer, Composite):
         return [layer]
-    return [leaf for child in layer._children.values() for leaf in _leaves(child)]
+    return [leaf for child in inside.children(layer).values() for leaf in _leaves(child)]
 
 
 def _renew(layer: Layer, seed: int | None) -> None:
@@ -191,42 +191,36 @@ def _renew(layer: Layer, seed: int | None) -> None:
         for place, child in enumerate(layer):
             _renew(child, None if seed is None else child_seed(seed, place))
         return
-    config = dict(layer._config)
-    if "seed" in config:
-        config["seed"] = seed
-    layer._replace(type(layer)(**config)._arrays)
+    inside.copy_parameters(layer, inside.initial_arrays(layer, seed))
 
 
 def _draw_matrices(layer: Layer, weights: str, seed: int | None) -> None:
     """Draw what a scheme is for."""
     if isinstance(layer, Composite):
-        for place, (name, child) in enumerate(layer._children.items()):
-            if name not in layer._by_own_rule:
-                _draw_matrices(child, weights, None if seed is None else child_seed(seed, place))
+        for place, child in inside.drawn_children(layer):
+            _draw_matrices(child, weights, None if seed is None else child_seed(seed, place))
     elif isinstance(layer, Linear | Recurrent | MultiheadAttention):
         rng = np.random.default_rng(seed)
-        layer._replace({name: _matrices(layer, name, old.shape, weights, rng) for name, old in layer._arrays.items()})
+        arrays = inside.arrays(layer)
+        drawn = {name: _matrices(layer, name, old.shape, weights, rng) for name, old in arrays.items()}
+        inside.copy_parameters(layer, drawn)
 
 
 def _set_forget_bias(layer: LSTM, bias: float) -> None:
     size = layer.hidden_size
-    arrays = {name: np.array(array) for name, array in layer._arrays.items() if name.startswith("bias")}
+    arrays = {name: np.array(array) for name, array in layer.parameters.items() if name.startswith("bias")}
     for name, array in arrays.items():  # gates i, f, g, o
         array[size : 2 * size] = bias if name.startswith("bias_ih") else 0
-    layer._replace(arrays)
+    inside.copy_parameters(layer, arrays)
 
 
 def _matrices(layer: Layer, name: str, shape: tuple[int, ...], scheme: str, rng: np.random.Generator) -> Array:
     """One parameter: a bias of zeros, or a matrix drawn, where it has gates one gate after another."""
     if len(shape) == 1:
         return np.zeros(shape)
-    rows = [shape[0]]
-    if isinstance(layer, Recurrent) and not name.startswith("weight_hr"):
-        rows = [shape[0] // layer._gates] * layer._gates
-    elif isinstance(layer, MultiheadAttention) and name == "in_proj_weight":
-        rows = layer._row_counts()
     gain = math.sqrt(2) if scheme.startswith("he_") else 1.0
-    return np.concatenate([_draw(scheme, (count, shape[1]), gain, rng) for count in rows])
+    blocks = inside.row_blocks(layer, name)
+    return np.concatenate([_draw(scheme, (count, shape[1]), gain, rng) for count in blocks])
 
 
 def _drawn(scheme: str, shape: Any, gain: Any, seed: Any, dtype: Any) -> Array:

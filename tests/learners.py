@@ -19,7 +19,7 @@ class Several(Layer):
         rng = np.random.default_rng(seed)
         names = ["one.weight", "one.bias", "two.weight", "two.bias"]
         self._arrays = {}
-        self._replace({name: rng.normal(size=size) for name, size in zip(names, sizes, strict=False)})
+        self._assign({name: rng.normal(size=size) for name, size in zip(names, sizes, strict=False)})
 
 
 class Tiny(Layer):
@@ -33,7 +33,7 @@ class Tiny(Layer):
         self._config = {"size": size, "drop": drop, "dtype": self.dtype.name, "seed": seed}
         rng = np.random.default_rng(seed)
         self._arrays = {}
-        self._replace({"weight": rng.normal(size=(size, size)), "bias": rng.normal(size=size)})
+        self._assign({"weight": rng.normal(size=(size, size)), "bias": rng.normal(size=size)})
         self.seeds: list[int] = []
 
     def training_forward(self, batch: Any, state: Any = None, seed: Any = None) -> Any:
@@ -69,7 +69,7 @@ class Affine(Layer):
         self._config = {"size": size, "dtype": self.dtype.name, "seed": seed}
         rng = np.random.default_rng(seed)
         self._arrays = {}
-        self._replace({"weight": rng.normal(size=(size, size)), "bias": rng.normal(size=size)})
+        self._assign({"weight": rng.normal(size=(size, size)), "bias": rng.normal(size=size)})
 
     def __call__(self, x: Any) -> Any:
         return x.astype(self.dtype) @ self._arrays["weight"].T + self._arrays["bias"]

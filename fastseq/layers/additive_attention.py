@@ -31,16 +31,6 @@ class _Given(NamedTuple):
     flat: bool  # one query a sequence, without the axis of queries
 
 
-class AllSteps(NamedTuple):
-    """What the steps of a walk have together in a backward."""
-
-    projected: Array  # (M, A)
-    keys: Array  # (M, K)
-    score: Array  # (A,)
-    dprojected: Array  # sums so far
-    dkeys: Array
-
-
 class Alignment(Configured):
     """What both kinds share: shapes."""
 
@@ -52,24 +42,24 @@ class Alignment(Configured):
     key_size: int = size(doc="K.")
 
     @abstractmethod
-    def _projected(self, keys: Array) -> Array:
-        """What scores take of keys (M, K), which does not depend on a query."""
+    def _project_keys(self, keys: Array) -> Array:
+        """Return what scores take of keys (M, K), which does not depend on a query: (M, A)."""
 
     @abstractmethod
-    def _run(self, query: Array, keys: Array, projected: Array, frame: Frame, want: bool) -> tuple[Array, Any]:
-        """The contexts (N, K) of queries (N, Q), and if wanted the weights, (B, T, S) of the longest sequences."""
+    def _attend(self, query: Array, keys: Array, projected: Array, frame: Frame, want: bool) -> tuple[Array, Any]:
+        """Return the contexts (N, K) of queries (N, Q), and if wanted the attention weights (B, T, S)."""
 
     @abstractmethod
-    def _step(self, query: Array, keys: Array, projected: Array, lengths: Array, want: bool) -> tuple[Array, Any]:
-        """The context (B, K) of one query (B, Q) a row, and if wanted the weights (B, S); keys (B, S, K) are padded."""
+    def _attend_padded(self, query: Array, keys: Array, projected: Array, lengths: Array) -> Array:
+        """Return the context (B, K) of one query (B, Q) a row; keys (B, S, K) and projected (B, S, A) are padded."""
 
     @abstractmethod
-    def _run_forward(self, query: Array, keys: Array, frame: Frame) -> tuple[Array, Any]:
-        """`_run` for training."""
+    def _attend_forward(self, query: Array, keys: Array, frame: Frame) -> tuple[Array, Any]:
+        """`_attend` in training: the contexts, and what `_attend_backward` needs."""
 
     @abstractmethod
-    def _run_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
-        """The gradients of queries and keys, as rows."""
+    def _attend_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Return the gradients of queries (N, Q) and keys (M, K)."""
 
     def _opened(self, query: Any, keys: Any, lengths: Any) -> _Given:
         array = checks.real_array("keys", keys, self.dtype)
@@ -115,7 +105,8 @@ class Alignment(Configured):
         """
         given = self._opened(query, keys, lengths)
         wanted = checks.flag("return_weights", return_weights)
-        rows, weights = self._run(given.query, given.keys, self._projected(given.keys), given.frame, wanted)
+        projected = self._project_keys(given.keys)
+        rows, weights = self._attend(given.query, given.keys, projected, given.frame, wanted)
         context = given.frame.queries.scatter(rows)
         if given.flat:
             context, weights = context[:, 0], None if weights is None else weights[:, 0]
@@ -138,7 +129,7 @@ class Alignment(Configured):
         """
         checks.seed("seed", seed)
         given = self._opened(query, keys, lengths)
-        rows, kept = self._run_forward(given.query, given.keys, given.frame)
+        rows, kept = self._attend_forward(given.query, given.keys, given.frame)
         context = given.frame.queries.scatter(rows)
         return (context[:, 0] if given.flat else context), Tape(self, (kept, given.frame, given.flat))
 
@@ -163,7 +154,7 @@ class Alignment(Configured):
         queries: Rows = frame.queries
         shape = (queries.batch, queries.time, self.key_size)
         given = checks.like("dcontext", dcontext, self.dtype, (shape[0], shape[2]) if flat else shape).reshape(shape)
-        dquery, dkeys = self._run_backward(queries.gather(given), kept, self._targets(grads))
+        dquery, dkeys = self._attend_backward(queries.gather(given), kept, self._targets(grads))
         spread = queries.scatter(dquery)
         return (spread[:, 0] if flat else spread), frame.keys.scatter(dkeys)
 
@@ -204,25 +195,25 @@ class MultiplicativeAttention(Alignment):
     def _pack(self, arrays: Mapping[str, Array]) -> Any:
         return self._backend.dense.linear_pack(arrays["weight"], None)
 
-    def _projected(self, keys: Array) -> Array:
+    def _project_keys(self, keys: Array) -> Array:
         projected: Array = self._backend.dense.linear_forward(self._weights(), keys, threads.get_num_threads())
         return projected
 
-    def _run(self, query: Array, keys: Array, projected: Array, frame: Frame, want: bool) -> tuple[Array, Any]:
+    def _attend(self, query: Array, keys: Array, projected: Array, frame: Frame, want: bool) -> tuple[Array, Any]:
         q, k, v = query[:, None], projected[:, None], keys[:, None]
         context, weights = self._backend.attention.attention(
             q, k, v, frame.spans, None, None, False, None, 1.0, want, threads.get_num_threads()
         )
         return context[:, 0], None if weights is None else self._weights_of(weights, frame)
 
-    def _step(self, query: Array, keys: Array, projected: Array, lengths: Array, want: bool) -> tuple[Array, Any]:
+    def _attend_padded(self, query: Array, keys: Array, projected: Array, lengths: Array) -> Array:
         q, k, v = query[:, None, None], projected[:, None], keys[:, None]
-        context, weights = self._backend.attention.attention(
-            q, k, v, None, lengths, None, False, None, 1.0, want, threads.get_num_threads()
+        context, _ = self._backend.attention.attention(
+            q, k, v, None, lengths, None, False, None, 1.0, False, threads.get_num_threads()
         )
-        return context[:, 0, 0], None if weights is None else weights[:, 0, 0]
+        return context[:, 0, 0]
 
-    def _run_forward(self, query: Array, keys: Array, frame: Frame) -> tuple[Array, Any]:
+    def _attend_forward(self, query: Array, keys: Array, frame: Frame) -> tuple[Array, Any]:
         weights, n_threads = self._weights(), threads.get_num_threads()
         projected = self._backend.dense.linear_forward(weights, keys, n_threads)
         q, k, v = query[:, None], projected[:, None], keys[:, None]
@@ -231,7 +222,7 @@ class MultiplicativeAttention(Alignment):
         )
         return context[:, 0], (weights, keys, kept)
 
-    def _run_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
+    def _attend_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
         weights, keys, of_attention = kept
         n_threads = threads.get_num_threads()
         dq, dk, dv = self._backend.attention.attention_backward(of_attention, dcontext[:, None], n_threads)
@@ -281,11 +272,11 @@ class AdditiveAttention(Alignment, Composite):
         )
         return result
 
-    def _projected(self, keys: Array) -> Array:
+    def _project_keys(self, keys: Array) -> Array:
         projected: Array = self._key(keys)
         return projected
 
-    def _run(self, query: Array, keys: Array, projected: Array, frame: Frame, want: bool) -> tuple[Array, Any]:
+    def _attend(self, query: Array, keys: Array, projected: Array, frame: Frame, want: bool) -> tuple[Array, Any]:
         context, weights = self._all(self._query(query), projected, keys, frame)
         if not want:
             return context, None
@@ -298,59 +289,25 @@ class AdditiveAttention(Alignment, Composite):
         many = np.diff(starts)
         return self._aligned(q, projected, keys, np.repeat(firsts, many), np.repeat(counts, many))
 
-    def _step(self, query: Array, keys: Array, projected: Array, lengths: Array, want: bool) -> tuple[Array, Any]:
+    def _attend_padded(self, query: Array, keys: Array, projected: Array, lengths: Array) -> Array:
         batch, time = keys.shape[:2]
-        flat, of_keys = (array.reshape(batch * time, array.shape[2]) for array in (projected, keys))
-        context, weights = self._at(query, flat, of_keys, np.arange(batch) * time, lengths)
-        if not want:
-            return context, None
-        whole = np.zeros((batch, time), weights.dtype)
-        whole[:, : weights.shape[1]] = weights
-        return context, whole
+        of_keys, flat = (array.reshape(batch * time, array.shape[2]) for array in (keys, projected))
+        return self._attend_step(query, of_keys, flat, np.arange(batch) * time, lengths)[0]
 
-    def _at(self, query: Array, projected: Array, keys: Array, firsts: Array, counts: Array) -> tuple[Array, Array]:
-        """Contexts of queries (B, Q), each with keys of its own among the rows, and weights."""
+    def _attend_step(
+        self, query: Array, keys: Array, projected: Array, firsts: Array, counts: Array
+    ) -> tuple[Array, Array]:
+        """Return the context (B, K) of one query (B, Q) a row, and attention weights (B, S)."""
         return self._aligned(self._query(query), projected, keys, firsts, counts)
 
-    def _at_forward(
-        self, query: Array, projected: Array, keys: Array, firsts: Array, counts: Array
-    ) -> tuple[Array, Any]:
-        """`_at` for training."""
-        q, of_query = self._query.forward(query)
-        context, weights = self._aligned(q, projected, keys, firsts, counts)
-        return context, (q, weights, counts, of_query)
-
-    def _at_backward(
-        self, dcontext: Array, kept: Any, of_all: AllSteps, firsts: Array, targets: Mapping[str, Any]
-    ) -> Array:
-        """The gradient of the queries; that of the keys is added to what all steps have together."""
-        q, weights, counts, of_query = kept
-        dq = self._backend.additive_attention.align_backward(
-            q,
-            of_all.projected,
-            of_all.keys,
-            of_all.score,
-            None,
-            firsts,
-            counts,
-            weights,
-            np.ascontiguousarray(dcontext),
-            of_all.dprojected,
-            of_all.dkeys,
-            targets["score"]["weight"][0],
-            threads.get_num_threads(),
-        )
-        dquery: Array = self._query.backward(dq, of_query, grads=targets["query"])
-        return dquery
-
-    def _run_forward(self, query: Array, keys: Array, frame: Frame) -> tuple[Array, Any]:
+    def _attend_forward(self, query: Array, keys: Array, frame: Frame) -> tuple[Array, Any]:
         q, of_query = self._query.forward(query)
         projected, of_keys = self._key.forward(keys)
         score = self._score._arrays["weight"][0]
         context, weights = self._all(q, projected, keys, frame)
         return context, (q, projected, keys, score, weights, self._places(frame), of_query, of_keys)
 
-    def _run_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
+    def _attend_backward(self, dcontext: Array, kept: Any, targets: Mapping[str, Array]) -> tuple[Array, Array]:
         q, projected, keys, score, weights, (starts, firsts, counts), of_query, of_keys = kept
         of_children: Mapping[str, Any] = self._child_targets(targets)
         dprojected, dkeys = np.zeros_like(projected), np.zeros_like(keys)
@@ -371,3 +328,69 @@ class AdditiveAttention(Alignment, Composite):
         )
         dquery = self._query.backward(dq, of_query, grads=of_children["query"])
         return dquery, dkeys + self._key.backward(dprojected, of_keys, grads=of_children["key"])
+
+
+class AttentionSteps:
+    """Additive attention in training whose queries come step by step, as those of a decoder do.
+
+    Parameters
+    ----------
+    attention : AdditiveAttention
+    keys : array of shape (M, K)
+        Those of all rows, as rows; every step attends to them.
+    """
+
+    def __init__(self, attention: AdditiveAttention, keys: Array) -> None:
+        self.attention = attention
+        self.keys = keys
+        self.projected, self.of_key = attention._key.forward(keys)
+        self.score = attention._score._arrays["weight"][0]
+
+    def step(self, query: Array, firsts: Array, counts: Array) -> tuple[Array, Any]:
+        """Attend: the context (B, K) of one query (B, Q) a row, and what `AttentionStepsBackward.step` needs.
+
+        The keys of row b are the `counts[b]` from `firsts[b]` on.
+        """
+        q, of_query = self.attention._query.forward(query)
+        context, weights = self.attention._aligned(q, self.projected, self.keys, firsts, counts)
+        return context, (q, weights, firsts, counts, of_query)
+
+    def backward(self, grads: Mapping[str, Array] | None) -> AttentionStepsBackward:
+        """Begin the backward of all steps; gradients of parameters are added to `grads`."""
+        return AttentionStepsBackward(self, grads)
+
+
+class AttentionStepsBackward:
+    """The backward of `AttentionSteps`: `step` for each step in any order, then `finish`."""
+
+    def __init__(self, steps: AttentionSteps, grads: Mapping[str, Array] | None) -> None:
+        attention = steps.attention
+        self._steps = steps
+        self._targets: dict[str, Any] = attention._child_targets(attention._targets(grads))
+        self._dprojected, self._dkeys = np.zeros_like(steps.projected), np.zeros_like(steps.keys)
+
+    def step(self, dcontext: Array, kept: Any) -> Array:
+        """Return the gradient of the query (B, Q) of a step; those of the keys are summed until `finish`."""
+        steps, attention = self._steps, self._steps.attention
+        q, weights, firsts, counts, of_query = kept
+        dq = attention._backend.additive_attention.align_backward(
+            q,
+            steps.projected,
+            steps.keys,
+            steps.score,
+            None,
+            firsts,
+            counts,
+            weights,
+            np.ascontiguousarray(dcontext),
+            self._dprojected,
+            self._dkeys,
+            self._targets["score"]["weight"][0],
+            threads.get_num_threads(),
+        )
+        return attention._query.backward(dq, of_query, grads=self._targets["query"])
+
+    def finish(self) -> Array:
+        """Return the gradient of the keys (M, K)."""
+        steps = self._steps
+        return self._dkeys + steps.attention._key.backward(self._dprojected, steps.of_key, grads=self._targets["key"])

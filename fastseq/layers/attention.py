@@ -357,8 +357,9 @@ class MultiheadAttention(Configured):
     def _takes(self) -> int:
         return self.embed_dim
 
-    def _row_counts(self) -> list[int]:
-        """Return the numbers of rows of `in_proj_weight` for queries, keys and values."""
+    def _row_blocks(self, name: str) -> list[int]:
+        if name != "in_proj_weight":
+            return super()._row_blocks(name)
         return [self._rows[part].stop - self._rows[part].start for part in "qkv"]
 
     def _part(self, arrays: Mapping[str, Array], part: str) -> tuple[Array, Array | None]:

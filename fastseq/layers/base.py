@@ -64,7 +64,7 @@ class Parameters(MutableMapping[str, Array]):
         array = checks.real_array(name, value, self._layer.dtype)
         if array.shape != old[name].shape:
             raise ValueError(f"{name} should be of shape {old[name].shape}, not {array.shape}")
-        self._layer._replace({name: array})
+        self._layer._assign({name: array})
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("a parameter cannot be removed from its layer")
@@ -239,7 +239,7 @@ class Layer(metaclass=LayerType):
         given = checks.as_array("array", array)
         if given.dtype.kind not in "fiu":
             raise TypeError(f"array should hold real numbers, not {given.dtype}")
-        self._replace({name: given})
+        self._assign({name: given})
 
     def tape(self, *values: Any) -> Tape:
         """Make the tape that `forward` returns beside its outputs, of the values that `backward` needs."""
@@ -385,6 +385,10 @@ class Layer(metaclass=LayerType):
         """Return initial parameters, distributed as by PyTorch's default."""
         return {}
 
+    def _row_blocks(self, name: str) -> list[int]:
+        """How the rows of a matrix divide into matrices of their own, of each gate for instance."""
+        return [len(self._arrays[name])]
+
     def _freeze(self) -> None:
         """Make attributes read-only."""
         self._frozen = True
@@ -400,13 +404,16 @@ class Layer(metaclass=LayerType):
                 raise AttributeError(f"{name} is no attribute of a {kind}, and cannot become one")
         super().__setattr__(name, value)
 
-    def _replace(self, changed: Mapping[str, Array]) -> None:
-        """Replace parameters by copies of arrays of the same shapes."""
+    def _assign(self, changed: Mapping[str, Array]) -> None:
+        """Replace parameters by copies of some arrays, each of the shape of the one it replaces."""
         with np.errstate(all="ignore"):  # a small float64 may become a float32 of 0
             self._adopt({name: np.array(array, dtype=self.dtype, order="C") for name, array in changed.items()})
 
     def _adopt(self, changed: Mapping[str, Any]) -> None:
-        """Replace parameters without copying; the arrays are C-contiguous, of the layer's dtype or narrow, and its own."""
+        """Replace parameters without copying.
+
+        The arrays are C-contiguous, of the layer's dtype or narrow, and owned by the caller alone; ownership passes to the layer.
+        """
         for array in changed.values():
             if isinstance(array, np.ndarray):
                 array.flags.writeable = False
@@ -484,7 +491,7 @@ class Layer(metaclass=LayerType):
         """Become a layer of some configuration, with these arrays."""
         self.__init__(**config)  # type: ignore[misc]
         if weight_type == "float32":
-            self._replace(arrays)
+            self._assign(arrays)
         else:
             self._adopt(arrays)
             self._become_twin(weight_type)
@@ -574,7 +581,7 @@ class Layer(metaclass=LayerType):
         wanted = self._arrays
         arrays = {name: checks.real_array(name, given[name], self.dtype) for name in wanted if name in given}
         self._check_mapping(given, arrays)
-        self._replace(arrays)
+        self._assign(arrays)
 
     def _check_mapping(self, given: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
         """Raise a ValueError that names all that is unknown, missing or of another shape."""
@@ -718,7 +725,7 @@ class Configured(Layer):
     def _build(self) -> None:
         """Make parameters and other attributes from the settings."""
         self._arrays = {}
-        self._replace(self._initial(np.random.default_rng(getattr(self, "seed", None))))
+        self._assign(self._initial(np.random.default_rng(getattr(self, "seed", None))))
 
 
 class Pointwise(Configured):

@@ -1,4 +1,4 @@
-"""Linear: parameters and shapes. The arithmetic is in the operations it calls."""
+"""Linear, and the output map tied to an embedding: parameters and shapes. The arithmetic is in the operations."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastseq import checks, threads
 from fastseq.checks import Array
 from fastseq.layers.base import Pointwise
 from fastseq.layers.derived import Derived
+from fastseq.layers.embedding import Embedding
 from fastseq.layers.settings import KW_ONLY, Dtype, flag, floating, random_seed, size
 
 
@@ -73,3 +74,33 @@ class Linear(Pointwise):
             threads.get_num_threads(),
         )
         return dx.reshape(*dy.shape[:-1], self.in_features)
+
+
+class TiedOutput:
+    """The output map whose matrix is the first `count` rows of an embedding's: y = E x."""
+
+    def __init__(self, embedding: Embedding, operations: Any, count: int) -> None:
+        self._embedding, self._operations, self._count = embedding, operations, count
+        self._packed: Derived[Any] = Derived()
+
+    def _weights(self) -> Any:
+        """The weights as the operations want them."""
+        return self._packed.get(self._embedding._arrays, self._pack)
+
+    def _pack(self, arrays: Mapping[str, Array]) -> Any:
+        return self._operations.linear_pack(arrays["weight"][: self._count], None)
+
+    def __call__(self, x: Array) -> Array:  # noqa: D102
+        y: Array = self._operations.linear_forward(self._weights(), x, threads.get_num_threads())
+        return y
+
+    def forward(self, x: Array) -> tuple[Array, Any]:
+        """The outputs, and what `backward` needs."""
+        return self(x), (self._weights(), x)
+
+    def backward(self, dy: Array, kept: Any, grads: Mapping[str, Array] | None) -> Array:
+        """The gradient of x; that of the matrix is added to the embedding's."""
+        weights, x = kept
+        dweight = self._embedding._targets(grads)["weight"][: self._count]
+        dx: Array = self._operations.linear_backward(weights, x, dy, dweight, None, threads.get_num_threads())
+        return dx

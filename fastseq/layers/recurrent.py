@@ -93,6 +93,10 @@ class Recurrent(Configured):
                     shapes[f"weight_hr_{suffix}"] = (outputs, self.hidden_size)
         return shapes
 
+    def _row_blocks(self, name: str) -> list[int]:
+        rows = len(self._arrays[name])
+        return [rows] if name.startswith("weight_hr") else [rows // self._gates] * self._gates
+
     def _cells(self) -> Any:
         """The weights as the operations want them: one cell for each layer and direction."""
         return self._packed.get(self._arrays, self._pack)
@@ -239,14 +243,6 @@ class Recurrent(Configured):
             return (y, end, gates) if batched else (y[0], end, {name: array[0] for name, array in gates.items()})
         y, h, c = self._backend.recurrent.run(cells, x, h, c, lengths, resets, threads.get_num_threads())
         return (y if batched else y[0]), adopt(h, c)
-
-    def _read(self, ids: Array, tables: Any, state: Any, lengths: Array | None) -> tuple[Array, State]:
-        """A call on symbols (B, T) whose inputs are in tables, of `input_table`; `lengths` are checked."""
-        h, c = self._state_arrays(state, *ids.shape)
-        y, h, c = self._backend.recurrent.run(
-            self._cells(), ids, h, c, lengths, None, threads.get_num_threads(), tables
-        )
-        return y, adopt(h, c)
 
     def _check_call(self, x: Any, state: Any) -> tuple[Array, Array, Array | None, bool]:
         """Inputs and state as the operations want them, and whether there was a batch."""

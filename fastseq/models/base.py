@@ -12,6 +12,7 @@ import numpy as np
 
 from fastseq import checks, io, losses, training
 from fastseq.checks import Array
+from fastseq.layers import inside
 from fastseq.layers.base import SEQUENCE, Composite, Configured, Layer
 from fastseq.layers.derived import Derived
 from fastseq.training import Batch, History
@@ -34,7 +35,7 @@ class ParameterCache:
 
     def get(self, make: Callable[[], Any]) -> Any:
         """Return the cached value; build it with `make` on first use and after a parameter has changed."""
-        return self._kept.get(tuple([layer._arrays for layer in self._layers]), lambda _: make())
+        return self._kept.get(tuple([inside.arrays(layer) for layer in self._layers]), lambda _: make())
 
 
 class Model(Configured, Composite):

@@ -9,12 +9,13 @@ import numpy as np
 
 from fastseq import checks, layers, losses, training
 from fastseq.checks import Array
+from fastseq.layers import inside
 from fastseq.layers.base import Tape, seeds_of
 from fastseq.layers.recurrent import advice_on_dropout
 from fastseq.layers.settings import KW_ONLY, Dtype, choice, floating, fraction, random_seed, size
 from fastseq.models.base import Task, TrainedModel
 from fastseq.models.forms import BATCH_SIZE, no_targets, padded_pair
-from fastseq.models.recurrent_parts import CELLS, rollout
+from fastseq.models.recurrent_parts import CELLS
 from fastseq.models.series import ScaledModel, Series, gaussian, series_of
 from fastseq.models.symbols import real_steps
 from fastseq.training import Batch, History
@@ -294,5 +295,5 @@ class RecurrentForecaster(ScaledModel, TrainedModel):
             return given.like(np.empty((len(given.values), 0, self.input_size)))
         y, state = self._recurrent(self._standard(given.values), lengths=given.lengths)
         x = self._output(y[np.arange(len(y)), given.lengths - 1])
-        later = rollout(self._recurrent, self._output, x, state, horizon - 1)
+        later = inside.rollout(self._recurrent, self._output, x, state, horizon - 1)
         return given.like(self._raw(np.concatenate([x[:, None], later], axis=1)))

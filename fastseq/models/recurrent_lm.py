@@ -9,6 +9,7 @@ import numpy as np
 from fastseq import checks, layers, threads, training
 from fastseq.backend import RecurrentDecoder
 from fastseq.checks import Array
+from fastseq.layers import inside
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.settings import KW_ONLY, Dtype, choice, floating, fraction, random_seed, size
 from fastseq.models.base import ParameterCache, Task
@@ -343,8 +344,6 @@ class RecurrentLM(LanguageModel):
 
     def _decoder_weights(self, compiled: RecurrentDecoder) -> Any:
         """The weights as a compiled decoder wants them."""
-        cells = [cell for (cell,) in self._recurrent._cells()]
-        tables = self._reader.tables()
-        return compiled.Weights(
-            self._embedding._arrays["weight"], cells[0], tables and tables[0], cells, self._output._weights()
-        )
+        cells = [cell for (cell,) in inside.cells(self._recurrent)]
+        tables, embedding = self._reader.tables(), inside.arrays(self._embedding)["weight"]
+        return compiled.Weights(embedding, cells[0], tables and tables[0], cells, inside.packed(self._output))

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from fastseq import layers, threads
+from fastseq import layers
 from fastseq.checks import Array
+from fastseq.layers import inside
 from fastseq.layers.recurrent import Recurrent
 from fastseq.models.base import ParameterCache
 
@@ -36,9 +37,8 @@ class Reader:
         return tables
 
     def _make(self) -> tuple[Array, ...] | None:
-        operations, n_threads = self._layer._backend.recurrent, threads.get_num_threads()
-        weight = self._embedding._arrays["weight"]
-        tables = [operations.input_table(cell, weight, n_threads) for cell in self._layer._cells()[0]]
+        layer, weight = self._layer, inside.arrays(self._embedding)["weight"]
+        tables: list[Any] = [inside.input_table(layer, cell, weight) for cell in inside.cells(layer)[0]]
         return None if any(table is None for table in tables) else tuple(tables)
 
     def __call__(self, ids: Array, state: Any = None, lengths: Array | None = None) -> tuple[Array, Any]:
@@ -47,16 +47,4 @@ class Reader:
         if tables is None:
             outputs: tuple[Array, Any] = self._layer(self._embedding(ids), state, lengths=lengths)
             return outputs
-        read: tuple[Array, Any] = self._layer._read(np.ascontiguousarray(ids), tables, state, lengths)
-        return read
-
-
-def rollout(recurrent: Any, output: Any, x: Array, state: Any, steps: int) -> Array:
-    """Go on from `x` (B, I), each output taken for the next input: (B, steps, I)."""
-    weight, bias = output._arrays["weight"], output._arrays["bias"]
-    h, c = state.h, getattr(state, "c", None)
-    y: Array
-    y, _, _ = recurrent._backend.recurrent.rollout(
-        recurrent._cells(), weight, bias, np.ascontiguousarray(x), h, c, steps, threads.get_num_threads()
-    )
-    return y
+        return inside.run_symbols(self._layer, np.ascontiguousarray(ids), tables, state, lengths)

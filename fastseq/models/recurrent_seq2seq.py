@@ -9,8 +9,7 @@ import numpy as np
 from fastseq import checks, layers, threads
 from fastseq.backend import RecurrentDecoder
 from fastseq.checks import Array
-from fastseq.layers.additive_attention import AllSteps
-from fastseq.layers.attention import Frame
+from fastseq.layers import inside
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.settings import KW_ONLY, Dtype, choice, flag, floating, fraction, random_seed, size
 from fastseq.models.base import ParameterCache
@@ -18,7 +17,7 @@ from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.recurrent_parts import CELLS, Reader
 from fastseq.models.sequence_pairs import Pairs, SequencePairModel
 from fastseq.models.symbols import TokenRows, ids_array
-from fastseq.state import Seq2SeqState, State, adopt, adopt_pair
+from fastseq.state import Seq2SeqState, State, adopt, adopt_pair, named_arrays
 
 ATTENTIONS = ("additive", "multiplicative")
 
@@ -54,11 +53,7 @@ class _KeptSpoken(NamedTuple):
 class _KeptWalk(NamedTuple):
     """Tapes of the steps of a decoder with additive attention."""
 
-    projected: Array
-    key: Tape
-    keys: Array
-    score: Array
-    firsts: Array
+    attention: inside.AttentionSteps
     steps: list[tuple[Any, Tape]]  # of each step: of the attention, and of the recurrent layer
 
 
@@ -132,7 +127,7 @@ class Seq2Seq(SequencePairModel):
             scores = [self._combine]
         elif self.attention == "additive":
             self._attention = self._part(layers.AdditiveAttention, hidden, keys, hidden, seed=seeds[5])
-            scores = [self._attention._query, self._attention._score]
+            scores = [inside.children(self._attention)[name] for name in ("query", "score")]
         self._output: Any = self._part(layers.Linear, hidden + context, self.end + 1, seed=seeds[6])
         self._drop: Any = self._part(layers.Dropout, self.dropout)
         self._start(
@@ -236,23 +231,24 @@ class Seq2Seq(SequencePairModel):
             return self._output(rows.gather(h)), weights
         h = rows.gather(self._target_reader(ids, read.state, rows.lengths)[0])
         if self._attention is not None:
-            projected = self._attention._projected(read.keys)
-            frame = Frame(rows, pairs.source.rows, False)
-            context, weights = self._attention._run(h, read.keys, projected, frame, want_weights)
+            projected = inside.project_keys(self._attention, read.keys)
+            context, weights = inside.attend(
+                self._attention, h, rows, read.keys, projected, pairs.source.rows, want_weights
+            )
             h = self._tanh(self._combine(np.concatenate([context, h], axis=1)))
         return self._output(h), weights
 
     def _walk(self, pairs: Pairs, read: _Read, x: Array, want_weights: bool) -> tuple[Array, Any]:
         """Steps of additive attention and the decoder one after another: [s; c] (B, T, H + K), and the weights."""
         rows, (firsts, counts, lengths) = pairs.begun.rows, _places(pairs)
-        projected, state = self._attention._projected(read.keys), read.state
+        projected, state = inside.project_keys(self._attention, read.keys), read.state
         width = read.keys.shape[1]
         both = np.zeros((rows.batch, rows.time, self.hidden_size + width), self.dtype)
         maps = np.zeros((rows.batch, rows.time, pairs.source.rows.time), self.dtype) if want_weights else None
         for t in range(rows.longest):
             running = lengths > t
-            context, weights = self._attention._at(
-                _top(state), projected, read.keys, firsts, np.where(running, counts, 0)
+            context, weights = inside.attend_step(
+                self._attention, _top(state), read.keys, projected, firsts, np.where(running, counts, 0)
             )
             entering = np.concatenate([x[:, t], context], axis=1)[:, None]
             y, state = self._decoder_layer(entering, state, lengths=_running(running))
@@ -265,14 +261,11 @@ class Seq2Seq(SequencePairModel):
     def _walk_forward(self, pairs: Pairs, read: _Read, x: Array, seed: int) -> tuple[Array, _KeptWalk]:
         """`_walk` for training."""
         rows, (firsts, counts, lengths) = pairs.begun.rows, _places(pairs)
-        projected, of_key = self._attention._key.forward(read.keys)
-        state, steps = read.state, []
+        attention, state, steps = inside.AttentionSteps(self._attention, read.keys), read.state, []
         both = np.zeros((rows.batch, rows.time, self.hidden_size + read.keys.shape[1]), self.dtype)
         for t in range(rows.longest):
             running = lengths > t
-            context, of_attention = self._attention._at_forward(
-                _top(state), projected, read.keys, firsts, np.where(running, counts, 0)
-            )
+            context, of_attention = attention.step(_top(state), firsts, np.where(running, counts, 0))
             entering = np.concatenate([x[:, t], context], axis=1)[:, None]
             y, state, of_step = self._decoder_layer.forward(
                 entering, state, lengths=_running(running), seed=child_seed(seed, t)
@@ -280,29 +273,23 @@ class Seq2Seq(SequencePairModel):
             both[:, t, : self.hidden_size] = y[:, 0]
             both[:, t, self.hidden_size :] = context
             steps.append((of_attention, of_step))
-        score = self._attention._score._arrays["weight"][0]
-        return both, _KeptWalk(projected, of_key, read.keys, score, firsts, steps)
+        return both, _KeptWalk(attention, steps)
 
     def _walk_backward(self, dboth: Array, kept: _KeptWalk, targets: dict[str, Any]) -> tuple[Array, Array, State]:
         """`_walk_forward`, from its end: the gradients of x, of the keys and of the initial state."""
         (batch, time, _), width = dboth.shape, self.embedding_dim
-        of_attention = self._attention._child_targets(self._attention._targets(targets["attention"]))
-        of_all = AllSteps(
-            kept.projected, kept.keys, kept.score, np.zeros_like(kept.projected), np.zeros_like(kept.keys)
-        )
+        attention = kept.attention.backward(targets["attention"])
         dx = np.zeros((batch, time, width), self.dtype)
         dstate: State | None = None
         for t in reversed(range(len(kept.steps))):
-            of_alignment, of_step = kept.steps[t]
+            of_attention, of_step = kept.steps[t]
             dentering, dstate = self._decoder_layer.backward(
                 dboth[:, t : t + 1, : self.hidden_size], of_step, dstate=dstate, grads=targets["decoder"]
             )
             dx[:, t] = dentering[:, 0, :width]
             dcontext = dentering[:, 0, width:] + dboth[:, t, self.hidden_size :]
-            dquery = self._attention._at_backward(dcontext, of_alignment, of_all, kept.firsts, of_attention)
-            dstate = _added(dstate, dquery)
-        dkeys = of_all.dkeys + self._attention._key.backward(of_all.dprojected, kept.key, grads=of_attention["key"])
-        return dx, dkeys, self._decoder_layer.initial_state(batch) if dstate is None else dstate
+            dstate = _added(dstate, attention.step(dcontext, of_attention))
+        return dx, attention.finish(), self._decoder_layer.initial_state(batch) if dstate is None else dstate
 
     def _spoken_forward(self, pairs: Pairs, read: _Read, seeds: tuple[int, int, int]) -> tuple[Array, _KeptSpoken]:
         """`_spoken` for training."""
@@ -321,8 +308,7 @@ class Seq2Seq(SequencePairModel):
             )
             h = rows.gather(y)
         if self.attention == "multiplicative":
-            frame = Frame(rows, pairs.source.rows, False)
-            context, of_attention = self._attention._run_forward(h, read.keys, frame)
+            context, of_attention = inside.attend_forward(self._attention, h, rows, read.keys, pairs.source.rows)
             z, tape = self._combine.forward(np.concatenate([context, h], axis=1))
             h = self._tanh(z)
             of_combine = tape, h
@@ -344,8 +330,8 @@ class Seq2Seq(SequencePairModel):
             dz = self._backend.additive_attention.tanh_backward(h, dh, threads.get_num_threads())
             dboth = self._combine.backward(dz, tape, grads=targets["combine"])
             width = dboth.shape[1] - self.hidden_size
-            dquery, dkeys = self._attention._run_backward(
-                np.ascontiguousarray(dboth[:, :width]), kept.attention, self._attention._targets(targets["attention"])
+            dquery, dkeys = inside.attend_backward(
+                self._attention, np.ascontiguousarray(dboth[:, :width]), kept.attention, targets["attention"]
             )
             dh = dboth[:, width:] + dquery
         if self.attention == "additive":
@@ -421,7 +407,7 @@ class Seq2Seq(SequencePairModel):
         h, c = read.state.h, getattr(read.state, "c", None)
         if self._attention is None:
             return h, c, None, None, None
-        projected = self._attention._projected(read.keys)
+        projected = inside.project_keys(self._attention, read.keys)
         # Rows without padding are not copied, and an output of the encoder is nobody else's.
         return h, c, rows.scatter(read.keys), rows.scatter(projected), np.diff(rows.starts)
 
@@ -462,7 +448,7 @@ class Seq2Seq(SequencePairModel):
             wanted["keys"] = batch, time, self._attention.key_size
             wanted["projected"] = batch, time, self.hidden_size
             wanted["lengths"] = (batch,)
-        found = state._named()
+        found = named_arrays(state)
         for name in state._fields:
             if (name in found) != (name in wanted):
                 should = f"an array of shape {wanted[name]}" if name in wanted else "None"
@@ -472,26 +458,23 @@ class Seq2Seq(SequencePairModel):
                 raise ValueError(f"state.{name} should be of shape {wanted[name]}, not {found[name].shape}")
         if state.dtype == self.dtype:
             return state
-        arrays = [
-            array if array is None or name == "lengths" else checks.real_array(f"state.{name}", array, self.dtype)
-            for name, array in zip(state._fields, state._all(), strict=True)
-        ]
-        return adopt_pair(*arrays)
+        given = {n: a if n == "lengths" else checks.real_array(f"state.{n}", a, self.dtype) for n, a in found.items()}
+        return adopt_pair(*(given.get(name) for name in state._fields))
 
     def _said(self, ids: Array, state: Seq2SeqState) -> tuple[Array, Seq2SeqState]:
         """`step` with arguments that are checked."""
-        keys, projected, lengths = state.keys, state.projected, state.lengths
+        of_source: Any = state.keys, state.projected, state.lengths
         before, x = adopt(state.h, state.c), self._target_embedding(ids)
         if self.attention == "additive":
-            context, _ = self._attention._step(_top(before), keys, projected, lengths, False)
+            context = inside.attend_padded(self._attention, _top(before), *of_source)
             y, after = self._decoder_layer.step(np.concatenate([x, context], axis=1), before)
             h = np.concatenate([y, context], axis=1)
         else:
             h, after = self._decoder_layer.step(x, before)
             if self._attention is not None:
-                context, _ = self._attention._step(h, keys, projected, lengths, False)
+                context = inside.attend_padded(self._attention, h, *of_source)
                 h = self._tanh(self._combine(np.concatenate([context, h], axis=1)))
-        return self._output(h), adopt_pair(after.h, getattr(after, "c", None), keys, projected, lengths)
+        return self._output(h), adopt_pair(after.h, getattr(after, "c", None), *of_source)
 
     def _decoder(self, source: TokenRows, copies: int) -> tuple[Array, Decoder]:
         begun = self._begun(source)
@@ -509,34 +492,28 @@ class Seq2Seq(SequencePairModel):
 
     def _decoder_weights(self, compiled: RecurrentDecoder) -> Any:
         """The weights as a compiled decoder wants them."""
-        cells = [cell for (cell,) in self._decoder_layer._cells()]
-        inputs, output = cells[0], self._output._weights()
+        embedding = inside.arrays(self._target_embedding)["weight"]
+        if self.attention == "additive":
+            parts, output = inside.children(self._attention), inside.arrays(self._output)
+            inputs, cells = inside.split_cells(self._decoder_layer, self.embedding_dim)
+            return compiled.Weights(
+                embedding,
+                inputs,
+                inside.input_table(self._decoder_layer, inputs, embedding),
+                cells,
+                compiled.pack_pair(output["weight"], output["bias"], self.hidden_size),
+                attention=self.attention,
+                query=inside.packed(parts["query"]),
+                score=parts["score"].parameters["weight"][0],
+            )
         more: dict[str, Any] = {}
         if self.attention == "multiplicative":
-            more["combine"] = compiled.pack_pair(self._combine._arrays["weight"], None, -self.hidden_size)
-        elif self.attention == "additive":
-            pack = self._backend.recurrent.pack
-            ((weight_ih, weight_hh, *biases),) = self._decoder_layer._by_direction(self._decoder_layer._arrays, 0)
-            if self.weights == "float32":  # narrow weights take the vector of a symbol and a context as one row
-                of_symbol, of_context = _parts(weight_ih, self.embedding_dim)
-                inputs = pack(self._decoder_layer._cell, of_symbol, weight_hh[:, :0], *biases)
-                cells[0] = pack(self._decoder_layer._cell, of_context, weight_hh, *biases)
-            arrays = self._output._arrays
-            output = compiled.pack_pair(arrays["weight"], arrays["bias"], self.hidden_size)
-            more["query"] = self._attention._query._weights()
-            more["score"] = self._attention._score._arrays["weight"][0]
-        embedding = self._target_embedding._arrays["weight"]
-        if self.attention == "additive":
-            table = self._decoder_layer._backend.recurrent.input_table(inputs, embedding, threads.get_num_threads())
-        else:
-            tables = self._target_reader.tables()
-            table = tables and tables[0]
-        return compiled.Weights(embedding, inputs, table, cells, output, attention=self.attention, **more)
-
-
-def _parts(weight: Array, columns: int) -> tuple[Array, Array]:
-    """The columns of a matrix before one, and those from it on."""
-    return np.ascontiguousarray(weight[:, :columns]), np.ascontiguousarray(weight[:, columns:])
+            more["combine"] = compiled.pack_pair(inside.arrays(self._combine)["weight"], None, -self.hidden_size)
+        cells, tables = [cell for (cell,) in inside.cells(self._decoder_layer)], self._target_reader.tables()
+        output = inside.packed(self._output)
+        return compiled.Weights(
+            embedding, cells[0], tables and tables[0], cells, output, attention=self.attention, **more
+        )
 
 
 def _state(arrays: list[Array]) -> State:

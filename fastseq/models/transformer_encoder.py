@@ -9,7 +9,7 @@ import numpy as np
 from fastseq import checks, layers, losses, threads, training
 from fastseq.checks import Array
 from fastseq.convert import bert
-from fastseq.layers.attention import Frame
+from fastseq.layers import inside
 from fastseq.layers.base import POOLING, SEQUENCE, Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows
 from fastseq.layers.settings import (
@@ -24,7 +24,7 @@ from fastseq.layers.settings import (
     random_seed,
     size,
 )
-from fastseq.layers.transformer import ACTIVATIONS, D_MODEL, MAX_LAYERS, NHEAD, Context
+from fastseq.layers.transformer import ACTIVATIONS, D_MODEL, MAX_LAYERS, NHEAD
 from fastseq.models.base import Task, TrainedModel
 from fastseq.models.forms import BATCH_SIZE, batched_already, held_out, is_data
 from fastseq.models.sums import sums
@@ -319,8 +319,8 @@ class TransformerEncoderModel(TrainedModel):
         x, of_norm = self._norm.forward(x)
         if self.dropout:
             x, entering = self._drop.forward(x, seed=child_seed(seed, 0))
-        context = Context(Frame(rows, rows, False), None, False)
-        y, of_encoder = self._encoder._forward_rows(x, context, child_seed(seed, 1))
+        context = inside.Context.of(rows, False)
+        y, of_encoder = inside.forward_rows(self._encoder, x, context, child_seed(seed, 1))
         y, pooled = self._pool(y, rows, taped=True)
         if self._head is not None:
             if self.dropout:
@@ -356,7 +356,7 @@ class TransformerEncoderModel(TrainedModel):
             if kept.leaving is not None:
                 dy = self._drop.backward(dy, kept.leaving)
         dy = self._unpool(dy, kept.rows, kept.pooled, targets)
-        dx, _ = self._encoder._backward_rows(dy, kept.encoder, targets["encoder"])
+        dx, _ = inside.backward_rows(self._encoder, dy, kept.encoder, targets["encoder"])
         if kept.entering is not None:
             dx = self._drop.backward(dx, kept.entering)
         dx = self._norm.backward(dx, kept.norm, grads=targets["norm"])

@@ -10,18 +10,18 @@ import numpy as np
 
 from fastseq import checks, layers, threads, training
 from fastseq.checks import Array
-from fastseq.layers.attention import Frame
+from fastseq.layers import inside
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows, rows_of
 from fastseq.layers.settings import KW_ONLY, random_seed, size
-from fastseq.layers.transformer import D_MODEL, MAX_LAYERS, NHEAD, Context
+from fastseq.layers.transformer import D_MODEL, MAX_LAYERS, NHEAD
 from fastseq.models.base import Task
 from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.forms import BATCH_SIZE
 from fastseq.models.symbol_model import LanguageModel
 from fastseq.models.symbols import Symbols, ids_array, log_softmax_at, real_steps, token_rows
 from fastseq.models.transformer_parts import GenerativeTransformer, attention_maps, encode, initialise
-from fastseq.state import AttentionState
+from fastseq.state import AttentionState, contents
 from fastseq.training import Batch, History
 
 _TOKENS = 1 << 13  # tokens that go through the layers together where there is no batch to keep together
@@ -201,8 +201,8 @@ class TransformerLM(GenerativeTransformer, LanguageModel):
             x, of_positions = self._positions.forward(x, positions=rows.steps())
         if self.dropout:
             x, entering = self._drop.forward(x, seed=child_seed(seed, 0))
-        context = Context(Frame(rows, rows, False), None, True)
-        y, of_encoder = self._encoder._forward_rows(x, context, child_seed(seed, 1))
+        context = inside.Context.of(rows, True)
+        y, of_encoder = inside.forward_rows(self._encoder, x, context, child_seed(seed, 1))
         logits, of_output = self._output.forward(y)
         return logits, _Kept(of_embedding, of_positions, entering, of_encoder, of_output)
 
@@ -230,7 +230,7 @@ class TransformerLM(GenerativeTransformer, LanguageModel):
         targets = self._child_targets(grads)
         of_output = targets["embedding" if self.tied else "output"]
         dy = self._output.backward(dlogits, kept.output, grads=of_output)
-        dx, _ = self._encoder._backward_rows(dy, kept.encoder, targets["encoder"])
+        dx, _ = inside.backward_rows(self._encoder, dy, kept.encoder, targets["encoder"])
         if kept.entering is not None:
             dx = self._drop.backward(dx, kept.entering)
         if kept.positions is not None:
@@ -379,16 +379,20 @@ class TransformerLM(GenerativeTransformer, LanguageModel):
         if array.ndim != 1:
             raise ValueError(f"x_t should be of shape (B,), not {array.shape}")
         ids = checks.ids("x_t", array, self.vocab_size)
-        state = self.initial_state(len(ids)) if state is None else self._encoder._kept_by(state, len(ids), tokens=True)
+        if state is None:
+            state = self.initial_state(len(ids))
+        else:
+            state = inside.check_state(self._encoder, state, len(ids), tokens=True)
         state = self._with_room(state)
         places = state.lengths
         x = self._embedding(ids)
         x = x if self._positions is None else self._positions(x, positions=places)
         room = int(places.max(initial=-1)) + 1
         tokens = np.zeros((len(ids), room), np.int64)
-        tokens[:, : room - 1] = state._tokens[:, : room - 1]
+        before: Any = contents(state).tokens
+        tokens[:, : room - 1] = before[:, : room - 1]
         tokens[np.arange(len(ids)), places] = ids
-        y, state = self._encoder._go_on(x, np.arange(len(ids) + 1), state, tokens)
+        y, state = inside.append_tokens(self._encoder, x, np.arange(len(ids) + 1), state, tokens)
         return self._output(y), state
 
     def _with_room(self, state: AttentionState) -> AttentionState:
@@ -396,7 +400,7 @@ class TransformerLM(GenerativeTransformer, LanguageModel):
         full = np.flatnonzero(state.lengths >= self.context)
         if not len(full):
             return state
-        tokens: Any = state._tokens
+        tokens: Any = contents(state).tokens
         _, fresh = self._prefilled([tokens[row, : self.context] for row in full], 1)
         index = np.arange(state.batch_size)
         index[full] = state.batch_size + np.arange(len(full))
@@ -416,8 +420,8 @@ class TransformerLM(GenerativeTransformer, LanguageModel):
         ids = np.concatenate(windows)
         tokens = np.zeros((rows.batch, rows.time), np.int64)
         tokens[real_steps(lengths, rows.time)] = ids
-        start = self._encoder._started(rows.batch, tokens=tokens)
-        y, state = self._encoder._go_on(self._embedded(ids, rows), rows.starts, start, tokens)
+        start = inside.start_state(self._encoder, rows.batch, tokens)
+        y, state = inside.append_tokens(self._encoder, self._embedded(ids, rows), rows.starts, start, tokens)
         return y[rows.starts[1:] - 1] if len(y) else y, state
 
     def _decoder(self, prompts: list[Array], copies: int) -> tuple[Array, Decoder]:
@@ -427,15 +431,14 @@ class TransformerLM(GenerativeTransformer, LanguageModel):
         if compiled is None:
             return logits, StateDecoder(self, state)
         return logits, compiled(
-            self._encoder._packed_blocks(self.context),
-            self._encoder._final_norm(),
-            self._embedding._arrays["weight"],
-            None if self._positions is None else self._positions._table(self.context),
-            self._output._weights(),
-            state._own,
+            *inside.packed_stack(self._encoder, self.context),
+            inside.arrays(self._embedding)["weight"],
+            None if self._positions is None else inside.position_table(self._positions, self.context),
+            inside.packed(self._output),
+            contents(state).own,
             None,
             self.context,
-            lambda rows: self._prefilled([self._with_begin(row) for row in rows], 1)[1]._own,
+            lambda rows: contents(self._prefilled([self._with_begin(row) for row in rows], 1)[1]).own,
             threads.get_num_threads(),
         )
 

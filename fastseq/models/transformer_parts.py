@@ -1,19 +1,18 @@
-"""What the Transformer models share: settings, initial weights, the tied output, calls of an encoder over rows."""
+"""What the Transformer models share: settings, initial weights, calls of an encoder over rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastseq import layers, threads
+from fastseq import layers
 from fastseq.checks import Array
-from fastseq.layers.attention import Frame
+from fastseq.layers import inside
 from fastseq.layers.rows import Rows
 from fastseq.layers.settings import KW_ONLY, Dtype, Resolved, choice, flag, floating, fraction, random_seed, size
-from fastseq.layers.transformer import ACTIVATIONS, FEEDFORWARD, NORMS, Context
-from fastseq.models.base import Model, ParameterCache
+from fastseq.layers.transformer import ACTIVATIONS, FEEDFORWARD, NORMS
+from fastseq.models.base import Model
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
 _DEVIATION = 0.02  # of initial weights
@@ -95,7 +94,7 @@ class GenerativeTransformer(Model):
     def _output_map(self, embedding: Any, count: int, seed: int | None) -> Any:
         """Make the map from vectors to `count` logits."""
         if self.tied:
-            return TiedOutput(embedding, self._backend.dense, count)
+            return inside.TiedOutput(embedding, self._backend.dense, count)
         return self._part(layers.Linear, self.d_model, count, False, seed=seed)
 
 
@@ -111,46 +110,17 @@ def attention_maps(weights: list[Array], rows: Rows, unbatched: bool) -> list[Ar
 
 def encode(encoder: Any, x: Array, rows: Rows, causal: bool, want_weights: bool = False) -> tuple[Array, Any]:
     """An encoder over rows: outputs as rows, and the attention of every layer."""
-    y, weights = encoder._run(x, Context(Frame(rows, rows, False), None, causal), want_weights)
-    return y, weights
+    return inside.run_rows(encoder, x, inside.Context.of(rows, causal), want_weights)
 
 
-def initialise(model: Model, num_layers: int, residual: float) -> None:
+def initialise(model: Any, num_layers: int, residual: float) -> None:
     """Normal weights of deviation 0.02, those that end a residual branch times `residual`; biases 0, norms 1."""
-    rng = np.random.default_rng(model._config["seed"])
+    rng = np.random.default_rng(model.seed)
     arrays: dict[str, Array] = {}
-    for name, old in model._arrays.items():
+    for name, old in inside.arrays(model).items():
         if old.ndim == 2:
             ends = name.endswith(("out_proj.weight", "linear2.weight"))
             arrays[name] = np.asarray(rng.normal(0, _DEVIATION * (residual if ends else 1.0), old.shape))
         elif name.endswith("bias"):
             arrays[name] = np.zeros(old.shape)
-    model._replace(arrays)
-
-
-class TiedOutput:
-    """The output map whose matrix is the embedding's, without the row of the begin symbol: y = E x."""
-
-    def __init__(self, embedding: Any, operations: Any, count: int) -> None:
-        self._embedding, self._operations, self._count = embedding, operations, count
-        self._packed = ParameterCache(embedding)
-
-    def _weights(self) -> Any:
-        return self._packed.get(
-            lambda: self._operations.linear_pack(self._embedding._arrays["weight"][: self._count], None)
-        )
-
-    def __call__(self, x: Array) -> Array:  # noqa: D102
-        y: Array = self._operations.linear_forward(self._weights(), x, threads.get_num_threads())
-        return y
-
-    def forward(self, x: Array) -> tuple[Array, Any]:
-        """The outputs, and what `backward` needs."""
-        return self(x), (self._weights(), x)
-
-    def backward(self, dy: Array, kept: Any, grads: Mapping[str, Array] | None) -> Array:
-        """The gradient of x; that of the matrix is added to the embedding's."""
-        weights, x = kept
-        dweight = self._embedding._targets(grads)["weight"][: self._count]
-        dx: Array = self._operations.linear_backward(weights, x, dy, dweight, None, threads.get_num_threads())
-        return dx
+    inside.copy_parameters(model, arrays)

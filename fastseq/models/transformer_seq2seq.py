@@ -9,18 +9,18 @@ import numpy as np
 
 from fastseq import checks, init, layers, threads
 from fastseq.checks import Array
-from fastseq.layers.attention import Frame
+from fastseq.layers import inside
 from fastseq.layers.base import Tape, child_seed, mask_seed, seeds_of
 from fastseq.layers.rows import Rows
 from fastseq.layers.settings import KW_ONLY, choice, random_seed, size
-from fastseq.layers.transformer import D_MODEL, MAX_LAYERS, NHEAD, Context, Tokens
+from fastseq.layers.transformer import D_MODEL, MAX_LAYERS, NHEAD
 from fastseq.models.decoding import Decoder, StateDecoder
 from fastseq.models.sequence_pairs import Pairs, SequencePairModel
 from fastseq.models.symbols import TokenRows, ids_array
 from fastseq.models.transformer_parts import POSITIONS, GenerativeTransformer
 from fastseq.narrow import scaled
 from fastseq.splitmix import mixed, uniform
-from fastseq.state import AttentionState
+from fastseq.state import AttentionState, contents
 
 
 class _Kept(NamedTuple):
@@ -129,21 +129,19 @@ class TransformerSeq2Seq(GenerativeTransformer, SequencePairModel):
         """What the encoder makes of the sources, as rows (N, d_model)."""
         rows = source.rows
         x = self._embedded(self._source_embedding, self._source_positions, source.ids, rows)
-        y: Array = self._encoder._run(x, Context(Frame(rows, rows, False), None, False), False)[0]
-        return y
+        return inside.run_rows(self._encoder, x, inside.Context.of(rows, False))[0]
 
     @staticmethod
-    def _context(pairs: Pairs, memory: Array) -> Context:
-        """What the layers of the decoder are told besides the symbols."""
-        rows, keys = pairs.begun.rows, pairs.source.rows
-        return Context(Frame(rows, rows, False), None, True, memory, Frame(rows, keys, False), None)
+    def _context(pairs: Pairs, memory: Array) -> inside.Context:
+        """What the layers of the decoder receive besides the symbols."""
+        return inside.Context.of(pairs.begun.rows, True, memory, pairs.source.rows)
 
     def _decoded(self, pairs: Pairs, want_weights: bool = False) -> tuple[Array, Any]:
         """The logits (N, V + 1), and what each layer attended to."""
         context = self._context(pairs, self._encoded(pairs.source))
         begun = pairs.begun
         x = self._embedded(self._target_embedding, self._target_positions, begun.ids, begun.rows)
-        y, weights = self._decoder_layers._run(x, context, want_weights)
+        y, weights = inside.run_rows(self._decoder_layers, x, context, want_weights)
         return self._output(y), weights
 
     def _scores(self, pairs: Pairs) -> Array:
@@ -196,7 +194,7 @@ class TransformerSeq2Seq(GenerativeTransformer, SequencePairModel):
         if sampling:
             pairs = self._resampled(pairs, child_seed(seed, 4), sampling)
         source, begun = pairs.source, pairs.begun
-        of_encoder = Context(Frame(source.rows, source.rows, False), None, False)
+        of_encoder = inside.Context.of(source.rows, False)
         memory, of_source = self._side_forward(
             (self._source_embedding, self._source_positions, self._encoder),
             source,
@@ -213,7 +211,7 @@ class TransformerSeq2Seq(GenerativeTransformer, SequencePairModel):
         return logits, (of_source, of_target, of_output)
 
     def _side_forward(
-        self, parts: tuple[Any, Any, Any], tokens: TokenRows, context: Context, seeds: tuple[int, int]
+        self, parts: tuple[Any, Any, Any], tokens: TokenRows, context: inside.Context, seeds: tuple[int, int]
     ) -> tuple[Array, _Kept]:
         """Embedding, positions and layers of one side, forward."""
         embedding, positions, tower = parts
@@ -224,16 +222,17 @@ class TransformerSeq2Seq(GenerativeTransformer, SequencePairModel):
             x, of_positions = positions.forward(x, positions=tokens.rows.steps())
         if self.dropout:
             x, entering = self._drop.forward(x, seed=seeds[0])
-        y, of_tower = tower._forward_rows(x, context, seeds[1])
+        y, of_tower = inside.forward_rows(tower, x, context, seeds[1])
         return y, _Kept(of_embedding, of_positions, entering, of_tower)
 
     def _back(self, dlogits: Array, kept: Any, grads: Any) -> None:
         of_source, of_target, of_output = kept
         targets = self._child_targets(grads)
         dy = self._output.backward(dlogits, of_output, grads=targets["target_embedding" if self.tied else "output"])
-        dx, dmemory = self._decoder_layers._backward_rows(dy, of_target.tower, targets["decoder"])
+        dx, dmemory = inside.backward_rows(self._decoder_layers, dy, of_target.tower, targets["decoder"])
+        assert dmemory is not None
         self._entered_backward("target", self._target_embedding, self._target_positions, dx, of_target, targets)
-        dx, _ = self._encoder._backward_rows(dmemory, of_source.tower, targets["encoder"])
+        dx, _ = inside.backward_rows(self._encoder, dmemory, of_source.tower, targets["encoder"])
         self._entered_backward("source", self._source_embedding, self._source_positions, dx, of_source, targets)
 
     def _entered_backward(
@@ -276,8 +275,7 @@ class TransformerSeq2Seq(GenerativeTransformer, SequencePairModel):
         return self._encoded_state(given)
 
     def _encoded_state(self, source: TokenRows) -> AttentionState:
-        state: AttentionState = self._decoder_layers._remembering(Tokens(self._encoded(source), source.rows, False))
-        return state
+        return inside.memory_state(self._decoder_layers, self._encoded(source), source.rows)
 
     def step(self, y_t: Any, state: Any) -> tuple[Array, AttentionState]:
         """One symbol more of each target; the bits are those of a call over all symbols.
@@ -302,11 +300,11 @@ class TransformerSeq2Seq(GenerativeTransformer, SequencePairModel):
         ids = checks.ids("y_t", array, self.target_vocab_size + 1)
         if state is None:
             raise TypeError("state should be what initial_state or a step gave, not None")
-        state = self._decoder_layers._kept_by(state, len(ids))
+        state = inside.check_state(self._decoder_layers, state, len(ids))
         self._check_room(int(state.lengths.max(initial=-1)) + 1)
         x = self._target_embedding(ids) * self._scale
         x = x if self._target_positions is None else self._target_positions(x, positions=state.lengths)
-        y, state = self._decoder_layers._go_on(x, np.arange(len(ids) + 1), state, None)
+        y, state = inside.append_tokens(self._decoder_layers, x, np.arange(len(ids) + 1), state)
         return self._output(y), state
 
     def _check_new(self, max_new: Any) -> None:
@@ -323,15 +321,14 @@ class TransformerSeq2Seq(GenerativeTransformer, SequencePairModel):
         compiled = self._backend.transformer_decoder
         if compiled is None:
             return logits, StateDecoder(self, state)
-        positions = self._target_positions
+        positions, pages = self._target_positions, contents(state)
         return logits, compiled(
-            self._decoder_layers._packed_blocks(self.max_length),
-            self._decoder_layers._final_norm(),
-            scaled(self._target_embedding._arrays["weight"], self._scale),
-            None if positions is None else positions._table(self.max_length),
-            self._output._weights(),
-            state._own,
-            state._memory,
+            *inside.packed_stack(self._decoder_layers, self.max_length),
+            scaled(inside.arrays(self._target_embedding)["weight"], self._scale),
+            None if positions is None else inside.position_table(positions, self.max_length),
+            inside.packed(self._output),
+            pages.own,
+            pages.memory,
             self.max_length,
             lambda _: self._check_room(self.max_length + 1),
             threads.get_num_threads(),

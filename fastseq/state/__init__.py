@@ -1,6 +1,7 @@
 """States of recurrent layers and of attention: immutable values that belong to whoever holds them."""
 
-from fastseq.state.attention import AttentionState, attention_state, pages_for
+from fastseq.checks import Array
+from fastseq.state.attention import AttentionState, attention_state, contents, pages_for
 from fastseq.state.recurrent import LSTMState, Seq2SeqState, State, adopt, adopt_pair
 
 __all__ = [
@@ -11,5 +12,12 @@ __all__ = [
     "adopt",
     "adopt_pair",
     "attention_state",
+    "contents",
+    "named_arrays",
     "pages_for",
 ]
+
+
+def named_arrays(state: AttentionState | State) -> dict[str, Array]:
+    """Return the arrays that a state is made of again, by the arguments of its class; without those that are None."""
+    return state._arrays()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,15 @@ from fastseq.state.rows import of_one_class, replaced, row_indices
 
 MAX_TOKENS = (1 << 31) - 1  # of a row; more are some weeks of decoding
 MAX_TABLES = 1 << 31  # bytes of the tables of pages of a state that is made of arrays: 8 for every 64 tokens
+
+
+class Contents(NamedTuple):
+    """What a state of attention holds, without copies."""
+
+    own: Any  # pages of the keys and values of the tokens, of the set of operations that made them
+    memory: Any  # pages of the memory, where there is one
+    tokens: Array | None  # (B, T) ids
+    since: Array | None  # (B,) first tokens, where a state was made of arrays that begin within a page
 
 
 class AttentionState:
@@ -307,6 +316,11 @@ def attention_state(own: Any, memory: Any, tokens: Array | None, since: Array | 
     state = AttentionState.__new__(AttentionState)
     state._take(own, memory, tokens, since)
     return state
+
+
+def contents(state: AttentionState) -> Contents:
+    """Return what a state holds, as `attention_state` takes it."""
+    return Contents(state._own, state._memory, state._tokens, state._since)
 
 
 def _attention_state_from(arrays: Mapping[str, Array]) -> AttentionState:

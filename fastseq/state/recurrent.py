@@ -112,6 +112,11 @@ class State:
         result: S = replaced(self, rows, other)
         return result
 
+    def _arrays(self) -> dict[str, Array]:
+        """The arrays by name, without those that are None."""
+        named = {name: getattr(self, name) for name in self._fields}
+        return {name: array for name, array in named.items() if array is not None}
+
     def copy(self: S) -> S:
         """A state of its own with the same numbers."""
         return type(self)(*self)
@@ -142,7 +147,7 @@ class State:
         """Write the state to a safetensors file; `fastseq.load` reads it back."""
         from fastseq import io
 
-        io.save(path, type(self).__name__, {}, {name: getattr(self, name) for name in self._fields})
+        io.save(path, type(self).__name__, {}, self._arrays())
 
 
 class LSTMState(State):
@@ -210,7 +215,7 @@ class Seq2SeqState(State):
             raise ValueError(f"keys, projected and lengths should be given together: {', '.join(missing)} {verb} None")
         if not missing:
             self._take_source(**of_source)
-        for name, array in self._named().items():
+        for name, array in self._arrays().items():
             if array.dtype != self.h.dtype and name != "lengths":
                 raise TypeError(f"h and {name} should have one dtype, not {self.h.dtype} and {array.dtype}")
 
@@ -233,13 +238,8 @@ class Seq2SeqState(State):
             array.flags.writeable = False
             object.__setattr__(self, name, array)
 
-    def _named(self) -> dict[str, Array]:
-        """The arrays there are."""
-        named = {name: getattr(self, name) for name in self._fields}
-        return {name: array for name, array in named.items() if array is not None}
-
     def __iter__(self) -> Iterator[Array]:
-        return iter(self._named().values())
+        return iter(self._arrays().values())
 
     def __getitem__(self, rows: Any) -> Seq2SeqState:
         index = row_indices(rows, self.batch_size)
@@ -281,7 +281,7 @@ class Seq2SeqState(State):
 
     def _kind(self) -> tuple[Any, ...]:
         """What states have in common that can be joined."""
-        widths = {name: array.shape[-1] for name, array in self._named().items() if name != "lengths"}
+        widths = {name: array.shape[-1] for name, array in self._arrays().items() if name != "lengths"}
         return self.dtype, self.h.shape[1], widths
 
     def copy(self) -> Seq2SeqState:
@@ -301,7 +301,7 @@ class Seq2SeqState(State):
             if not np.array_equal(self.lengths, other.lengths):
                 return False
             longest = int(self.lengths.max(initial=0))
-        for name, one in self._named().items():
+        for name, one in self._arrays().items():
             own, its = one, getattr(other, name)
             if name in ("keys", "projected"):
                 own, its = own[:, :longest], its[:, :longest]
@@ -312,14 +312,8 @@ class Seq2SeqState(State):
     __hash__ = None
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name}={array.shape}" for name, array in self._named().items())
+        shapes = ", ".join(f"{name}={array.shape}" for name, array in self._arrays().items())
         return f"{type(self).__name__}({shapes}, dtype={self.dtype.name})"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a safetensors file; `fastseq.load` reads it back."""
-        from fastseq import io
-
-        io.save(path, type(self).__name__, {}, self._named())
 
 
 def adopt_pair(

@@ -141,7 +141,7 @@ def _taken_apart(value: Any, place: str, arrays: dict[str, Array]) -> Any:
         arrays[place] = value
         return {"array": place}
     if type(value).__name__ in _STATES and type(value) is _STATES[type(value).__name__]:
-        named = {n: _taken_apart(array, f"{place}.{n}", arrays) for n, array in _named(value).items()}
+        named = {n: _taken_apart(array, f"{place}.{n}", arrays) for n, array in state.named_arrays(value).items()}
         return {"state": type(value).__name__, "named": named}
     if isinstance(value, list | tuple):
         items = [_taken_apart(item, f"{place}.{i}", arrays) for i, item in enumerate(value)]
@@ -152,15 +152,6 @@ def _taken_apart(value: Any, place: str, arrays: dict[str, Array]) -> Any:
             "dict": {n: _taken_apart(item, f"{prefix}{n}", arrays) for n, item in checks.mapping(place, value).items()}
         }
     raise TypeError(f"a checkpoint cannot hold {place}: {checks.describe(value)}")
-
-
-def _named(value: Any) -> dict[str, Array]:
-    """The arrays that a state is made of again."""
-    if isinstance(value, state.AttentionState):
-        return value._arrays()
-    if isinstance(value, state.Seq2SeqState):
-        return value._named()
-    return {name: getattr(value, name) for name in value._fields}
 
 
 def _put_together(value: Any, arrays: dict[str, Array]) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
+from fastseq.layers import inside
 from fastseq.layers.base import Tape
 from fastseq.layers.recurrent import Recurrent
 
@@ -43,7 +44,7 @@ def gradient_flow(layer: Recurrent, tape: Tape, dy: Any, *, dstate: Any = None) 
     if not isinstance(layer, Recurrent):
         raise TypeError(f"layer should be an RNN, LSTM or GRU, not {checks.describe(layer)}")
     wide = np.promote_types(layer.dtype, np.float64)
-    parts = [part.astype(wide) for part in layer._flow(dy, tape, dstate) if part is not None]
+    parts = [part.astype(wide) for part in inside.flow(layer, dy, tape, dstate) if part is not None]
     # Scaled by the largest, since squares of what has vanished underflow and of what has exploded overflow.
     largest = np.max([np.abs(part).max(axis=(0, 3), initial=0) for part in parts], axis=0)
     scale = np.where((largest > 0) & np.isfinite(largest), largest, 1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
-from fastseq.layers import Sequential, Sigmoid, Softmax
+from fastseq.layers import Sequential, Sigmoid, Softmax, inside
 from fastseq.layers.base import POOLING, Layer
 from fastseq.losses import counting
 from fastseq.state import State
@@ -152,7 +152,7 @@ class LayerLearner(Learner):
             if isinstance(last, kind) and self.label == label:
                 checks.warn(
                     f"model should end in logits with the loss {label}, which takes the {kind.__name__.lower()} itself,"
-                    f" not in {last._making()}: leave that layer out"
+                    f" not in {inside.constructor_call(last)}: leave that layer out"
                 )
 
     def check_data(self, name: str, data: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastseq import backend, checks, threads
 from fastseq.checks import Array
+from fastseq.layers import inside
 from fastseq.layers.base import Layer
 
 
@@ -43,7 +44,7 @@ class Optimiser(ABC):
             raise ValueError("lr should be more than 0 where a group has an lr of its own, which follows it")
         self._trained = tuple(name for name, settings in self._settings.items() if not settings.frozen)
         self._steps = 0
-        arrays = layer._arrays
+        arrays = inside.arrays(layer)
         self._kept: dict[str, dict[str, Array]] = {
             slot: {name: np.zeros_like(arrays[name]) for name in self._trained} for slot in self._slots
         }
@@ -86,7 +87,7 @@ class Optimiser(ABC):
             Naming what is missing or misshapen; nothing has changed then, nor after a `MemoryError`.
         """
         given = self._gradients(grads)
-        old = self._layer._arrays
+        old = inside.arrays(self._layer)
         new = {name: np.empty_like(old[name]) for name in given}
         step = self._steps + 1
         n_threads = threads.get_num_threads()
@@ -97,7 +98,7 @@ class Optimiser(ABC):
             kept = {slot: arrays[name] for slot, arrays in self._kept.items()}
             self._pass(old[name], gradient, kept, new[name], step, lr, settings.weight_decay, n_threads)
         self._steps = step
-        self._layer._adopt(new)
+        inside.adopt_parameters(self._layer, new)
 
     def _gradients(self, grads: Any) -> dict[str, Array]:
         """The gradient of every parameter that is trained, as the passes want it."""
@@ -105,7 +106,7 @@ class Optimiser(ABC):
             own = self._layer.grads
             return {name: own[name] for name in self._trained}
         given = checks.mapping("grads", grads)
-        parameters = self._layer._arrays
+        parameters = inside.arrays(self._layer)
         faults = [f"{name} is missing" for name in self._trained if name not in given]
         faults += [f"{name} is unknown" for name in given if name not in parameters]
         arrays = {}
@@ -150,7 +151,7 @@ class Optimiser(ABC):
             Naming every name that is unknown, missing or of another shape; the optimiser is as it was then.
         """
         given = checks.mapping("mapping", mapping)
-        parameters = self._layer._arrays
+        parameters = inside.arrays(self._layer)
         wanted = {f"{slot}.{name}": parameters[name].shape for slot in self._slots for name in self._trained}
         faults = [f"{name} is missing" for name in ("steps", "lr", *wanted) if name not in given]
         faults += [f"{name} is unknown" for name in given if name not in wanted and name not in ("steps", "lr")]

@@ -19,6 +19,7 @@ import numpy as np
 
 from fastseq import checks, elsewhere
 from fastseq.checks import Array
+from fastseq.layers import inside
 from fastseq.layers.base import Layer
 from fastseq.training import arguments, checkpoints
 from fastseq.training import data as datasets
@@ -555,11 +556,11 @@ class _Run:
         self.history.stopped = self.ended(interrupts)
         self.history.interrupted = self.history.stopped == "interrupted"
         self.save()
-        back = self.best is not None and self.patience is not None and not self.history.interrupted
-        if back:
+        best = None if self.patience is None or self.history.interrupted else self.best
+        if best is not None:
             with interrupts.held():
-                self.model._adopt(self.best)
-        shown.end(self.history, self.note(back))
+                inside.adopt_parameters(self.model, best)
+        shown.end(self.history, self.note(best is not None))
         return self.history
 
     def note(self, back: bool) -> str:

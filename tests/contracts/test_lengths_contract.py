@@ -1450,7 +1450,7 @@ def _pair_state(root: Any, dtype: str, variant: str, setting: dict[str, Any]) ->
             logits, state = model.step(y[:, t], state)
             found[f"logits {t}"] = Each(logits)
         if variant != "transformer":
-            found |= {name: Each(array) for name, array in state._named().items() if name in "hc"}
+            found |= {name: Each(array) for name, array in state._arrays().items() if name in "hc"}
         return found
 
     y = np.random.default_rng(6).integers(0, SYMBOLS, (ROWS, 2))

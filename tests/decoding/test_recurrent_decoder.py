@@ -14,6 +14,7 @@ from decoders import AGAIN, DONE, Struct
 
 import fastseq as fs
 from fastseq import _recurrent, _recurrent_decoder
+from fastseq.layers import inside
 from fastseq.models.decoding import StateDecoder
 from fastseq.models.recurrent_parts import Reader
 
@@ -37,10 +38,10 @@ class Network:
         return self.output(y), state
 
     def decoder(self, state: Any, copies: int, n_threads: int) -> Any:
-        cells = [cell for (cell,) in self.recurrent._cells()]
+        cells = [cell for (cell,) in inside.cells(self.recurrent)]
         embedding = self.embedding.parameters["weight"]
         table = _recurrent.input_table(cells[0], embedding, n_threads)
-        weights = _recurrent_decoder.Weights(embedding, cells[0], table, cells, self.output._weights())
+        weights = _recurrent_decoder.Weights(embedding, cells[0], table, cells, inside.packed(self.output))
         return _recurrent_decoder.Decoder(weights, state.h, getattr(state, "c", None), copies, n_threads)
 
     def decoders(self, rows: int, copies: int, n_threads: int) -> tuple[Any, StateDecoder]:

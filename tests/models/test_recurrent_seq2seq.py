@@ -577,7 +577,7 @@ def test_states(cell, attention, engine, tmp_path):
             copy.deepcopy(state),
             pickle.loads(pickle.dumps(state)),
             fs.load(tmp_path / f"{n}"),
-            fs.Seq2SeqState(**state._named()),
+            fs.Seq2SeqState(**state._arrays()),
             fs.Seq2SeqState(*(getattr(state, name) for name in ("h", "c", "keys", "projected", "lengths"))),
             state[:],
             fs.Seq2SeqState.concatenate([state[:1], state[1:1], state[1:]]),
@@ -620,7 +620,7 @@ def test_states_of_sources_of_other_lengths(attention):
     assert other != together and other[1:] == together[1:]
     wide = made.initial_state(padded(SOURCES, 5, 9), lengths=COUNTS)
     assert wide.keys.shape[1] == 9 and wide == together
-    named = wide._named()
+    named = wide._arrays()
     dirty = {name: np.array(a) for name, a in named.items()}
     dirty["keys"][1, 1:], dirty["projected"][0, 4:] = np.nan, np.inf
     assert fs.Seq2SeqState(**dirty) == together

@@ -1,6 +1,7 @@
-"""Nobody imports upwards, and ARCHITECTURE.md, which draws the floors, names paths that exist."""
+"""Nobody imports upwards or reaches into another package's objects; ARCHITECTURE.md names paths that exist."""
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -166,6 +167,101 @@ def test_every_module_has_a_floor_of_its_own():
     assert all(is_module(name) for name in named)
     for module in MODULES:
         assert home(module)[0] != "fastseq" or module == "fastseq", f"{module} is on no floor"
+
+
+NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public, for all their underscores
+
+
+def room(module):
+    """The package that a module belongs to, or the module where it stands alone: fastseq.<name>."""
+    return ".".join(module.split(".")[:2])
+
+
+def underscored(name):
+    return name.startswith("_") and not name.startswith("__") and name not in NAMED_TUPLE
+
+
+def private_members(tree):
+    """The underscored members of the classes of a module: methods, class attributes, slots, attributes of self."""
+    for kind in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for node in ast.walk(kind):
+            if isinstance(node, ast.FunctionDef):
+                yield node.name
+            elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+                yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def inherits_from(tree):
+    """The rooms that the classes of a module have base classes of."""
+    imported = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    for kind in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        yield from (room(imported.get(ast.unparse(base).split(".")[0], "")) for base in kind.bases)
+
+
+@functools.cache
+def source_trees():
+    found = {}
+    for module in MODULES:
+        path = ROOT.joinpath(*module.split("."))
+        found[module] = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+    return found
+
+
+@functools.cache
+def members_and_bases():
+    """The rooms whose classes have an underscored member, by its name; and the rooms that a room inherits from."""
+    members, bases = {}, {}
+    for module, tree in source_trees().items():
+        for name in filter(underscored, private_members(tree)):
+            members.setdefault(name, set()).add(room(module))
+        bases.setdefault(room(module), set()).update(inherits_from(tree))
+    return members, bases
+
+
+def reaches(module, tree):
+    """Every use of an underscored member of another object whose class is in another room.
+
+    A room may use its own members. Those it inherits, or gives a name that a class it inherits from has, it may use of
+    self alone: of any other object the name may mean the other room's.
+    """
+    here = room(module)
+    members, bases = members_and_bases()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and room(node.module) not in (here, "fastseq", "__future__"):
+            yield from (f"{module}:{node.lineno} {alias.name}" for alias in node.names if underscored(alias.name))
+        if not isinstance(node, ast.Attribute) or not underscored(node.attr):
+            continue
+        code = ast.unparse(node)
+        of = members.get(node.attr, set())
+        own = re.match(r"(self|cls|super\(\)|type\(self\))\._\w+$", code)
+        if of and not own and (here not in of or of & (bases[here] - {here})):
+            yield f"{module}:{node.lineno} {code}"
+
+
+def test_nobody_reaches_into_objects_of_another_package():
+    assert not [place for module, tree in source_trees().items() for place in reaches(module, tree)]
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("fastseq.models.recurrent_parts", "self._layer._cells()"),
+        ("fastseq.models.recurrent_parts", "self._layer._weights()"),
+        ("fastseq.models.transformer_lm", "encoder._opened"),  # a name that models have, too
+        ("fastseq.training.trainer", "self.model._adopt({})"),
+        ("fastseq.init", "layer._config"),
+        ("fastseq.layers.inside", "state._own"),
+        ("fastseq.plotting", "layer._arrays['weight']"),
+        ("fastseq.training.flow", "from fastseq.layers.recurrent import _suffix"),
+    ],
+)
+def test_a_planted_reach_is_found(module, code):
+    assert len(list(reaches(module, ast.parse(code)))) == 1
 
 
 def test_the_kernels_know_neither_python_nor_threads_nor_memory():
