@@ -205,7 +205,9 @@ def _draw_matrices(layer: Layer, weights: str, seed: int | None) -> None:
                 _draw_matrices(child, weights, None if seed is None else child_seed(seed, place))
     elif isinstance(layer, Linear | Recurrent | MultiheadAttention):
         rng = np.random.default_rng(seed)
-        layer._replace({name: _matrices(layer, name, old.shape, weights, rng) for name, old in layer._arrays.items()})
+        own = tuple(layer._vectors()) if isinstance(layer, Recurrent) else ()  # start as in a new layer
+        drawn = {name: array for name, array in layer._arrays.items() if not name.startswith(own)}
+        layer._replace({name: _matrices(layer, name, old.shape, weights, rng) for name, old in drawn.items()})
 
 
 def _set_forget_bias(layer: LSTM, bias: float) -> None:

@@ -34,6 +34,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gru_after": ("GRU", {"reset_after": True}),
     "gru_before": ("GRU", {"reset_after": False}),
 }
+# Those that other libraries have no layer for.
+NOT_IN_PYTORCH = ("rnn_sigmoid", "gru_before")
+NOT_IN_ONNX = ("lstm_proj",)
 GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
 

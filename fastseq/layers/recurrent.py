@@ -15,7 +15,7 @@ from fastseq.layers.derived import Derived
 from fastseq.layers.settings import KW_ONLY, Dtype, choice, flag, floating, fraction, random_seed, size
 from fastseq.state import LSTMState, State, adopt
 
-NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # of one direction of one layer
+NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # of one direction of one layer; see `_vectors`
 MAX_LAYERS = 1024  # nobody stacks more, and each is some Python objects
 
 
@@ -56,6 +56,10 @@ class Recurrent(Configured):
     def _kind(self) -> str:
         """The name that operations have for the cell."""
 
+    def _vectors(self) -> dict[str, int]:
+        """Parameters of one direction of one layer beside `NAMES`, in the order of the operations: their sizes."""
+        return {}
+
     def _build(self) -> None:
         self._cell = self._kind()
         self._directions = 2 if self.bidirectional else 1
@@ -91,6 +95,7 @@ class Recurrent(Configured):
                     shapes[f"bias_hh_{suffix}"] = (rows,)
                 if self.proj_size:
                     shapes[f"weight_hr_{suffix}"] = (outputs, self.hidden_size)
+                shapes.update({f"{name}_{suffix}": (size,) for name, size in self._vectors().items()})
         return shapes
 
     def _cells(self) -> Any:
@@ -106,7 +111,8 @@ class Recurrent(Configured):
     def _by_direction(self, arrays: Mapping[str, Array], layer: int) -> tuple[tuple[Any, ...], ...]:
         """The arrays of one layer in the order the operations have them; None for what it does not have."""
         suffixes = [_suffix(layer, direction) for direction in range(self._directions)]
-        return tuple(tuple(arrays.get(f"{name}_{suffix}") for name in NAMES) for suffix in suffixes)
+        names = (*NAMES, *self._vectors())
+        return tuple(tuple(arrays.get(f"{name}_{suffix}") for name in names) for suffix in suffixes)
 
     def _slots_of(self, layer: int) -> slice:
         """Where a layer's states stand among those of all layers."""
