@@ -26,6 +26,14 @@ SETS = {"baseline": ["-march=x86-64-v2"] if X86_64 else []}
 if X86_64:
     SETS["avx2"] = ["-mavx2", "-mfma"]
     SETS["avx512"] = ["-mavx512f", "-mavx512dq", "-mprefer-vector-width=512"]
+# The same of products of narrow weights, src/kernels/isa/<name>_narrow.c: there are more sets, which share kernels of reals.
+NARROW_SETS = {"baseline": SETS["baseline"]}
+if X86_64:
+    NARROW_SETS["avx2"] = SETS["avx2"]
+    NARROW_SETS["avx_vnni"] = [*SETS["avx2"], "-mavxvnni"]
+    NARROW_SETS["avx512"] = [*SETS["avx512"], "-mavx512bw"]
+    NARROW_SETS["avx512_vnni"] = [*NARROW_SETS["avx512"], "-mavx512vnni"]
+    NARROW_SETS["avx512_bf16"] = [*NARROW_SETS["avx512_vnni"], "-mavx512bf16"]
 
 # What is fused is written in the source; the compiler fuses nothing of its own.
 FLAGS = ["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -123,6 +131,7 @@ class Build(build_ext):
         files = {"src/kernels/dispatch.c": flags}
         for name, set_flags in reversed(SETS.items()):  # the widest takes longest, and is begun first
             files |= {f"src/kernels/isa/{name}_{real}.c": [*flags, *set_flags] for real in ("f32", "f64")}
+        files |= {f"src/kernels/isa/{name}_narrow.c": [*flags, *own] for name, own in reversed(NARROW_SETS.items())}
 
         def kernel(source: str) -> str:
             folder = f"build/kernels/{digest(f'{platform.platform()} {self.compiler.compiler_so} {files[source]}')}"

@@ -2,7 +2,7 @@
 
 cimport numpy as cnp
 
-from runtime.kernels cimport fs_cell, fs_kernels, fs_step, fs_weights
+from runtime.kernels cimport FS_VECTORS, fs_cell, fs_kernels, fs_step, fs_weights
 from runtime.team cimport fs_barrier
 
 
@@ -17,6 +17,7 @@ cdef struct CellWeights:
     int main_vectors       # of a panel row
     fs_weights candidate   # of no units where the cell has no second product
     fs_weights projection  # of no units where the LSTM has none
+    const void *vectors[FS_VECTORS + 1]  # of `rows` of the cell; see fs_step
 
 
 # The weights of a cell as backward multiplies with them: gradients of pre-activations in, of what they saw out.
@@ -37,6 +38,7 @@ cdef class Cell:
     cdef int item
     cdef list packed       # keeps what the pointers above point into
     cdef cnp.ndarray weight_ih, weight_hh, weight_hr
+    cdef list vectors      # keeps those of `w`
     cdef TransposedCell gradient  # or None until it is asked for
 
     cdef TransposedCell transposed(self)
@@ -47,12 +49,12 @@ cdef struct CellPointers:
     const void **x
     const void **init
     const void **candidate_init
-    const void **no_bias    # the bias of the projection
+    const void **no_bias    # the bias of the projection, and of the state part where the cell has `rows`
     const void **h
     const void **c_before
     void **c
-    void **middle           # [hidden_size]: r * h, or the LSTM's output before its projection
-    void **z                # [hidden_size]
+    void **middle           # [hidden_size]: r * h, or the LSTM's output before its projection; or the state part
+    void **z                # [hidden_size]; of a cell with `rows`, as `middle`, [gates][hidden_size]
     void **gates            # NULL: no tape
     void **out
     # Of narrow weights: room for the narrow rows that one thread makes, see narrow_x_bytes and narrow_h_bytes.
@@ -65,6 +67,8 @@ cdef struct CellStep:
     fs_step main
     fs_step candidate
     fs_step projection
+    fs_step rows
+    int share    # this thread's, of as many as the team has
 
 
 # How threads share steps of rows.
@@ -107,6 +111,8 @@ cdef inline void set_init(const CellWeights *w, const CellPointers *at, Py_ssize
         at.candidate_init[row] = w.candidate.bias
     if w.projection.units:
         at.no_bias[row] = w.projection.bias
+    elif w.cell.rows != NULL:
+        at.no_bias[row] = w.main.bias
 
 
 cdef inline Py_ssize_t init_bytes(const CellWeights *w, const fs_weights *weights, int vectors) noexcept nogil:

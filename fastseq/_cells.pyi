@@ -13,4 +13,5 @@ def pack(
     bias_ih: Array | None,
     bias_hh: Array | None,
     weight_hr: Array | None,
+    *vectors: Array | None,
 ) -> Cell: ...

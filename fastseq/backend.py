@@ -38,9 +38,17 @@ class Recurrent(Protocol):
     """RNN, LSTM and GRU; `cells` are packed weights, [layer][direction]."""
 
     def pack(
-        self, kind: str, w_ih: Array, w_hh: Array, b_ih: Array | None, b_hh: Array | None, w_hr: Array | None, /
+        self,
+        kind: str,
+        w_ih: Array,
+        w_hh: Array,
+        b_ih: Array | None,
+        b_hh: Array | None,
+        w_hr: Array | None,
+        /,
+        *vectors: Array | None,
     ) -> Any:
-        """Weights of one direction of one layer in the form of the other operations."""
+        """Weights of one direction of one layer in the form of the other operations; `vectors` are the cell's own."""
 
     def input_table(self, cell: Any, embedding: Array, n_threads: int, /) -> Array | None:
         """The input part of the pre-activations for every symbol, for `run`; None where a table does not pay."""

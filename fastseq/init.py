@@ -202,7 +202,10 @@ def _draw_matrices(layer: Layer, weights: str, seed: int | None) -> None:
     elif isinstance(layer, Linear | Recurrent | MultiheadAttention):
         rng = np.random.default_rng(seed)
         arrays = inside.arrays(layer)
-        drawn = {name: _matrices(layer, name, old.shape, weights, rng) for name, old in arrays.items()}
+        own = inside.norm_parameters(layer)  # start as in a new layer
+        drawn = {
+            name: _matrices(layer, name, old.shape, weights, rng) for name, old in arrays.items() if name not in own
+        }
         inside.copy_parameters(layer, drawn)
 
 

@@ -31,9 +31,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn_sigmoid": ("RNN", {"nonlinearity": "sigmoid"}),
     "lstm": ("LSTM", {}),
     "lstm_proj": ("LSTM", {"proj_size": None}),
+    "lstm_ln": ("LSTM", {"layer_norm": True}),
     "gru_after": ("GRU", {"reset_after": True}),
     "gru_before": ("GRU", {"reset_after": False}),
 }
+# Those that other libraries have no layer for.
+NOT_IN_PYTORCH = ("rnn_sigmoid", "lstm_ln", "gru_before")
+NOT_IN_ONNX = ("lstm_proj", "lstm_ln")
 GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
 

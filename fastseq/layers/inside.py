@@ -53,6 +53,7 @@ __all__ = [
     "initial_arrays",
     "input_table",
     "memory_state",
+    "norm_parameters",
     "packed",
     "packed_stack",
     "position_table",
@@ -114,6 +115,13 @@ def initial_arrays(layer: Layer, seed: int | None) -> Mapping[str, Array]:
     if "seed" in config:
         config["seed"] = seed
     return type(layer)(**config)._arrays
+
+
+def norm_parameters(layer: Layer) -> set[str]:
+    """Return the names of gains and biases of the norms within a recurrent cell, which no initialisation draws."""
+    if not isinstance(layer, Recurrent):
+        return set()
+    return {name for name in layer._arrays if name.startswith(tuple(layer._vectors()))} if layer._vectors() else set()
 
 
 def row_blocks(layer: Layer, name: str) -> list[int]:

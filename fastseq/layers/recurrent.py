@@ -15,7 +15,7 @@ from fastseq.layers.derived import Derived
 from fastseq.layers.settings import KW_ONLY, Dtype, choice, flag, floating, fraction, random_seed, size
 from fastseq.state import LSTMState, State, adopt
 
-NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # of one direction of one layer
+NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # of one direction of one layer; see `_vectors`
 MAX_LAYERS = 1024  # nobody stacks more, and each is some Python objects
 
 
@@ -56,6 +56,10 @@ class Recurrent(Configured):
     def _kind(self) -> str:
         """The name that operations have for the cell."""
 
+    def _vectors(self) -> dict[str, int]:
+        """Parameters of one direction of one layer beside `NAMES`, in the order of the operations: their sizes."""
+        return {}
+
     def _build(self) -> None:
         self._cell = self._kind()
         self._directions = 2 if self.bidirectional else 1
@@ -91,6 +95,7 @@ class Recurrent(Configured):
                     shapes[f"bias_hh_{suffix}"] = (rows,)
                 if self.proj_size:
                     shapes[f"weight_hr_{suffix}"] = (outputs, self.hidden_size)
+                shapes.update({f"{name}_{suffix}": (size,) for name, size in self._vectors().items()})
         return shapes
 
     def _row_blocks(self, name: str) -> list[int]:
@@ -116,7 +121,8 @@ class Recurrent(Configured):
     def _by_direction(self, arrays: Mapping[str, Array], layer: int) -> tuple[tuple[Any, ...], ...]:
         """The arrays of one layer in the order the operations have them; None for what it does not have."""
         suffixes = [_suffix(layer, direction) for direction in range(self._directions)]
-        return tuple(tuple(arrays.get(f"{name}_{suffix}") for name in NAMES) for suffix in suffixes)
+        names = (*NAMES, *self._vectors())
+        return tuple(tuple(arrays.get(f"{name}_{suffix}") for name in names) for suffix in suffixes)
 
     def _slots_of(self, layer: int) -> slice:
         """Where a layer's states stand among those of all layers."""
@@ -476,6 +482,7 @@ class Recurrent(Configured):
         settings = [str(w_x[1]), str(hidden)]
         settings += [f"num_layers={layers}"] if layers > 1 else []
         settings += [f"proj_size={w_h[1]}"] if projection is not None else []
+        settings += ["layer_norm=True"] if "ln_ih_weight_l0" in shapes else []
         settings += ["bias=False"] if "bias_ih_l0" not in shapes else []
         settings += ["bidirectional=True"] if "weight_hh_l0_reverse" in shapes else []
         return f"; it looks like the state dict of {kind}({', '.join(settings)})"
@@ -531,12 +538,19 @@ class LSTM(Recurrent):
     i, f, o = sigmoid(W x + b + U h + d), g = tanh(W x + b + U h + d), each with its own weights;
     c' = f c + i g; h' = o tanh(c'), or W_hr (o tanh(c')) with `proj_size` [3]_.
 
+    With `layer_norm` [4]_, LN(z) = (z - mean of z) / sqrt(variance of z + 1e-5): the pre-activations of all four gates
+    are ln_ih_weight LN(W x) + b + ln_hh_weight LN(U h) + d, each norm over all 4H of them, and
+    h' = o tanh(ln_c_weight LN(c') + ln_c_bias). The biases of the two norms of the pre-activations and the bias of the
+    gates, which the paper adds up, are b + d. ``ln_ih_weight_l0`` and ``ln_hh_weight_l0`` are of shape (4H,),
+    ``ln_c_weight_l0`` and ``ln_c_bias_l0`` of shape (H,); they start at 1 and 0.
+
     References
     ----------
     .. [1] S. Hochreiter, J. Schmidhuber, "Long short-term memory", Neural Computation 9, 1997.
     .. [2] F. A. Gers, J. Schmidhuber, F. Cummins, "Learning to forget", Neural Computation 12, 2000.
     .. [3] H. Sak, A. Senior, F. Beaufays, "Long short-term memory based recurrent neural network
        architectures for large vocabulary speech recognition", arXiv:1402.1128, 2014.
+    .. [4] J. L. Ba, J. R. Kiros, G. E. Hinton, "Layer normalization", arXiv:1607.06450, 2016: equations 20 to 22.
     """
 
     _gates = 4
@@ -550,10 +564,28 @@ class LSTM(Recurrent):
         doc="P: outputs and ``state.h`` have this size in the place of H. 0: no projection. Less than H.",
     )
 
+    layer_norm: bool = flag(
+        default=False, before="bias", doc="Whether pre-activations and cell state are normalised; not with `proj_size`."
+    )
+
     def _kind(self) -> str:
-        return "lstm"
+        return "lstm_ln" if self.layer_norm else "lstm"
+
+    def _vectors(self) -> dict[str, int]:
+        if not self.layer_norm:
+            return {}
+        gates, units = self._gates * self.hidden_size, self.hidden_size
+        of_c = {"ln_c_weight": units, "ln_c_bias": units} if self.bias else {"ln_c_weight": units}
+        return {"ln_ih_weight": gates, "ln_hh_weight": gates, **of_c}
+
+    def _initial(self, rng: np.random.Generator) -> dict[str, Array]:
+        arrays = super()._initial(rng)
+        norms = {name: array.shape for name, array in arrays.items() if name.startswith("ln_")}
+        return arrays | {name: np.full(shape, "weight" in name, float) for name, shape in norms.items()}
 
     def _resolve(self) -> None:
+        if self.proj_size and self.layer_norm:
+            raise ValueError(f"proj_size should be 0 with layer_norm=True, not {self.proj_size}")
         if self.proj_size >= self.hidden_size:
             raise ValueError(f"proj_size should be less than hidden_size={self.hidden_size}, not {self.proj_size}")
 

@@ -18,7 +18,8 @@ from fastseq.narrow import split_rows
 
 Cells = Sequence[Sequence["Cell"]]  # [layer][direction]
 Kept = dict[str, Array]  # what a cell's backward needs of one step, by the names of its forward
-Grads = tuple[Array | None, ...]  # gradients of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+Grads = tuple[Array | None, ...]  # gradients of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, and the vectors
+LN_EPS = 1e-5  # of the layer-normalised LSTM
 
 
 def sigmoid(a: Array) -> Array:
@@ -53,7 +54,12 @@ NONLINEARITIES: dict[str, tuple[Callable[[Array], Array], Callable[[Array, Array
     "rnn_sigmoid": (sigmoid, sigmoid_backward),
 }
 # What `gates` gives beside h.
-GATES = {"lstm": ("i", "f", "g", "o", "c"), "gru_reset_after": ("r", "z", "n"), "gru_reset_before": ("r", "z", "n")}
+GATES = {
+    "lstm": ("i", "f", "g", "o", "c"),
+    "lstm_ln": ("i", "f", "g", "o", "c"),
+    "gru_reset_after": ("r", "z", "n"),
+    "gru_reset_before": ("r", "z", "n"),
+}
 
 
 class Cell:
@@ -71,8 +77,9 @@ class Cell:
         bias_ih: Array | None,
         bias_hh: Array | None,
         weight_hr: Array | None,
+        *vectors: Array | None,
     ) -> None:
-        gates = {"lstm": 4, "gru_reset_after": 3, "gru_reset_before": 3}.get(kind, 1)
+        gates = {"lstm": 4, "lstm_ln": 4, "gru_reset_after": 3, "gru_reset_before": 3}.get(kind, 1)
         none = np.zeros(len(weight_ih), weight_ih.dtype)
         self.kind = kind
         self.W = split_rows(weight_ih, gates)
@@ -80,12 +87,17 @@ class Cell:
         self.b = np.split(none if bias_ih is None else bias_ih, gates)
         self.d = np.split(none if bias_hh is None else bias_hh, gates)
         self.projection = weight_hr
+        self.weight_ih, self.weight_hh = weight_ih, weight_hh
+        self.vectors = vectors  # of the layer-normalised LSTM
 
     def forward(self, x: Array, h: Array, c: Array | None) -> tuple[Array, Array | None, Kept]:
         """One time step: the state after it, and what its backward needs."""
         if self.kind == "lstm":
             assert c is not None
             return lstm_forward(self, x, h, c)
+        if self.kind == "lstm_ln":
+            assert c is not None
+            return lstm_ln_forward(self, x, h, c)
         if self.kind == "gru_reset_after":
             return gru_reset_after_forward(self, x, h)
         if self.kind == "gru_reset_before":
@@ -103,6 +115,9 @@ class Cell:
         if self.kind == "lstm":
             assert c is not None and dc is not None
             return lstm_backward(self, sums, x, h, c, kept, dh, dc)
+        if self.kind == "lstm_ln":
+            assert c is not None and dc is not None
+            return lstm_ln_backward(self, sums, x, h, c, kept, dh, dc)
         if self.kind == "gru_reset_after":
             return *gru_reset_after_backward(self, sums, x, h, kept, dh), None, None
         if self.kind == "gru_reset_before":
@@ -173,6 +188,66 @@ def lstm_backward(
     dx_f, dh_f = affine_backward(cell, sums, 1, x, h, sigmoid_backward(f, df))  # f = sigmoid(…)
     dx_i, dh_i = affine_backward(cell, sums, 0, x, h, sigmoid_backward(i, di))  # i = sigmoid(…)
     return dx_i + dx_f + dx_g + dx_o, dh_i + dh_f + dh_g + dh_o, dc, dc_after
+
+
+def normalise(z: Array) -> tuple[Array, Array]:
+    """Each row of z with mean 0 and variance 1, and 1 / sqrt(variance + eps)"""
+    centred = z - z.mean(axis=1, keepdims=True)
+    scale = 1 / np.sqrt((centred * centred).mean(axis=1, keepdims=True) + z.dtype.type(LN_EPS))
+    return centred * scale, scale
+
+
+def normalise_backward(n: Array, scale: Array, dn: Array) -> Array:
+    """n, scale = normalise(z): the gradient of z."""
+    dz: Array = scale * (dn - dn.mean(axis=1, keepdims=True) - n * (dn * n).mean(axis=1, keepdims=True))
+    return dz
+
+
+def lstm_ln_forward(cell: Cell, x: Array, h: Array, c: Array) -> tuple[Array, Array, Kept]:
+    """An LSTM that normalises both products, each over all four gates, and the cell state its output is made of."""
+    ln_ih_weight, ln_hh_weight, ln_c_weight, *ln_c_bias = cell.vectors
+    u, scale_u = normalise(x @ cell.weight_ih.T)
+    v, scale_v = normalise(h @ cell.weight_hh.T)
+    a = u * ln_ih_weight + np.concatenate(cell.b) + v * ln_hh_weight + np.concatenate(cell.d)
+    a_i, a_f, a_g, a_o = np.split(a, 4, axis=1)
+    i, f, g, o = sigmoid(a_i), sigmoid(a_f), np.tanh(a_g), sigmoid(a_o)
+    c = f * c + i * g
+    w, scale_w = normalise(c)
+    t = np.tanh(w * ln_c_weight + (ln_c_bias[0] if ln_c_bias else 0))
+    h = o * t
+    scales = {"scale_u": scale_u, "scale_v": scale_v, "scale_w": scale_w}
+    return h, c, {"i": i, "f": f, "g": g, "o": o, "c": c, "t": t, "u": u, "v": v, "w": w, **scales}
+
+
+def lstm_ln_backward(
+    cell: Cell, sums: Cell, x: Array, h: Array, c: Array, kept: Kept, dh: Array, dc: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Undo `lstm_ln_forward`."""
+    ln_ih_weight, ln_hh_weight, ln_c_weight, *_ = cell.vectors
+    of_ih_weight, of_hh_weight, of_c_weight, *of_c_bias = sums.vectors
+    assert of_ih_weight is not None and of_hh_weight is not None and of_c_weight is not None
+    i, f, g, o, t, u, v, w = (kept[name] for name in "ifgotuvw")
+    do = dh * t  # h = o * t
+    da_t = tanh_backward(t, dh * o)  # h = o * t, t = tanh(…)
+    if of_c_bias and of_c_bias[0] is not None:
+        of_c_bias[0] += da_t.sum(axis=0)  # … + ln_c_bias
+    of_c_weight += (da_t * w).sum(axis=0)  # w * ln_c_weight
+    dw = da_t * ln_c_weight  # w * ln_c_weight
+    dc_after = dc + normalise_backward(w, kept["scale_w"], dw)  # normalise(c), beside what later steps have of c
+    di, dg = dc_after * g, dc_after * i  # c = … + i * g
+    df, dc = dc_after * c, dc_after * f  # c = f * c + …
+    of_gates = (sigmoid_backward(i, di), sigmoid_backward(f, df), tanh_backward(g, dg), sigmoid_backward(o, do))
+    da = np.concatenate(of_gates, axis=1)  # i, f, g, o = sigmoid(a_i), …; np.split(a, 4, axis=1)
+    for gate, of_gate in enumerate(of_gates):
+        sums.b[gate] += of_gate.sum(axis=0)  # … + np.concatenate(cell.b)
+        sums.d[gate] += of_gate.sum(axis=0)  # … + np.concatenate(cell.d)
+    of_hh_weight += (da * v).sum(axis=0)  # v * ln_hh_weight
+    dhh = normalise_backward(v, kept["scale_v"], da * ln_hh_weight)  # v, scale_v = normalise(…)
+    sums.weight_hh += dhh.T @ h  # h @ cell.weight_hh.T
+    of_ih_weight += (da * u).sum(axis=0)  # u * ln_ih_weight
+    dih = normalise_backward(u, kept["scale_u"], da * ln_ih_weight)  # u, scale_u = normalise(…)
+    sums.weight_ih += dih.T @ x  # x @ cell.weight_ih.T
+    return dih @ cell.weight_ih, dhh @ cell.weight_hh, dc, dc_after
 
 
 def gru_reset_after_forward(cell: Cell, x: Array, h: Array) -> tuple[Array, None, Kept]:
@@ -334,7 +409,7 @@ def backward(
         The gradients of where each row ends.
     truncate : int, or None
         No gradient crosses from a direction's own step m * truncate to the one before, m >= 1.
-    grads : one tuple (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) a direction
+    grads : one tuple (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *vectors) a direction
         What the gradients of the weights are added to; None for what the cell does not have.
     keep : bool
         Whether to return the gradients of all states.

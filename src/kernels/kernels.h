@@ -140,6 +140,9 @@ typedef struct fs_step {
     const fs_back *back; /* a backward step: `out` takes gradients of pre-activations; or NULL */
     void *const *z; /* GRU that resets before: OUT of `gru_gates`, IN of FS_BLEND, [units] */
     void *const *out; /* OUT [units]: h; of `gru_gates`: r * h; of `panels_product`: see below */
+    /* Of `rows` and `back_rows` of a cell; see fs_cell. */
+    void *const *state_part; /* IN [gates][units]: the product with the recurrent weights; OUT anything    */
+    const void *const *vectors; /* IN  the sum of both biases, then `vectors` of the cell, NULL where none */
     /* IN of narrow weights: the rows of x and h as `fs_narrow_inputs` wrote them, one behind the other. */
     void *narrow_x, *narrow_h;
 } fs_step;
@@ -163,6 +166,9 @@ static inline void fs_narrow_inputs(const fs_step *s)
         w->narrow->rows(w->type, s->rows, w->h_size, s->h, s->narrow_h);
 }
 
+/* The most parameters that a cell has beside matrices and biases. */
+enum { FS_VECTORS = 8 };
+
 /*
  * A cell, as packing, forward, backward and decoding read it. `gates` is how many blocks of hidden_size rows weight_ih,
  * weight_hh and the biases have; they are named in that order.
@@ -171,17 +177,25 @@ static inline void fs_narrow_inputs(const fs_step *s)
  * multiplies what `main` left in `middle`. Of the last `apart_gates`, input part and state part are summed apart, each from
  * its own bias. The kernels for both products have blocks * gates (3 or 4) vectors to a panel row.
  *
+ * A cell whose equations need whole rows, as norms do, has `rows`: all its gates are apart, `main` is `plain` over the
+ * gates in order, and `rows` continues from both parts of the rows [first, last): `init` is the input part, `state_part`
+ * the state part, z room for as much, none of them has a bias. In a backward step `back_rows` takes the gradient of h in
+ * `h`. Such a cell may have parameters beside matrices and biases: `vectors`, each so many times hidden_size.
+ *
  * Columns of the gradients, each hidden_size wide: the state parts of the apart gates, then all gates in order. The first
- * gates - candidate_gates columns go back to h by the recurrent weights; the last `gates` columns go back to x.
+ * gates - candidate_gates columns go back to h by the recurrent weights; the `gates` columns after those of the state
+ * parts go back to x. Where there is `rows`, columns follow that are only summed: the gradients of the bias and of each of
+ * `vectors`.
  */
 typedef struct fs_cell {
     const char *name; /* the kind of a layer, as fastseq/layers/recurrent.py says it              */
     int gates;
     int candidate_gates; /* 0 or 1                                                                   */
-    int apart_gates; /* 0 or 1                                                                   */
+    int apart_gates; /* 0 or 1; where there is `rows`: all                                       */
     int has_c; /* whether there is a cell state c beside h                                 */
     int carries; /* whether h reaches the next h outside the products, too                  */
     int tape_gates; /* vectors of hidden_size on the tape                                       */
+    int tape_reals; /* and reals behind them                                                    */
     const char *gate_names; /* a letter for each vector on the tape that has a name, the first ones     */
     int blocks; /* of the panels of `main`                                                  */
     void (*main)(const fs_step *step);
@@ -191,6 +205,9 @@ typedef struct fs_cell {
     enum fs_epilogue back; /* the epilogue of a backward step                                          */
     enum fs_epilogue
         back_candidate; /* that of the backward step of the second product                          */
+    void (*rows)(const fs_step *step, ptrdiff_t first, ptrdiff_t last); /* or NULL                  */
+    void (*back_rows)(const fs_step *step, ptrdiff_t first, ptrdiff_t last);
+    int vectors[FS_VECTORS]; /* 0 after the last                                                         */
 } fs_cell;
 
 /* What the softmax cross-entropy of a row is made of: see kernels/losses.h. */

@@ -20,7 +20,9 @@ from libc.string cimport memcpy, memset
 
 from recurrent.arrays cimport padded_bytes, sequence, slot_of, state_copy
 from runtime.costs cimport GATE_WORK, SIGNAL_WORK_LANE
-from runtime.kernels cimport FS_ADD, FS_BACK_IDENTITY, FS_IDENTITY, fs_back, fs_cell, fs_kernels, fs_step, fs_weights
+from runtime.kernels cimport (
+    FS_ADD, FS_BACK_IDENTITY, FS_IDENTITY, FS_VECTORS, fs_back, fs_cell, fs_kernels, fs_step, fs_weights,
+)
 from runtime.scratch cimport Scratch, scratch_array, scratch_close, scratch_open
 from runtime.team cimport fs_barrier, fs_flush_denormals, fs_restore_denormals
 from fastseq._cells cimport Cell, Split, TransposedCell, TransposedWeights, split_of, take_share, work_of
@@ -70,6 +72,8 @@ cdef struct Undo:
     Py_ssize_t item
     Py_ssize_t cell_units        # hidden_size
     Py_ssize_t gradient_columns  # of a row of gradients; see fs_cell
+    Py_ssize_t summed_first      # those that are summed over rows begin there
+    const void **vectors         # of `back_rows` of the cell; see fs_step
     Py_ssize_t h_columns         # those for h: the first
     Py_ssize_t x_first           # those for x begin there
     # Arrays by row and time, strides in bytes, the last axis contiguous.
@@ -287,6 +291,7 @@ cdef struct BackStep:
     fs_back second_back
     fs_weights nothing       # recurrent weights of no length
     bint has_second
+    bint has_rows            # `second` is no product, but `back_rows` of the cell
 
 
 cdef BackPointers pointers_of(const Undo *job, int thread) noexcept nogil:
@@ -363,6 +368,13 @@ cdef void set_back_step(
         step.second.epilogue = job.cell.back_candidate
         step.second.h = <const void **> at.middle  # in this one step: the gradients of n
         step.second_back.middle = <void **> at.output
+    elif job.cell.rows != NULL:
+        # The gradient of the output first, then through the cell, whole rows.
+        step.has_rows = True
+        step.main.out = at.output
+        step.second.h = <const void **> at.output
+        step.second.vectors = job.vectors
+        step.second_back.dc_total = at.dc_total if job.dc_total != NULL else NULL
     else:
         back.dc_total = at.dc_total if job.dc_total != NULL else NULL
 
@@ -417,6 +429,8 @@ cdef Py_ssize_t list_step(
         elif job.weights.candidate.units:
             at.middle[i] = <char *> at.out[i] + job.h_columns * job.item
             at.output[i] = job.middle + (first + place_in_block) * job.middle_row
+        elif job.cell.rows != NULL:
+            at.output[i] = job.outputs + (first + place_in_block) * job.output_row
         if job.dh_total != NULL:
             at.dh_total[i] = job.dh_total + row * job.dh_total_row + t * job.dh_total_time
         if job.dc_total != NULL:
@@ -478,6 +492,13 @@ cdef void run_steps_back(const Undo *job, int thread, int team, fs_barrier *barr
             back.second.rows = n
             if n:
                 job.kernels.plain(&back.second)
+        if back.has_rows:
+            if meet:
+                team_wait(barrier, team)
+            if job.split_panels:
+                job.cell.back_rows(&back.second, n * thread // team, n * (thread + 1) // team)
+            else:
+                job.cell.back_rows(&back.second, 0, n)
         if meet:
             team_wait(barrier, team)
     if job.from_step == 0:
@@ -506,8 +527,9 @@ cdef void multiply_inputs(Undo *job, int thread, int team) noexcept nogil:
 
 cdef void add_products(Undo *job, int thread, int team, fs_barrier *barrier) noexcept nogil:
     """Step 3: what one thread does to add the chunk to the weight gradients."""
-    cdef Py_ssize_t columns = job.gradient_columns
-    job.kernels.sum_rows(job.g_rows, job.n, columns * thread // team, columns * (thread + 1) // team, job.bias)
+    cdef Py_ssize_t first = job.summed_first, columns = job.gradient_columns - first
+    cdef Py_ssize_t begin = first + columns * thread // team, end = first + columns * (thread + 1) // team
+    job.kernels.sum_rows(job.g_rows, job.n, begin, end, job.bias)
     cdef const void **rows = <const void **> (job.pointers + thread * job.pointers_each)
     sum_weight_gradients(&job.gradient, job.kernels, job.n, rows, thread, team, barrier)
 
@@ -527,6 +549,7 @@ cdef void lay_out(Undo *job, Scratch *scratch) noexcept nogil:
     cdef Py_ssize_t pointer = sizeof(void *)
     cdef const TransposedWeights *weights = job.weights
     cdef bint with_middle = weights.projection.units or weights.candidate.units
+    cdef bint with_outputs = weights.projection.units or job.cell.rows != NULL
     cdef Py_ssize_t widest = max(
         weights.recurrent.panels, weights.candidate.panels, weights.projection.panels, weights.input.panels,
     )
@@ -539,7 +562,7 @@ cdef void lay_out(Undo *job, Scratch *scratch) noexcept nogil:
     job.gradients = scratch_array(scratch, job.chunk_rows * job.gradient_row)
     job.later = scratch_array(scratch, job.row_block * job.gradient_row)
     job.middle = scratch_array(scratch, job.chunk_rows * job.middle_row if with_middle else 0)
-    job.outputs = scratch_array(scratch, job.chunk_rows * job.output_row if job.weights.projection.units else 0)
+    job.outputs = scratch_array(scratch, job.chunk_rows * job.output_row if with_outputs else 0)
     lay_out_factors(&job.gradient, job.kernels, job.chunk_rows, scratch)
     job.g_rows = <const void **> scratch_array(scratch, job.chunk_rows * pointer)
     job.h_rows = <const void **> scratch_array(scratch, job.chunk_rows * pointer)
@@ -584,13 +607,14 @@ cdef void set_products(Undo *job, char *weight_ih, char *weight_hh, char *weight
     cdef Py_ssize_t others = cell.gates * units - shared
     cdef const Factor *x
     cdef const Factor *h
-    cdef const Factor *a
+    cdef const Factor *a = NULL
     job.gradient.n_a = job.gradient.n_b = job.gradient.n_products = 0
     x = add_inputs(job, job.x_rows, inputs)
     h = add_inputs(job, job.h_rows, outputs)
-    a = add_gradient_columns(job, job.g_rows, job.x_first, shared)
-    add_product(job, a, x, weight_ih)
-    add_product(job, a, h, weight_hh)
+    if shared:
+        a = add_gradient_columns(job, job.g_rows, job.x_first, shared)
+        add_product(job, a, x, weight_ih)
+        add_product(job, a, h, weight_hh)
     weight_hh += shared * outputs * job.item
     if others:
         a = add_gradient_columns(job, job.g_rows, job.x_first + shared, others)
@@ -604,14 +628,31 @@ cdef void set_products(Undo *job, char *weight_ih, char *weight_hh, char *weight
         add_product(job, a, add_inputs(job, job.middle_rows, units), weight_hr)
 
 
-cdef void add_gradients(Undo *job, char *bias_ih, char *bias_hh) noexcept nogil:
+cdef void add_summed(Undo *job, char *bias_ih, char *bias_hh, char **vectors) noexcept nogil:
+    """Add the columns that are only summed to the gradients of biases and vectors."""
+    cdef const char *sums = job.bias + job.summed_first * job.item
+    cdef Py_ssize_t columns = job.cell.gates * job.cell_units
+    cdef int i
+    if bias_ih != NULL:
+        add_row(job.kernels, sums, columns, bias_ih)
+        add_row(job.kernels, sums, columns, bias_hh)
+    for i in range(FS_VECTORS):
+        sums += columns * job.item
+        columns = job.cell.vectors[i] * job.cell_units
+        if vectors[i] != NULL:
+            add_row(job.kernels, sums, columns, vectors[i])
+
+
+cdef void add_gradients(Undo *job, char *bias_ih, char *bias_hh, char **vectors) noexcept nogil:
     """Add what was summed to the gradients of the parameters."""
     cdef const fs_kernels *kernels = job.kernels
     cdef Py_ssize_t x_columns = job.weights.input.h_size, apart = job.cell.apart_gates * job.cell_units
     cdef const char *of_x = job.bias + job.x_first * job.item
     cdef unsigned long long before = fs_flush_denormals()
     take_sums(&job.gradient, kernels)
-    if bias_ih != NULL:
+    if job.cell.rows != NULL:
+        add_summed(job, bias_ih, bias_hh, vectors)
+    elif bias_ih != NULL:
         add_row(kernels, of_x, x_columns, bias_ih)
         add_row(kernels, of_x, x_columns - apart, bias_hh)
         if apart:
@@ -620,7 +661,8 @@ cdef void add_gradients(Undo *job, char *bias_ih, char *bias_hh) noexcept nogil:
 
 
 cdef int undo(
-    Undo *job, char *weight_ih, char *weight_hh, char *weight_hr, char *bias_ih, char *bias_hh, int n_threads,
+    Undo *job, char *weight_ih, char *weight_hh, char *weight_hr, char *bias_ih, char *bias_hh, char **vectors,
+    int n_threads,
 ) except -1:
     """Undo one direction of a layer."""
     if job.rows == 0 or job.time == 0:
@@ -679,7 +721,7 @@ cdef int undo(
                 to_step = from_step
             job.base += job.row_block
         with nogil:
-            add_gradients(job, bias_ih, bias_hh)
+            add_gradients(job, bias_ih, bias_hh, vectors)
     finally:
         scratch_close(&scratch)
     return 0
@@ -705,6 +747,8 @@ def backward(
     cdef Cell cell
     cdef TransposedCell weights
     cdef Undo job
+    cdef char *vectors[FS_VECTORS]
+    cdef int i
     memset(&job, 0, sizeof(Undo))
     dh_0 = np.zeros_like(tape.h) if dh is None else state_copy(dh)
     if tape.c is not None:
@@ -738,6 +782,13 @@ def backward(
         job.cell_units = cell.w.hidden_size
         job.x_first = job.cell.apart_gates * job.cell_units
         job.gradient_columns = job.x_first + job.cell.gates * job.cell_units
+        job.summed_first = 0
+        if job.cell.rows != NULL:
+            job.vectors = cell.w.vectors
+            job.summed_first = job.gradient_columns
+            job.gradient_columns += job.cell.gates * job.cell_units
+            for i in range(FS_VECTORS):
+                job.gradient_columns += job.cell.vectors[i] * job.cell_units
         job.h_columns = (job.cell.gates - job.cell.candidate_gates) * job.cell_units
         job.add_dx = direction > 0
         job.reverse = direction == 1
@@ -754,9 +805,12 @@ def backward(
             job.dh_total = cnp.PyArray_BYTES(flow_h) + direction * cnp.PyArray_STRIDE(flow_h, 2)
         if flow_c is not None:
             job.dc_total = cnp.PyArray_BYTES(flow_c) + direction * cnp.PyArray_STRIDE(flow_c, 2)
-        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = grads[direction]
+        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *of_vectors = grads[direction]
+        memset(vectors, 0, sizeof(vectors))
+        for i, vector in enumerate(of_vectors):
+            vectors[i] = bytes_of(vector)
         undo(
             &job, bytes_of(weight_ih), bytes_of(weight_hh), bytes_of(weight_hr), bytes_of(bias_ih), bytes_of(bias_hh),
-            n_threads,
+            vectors, n_threads,
         )
     return dx, dh_0, dc_0, ((flow_h, flow_c) if keep else None)

@@ -75,7 +75,22 @@ cdef const fs_cell *cell_named(const fs_kernels *kernels, str kind) except NULL:
     raise KeyError(kind)
 
 
-def pack(str kind, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr):
+cdef void pack_whole_rows(Cell packed, weight_ih, weight_hh, bias, tuple vectors):
+    """Pack a cell whose equations need whole rows: both products in the order of the gates, without a bias."""
+    cdef CellWeights *w = &packed.w
+    cdef PanelLayout layout
+    cdef int i
+    layout.first, layout.count, layout.blocks = 0, 1, PLAIN_BLOCKS
+    layout.units = w.cell.gates * w.hidden_size
+    w.main_vectors = PLAIN_BLOCKS
+    w.main = kept(packed.packed, pack_gates(w.kernels, layout, weight_ih, weight_hh, None, None))
+    packed.vectors = [bias, *vectors]
+    for i, vector in enumerate(packed.vectors):
+        if vector is not None:
+            w.vectors[i] = cnp.PyArray_DATA(<cnp.ndarray> vector)
+
+
+def pack(str kind, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *vectors):
     """Pack the weights of one layer in one direction; returns a `Cell`. See `fastseq.reference._recurrent.pack`."""
     cdef Cell packed = Cell.__new__(Cell)
     cdef CellWeights *w = &packed.w
@@ -94,6 +109,9 @@ def pack(str kind, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr):
         bias_ih = bias_hh = np.zeros(weight_ih.shape[0], weight_ih.dtype)
     with np.errstate(all="ignore"):  # inf and NaN are the user's
         bias = bias_ih + bias_hh
+    if cell.rows != NULL:
+        pack_whole_rows(packed, weight_ih, weight_hh, bias, vectors)
+        return packed
     if cell.apart_gates:
         apart = (cell.gates - cell.apart_gates) * w.hidden_size
         bias[apart:] = bias_ih[apart:]
@@ -113,7 +131,10 @@ def pack(str kind, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr):
 cdef void set_cell_step(
     CellStep *step, const CellWeights *w, const CellPointers *at, bint with_x, int share, int shares,
 ) noexcept nogil:
-    """Set what one of some threads does of the panels; `do_cell` receives the number of rows."""
+    """Set what one of some threads does of the panels; `do_cell` receives the number of rows.
+
+    Of a cell with `rows`, `with_x` is not looked at: its input parts were computed by `input_parts`.
+    """
     cdef fs_step *main = &step.main
     take_share(main, &w.main, share, shares)
     main.with_x = with_x
@@ -145,6 +166,14 @@ cdef void set_cell_step(
         step.projection.epilogue = FS_IDENTITY
         step.projection.init = at.no_bias
         step.projection.h = <const void **> at.middle
+    if w.cell.rows != NULL:
+        step.rows = main[0]
+        step.rows.state_part = at.middle
+        step.rows.vectors = <const void **> w.vectors
+        step.share = share
+        main.with_x = 0  # `init` of `rows` has it
+        main.init = at.no_bias
+        main.out = at.middle
 
 
 ctypedef void (*cell_kernel)(const fs_step *step) noexcept nogil
@@ -186,6 +215,10 @@ cdef void do_cell(
             team_wait(barrier, team)
         fs_narrow_inputs(&step.projection)
         do_panels(w.kernels.plain, &step.projection, PLAIN_BLOCKS, backwards)
+    if w.cell.rows != NULL:
+        if team > 1:
+            team_wait(barrier, team)
+        w.cell.rows(&step.rows, rows * step.share // team, rows * (step.share + 1) // team)
     if team > 1:
         team_wait(barrier, team)
 

@@ -156,8 +156,8 @@ cdef struct Job:
     char *pointers           # for each thread, POINTERS arrays of row_block pointers, and AHEAD arrays
     Py_ssize_t pointers_each
     Py_ssize_t row_block
-    char *middle             # [place][hidden_size]: r * h, or the LSTM's output before its projection
-    char *z                  # [place][hidden_size]
+    char *middle             # [place]: what a cell keeps between its products; see `CellPointers`
+    char *z                  # [place]
     Py_ssize_t middle_row
     char *narrow             # of narrow weights, for each thread: narrow rows of x, and of what else is multiplied
     Py_ssize_t narrow_each
@@ -183,7 +183,8 @@ cdef void plan(Job *job, int n_threads) noexcept nogil:
     job.threads = split.threads
     job.split_panels = split.panels
     job.ahead = 0
-    if job.rows < max_rows and job.time > 1 and job.table == NULL:
+    cdef bint few = job.rows < max_rows and job.time > 1
+    if job.table == NULL and (few or job.cell.cell.rows != NULL):
         each = job.rows * init_bytes(job.cell, &job.cell.main, job.cell.main_vectors)
         job.ahead = max(1, min(job.time, AHEAD_ROWS // job.rows, AHEAD_BYTES // each))
 
@@ -329,7 +330,7 @@ cdef int execute(Job *job, int n_threads) except -1:
     job.input_part_row = inputs_bytes(job.cell)
     cdef Py_ssize_t pointer_bytes = (job.threads * job.pointers_each + 63) // 64 * 64
     cdef Py_ssize_t middle_bytes = 0
-    if job.cell.candidate.units or job.cell.projection.units:
+    if job.cell.candidate.units or job.cell.projection.units or job.cell.cell.rows != NULL:
         middle_bytes = job.row_block * job.middle_row
     # Of weights that are real, all rows of x are multiplied at once.
     job.narrow_rows = max(job.row_block, NARROW_ROWS if job.ahead else 0)
@@ -634,7 +635,7 @@ def forward(
     int n_threads,
 ):
     """One layer with a tape; see `fastseq.reference._recurrent.forward`."""
-    cdef Py_ssize_t width = cnp.PyArray_DIM(h, 2)
+    cdef Py_ssize_t width = cnp.PyArray_DIM(h, 2), tape_row
     cdef int direction
     cdef Job job
     cdef Cell cell
@@ -652,7 +653,8 @@ def forward(
         set_state(&job, h, c, direction)
         on_tape = c_steps = None
         if cell.w.cell.tape_gates:
-            on_tape = steps_together(x, cell.w.cell.tape_gates * cell.w.hidden_size, padded)
+            tape_row = cell.w.cell.tape_gates * cell.w.hidden_size + cell.w.cell.tape_reals
+            on_tape = steps_together(x, tape_row, padded)
             job.gates = cnp.PyArray_BYTES(on_tape)
             job.gates_row = cnp.PyArray_STRIDE(on_tape, 0)
             job.gates_time = cnp.PyArray_STRIDE(on_tape, 1)

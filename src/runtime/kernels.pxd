@@ -82,11 +82,16 @@ cdef extern from "kernels/kernels.h" nogil:
         const fs_back *back
         void **z
         void **out
+        void **state_part
+        const void **vectors
         void *narrow_x
         void *narrow_h
 
     ptrdiff_t fs_narrow_bytes(const fs_weights *w, int of_x, ptrdiff_t rows)
     void fs_narrow_inputs(const fs_step *s)
+
+    enum:
+        FS_VECTORS
 
     ctypedef struct fs_cell:
         const char *name
@@ -96,6 +101,7 @@ cdef extern from "kernels/kernels.h" nogil:
         bint has_c
         bint carries
         int tape_gates
+        int tape_reals
         const char *gate_names
         int blocks
         void (*main)(const fs_step *step) noexcept nogil
@@ -103,6 +109,9 @@ cdef extern from "kernels/kernels.h" nogil:
         fs_epilogue candidate_epilogue
         fs_epilogue back
         fs_epilogue back_candidate
+        void (*rows)(const fs_step *step, ptrdiff_t first, ptrdiff_t last) noexcept nogil
+        void (*back_rows)(const fs_step *step, ptrdiff_t first, ptrdiff_t last) noexcept nogil
+        int vectors[FS_VECTORS]
 
     ctypedef struct fs_softmax_sums:
         double others

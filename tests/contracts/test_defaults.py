@@ -16,7 +16,7 @@ DEFAULTS = {
     "Dropout": "p=0.5",
     "GELU": "approximate='none'",
     "GRU": "num_layers=1, reset_after=True, bias=True, dropout=0.0, bidirectional=False",
-    "LSTM": "num_layers=1, proj_size=0, bias=True, dropout=0.0, bidirectional=False",
+    "LSTM": "num_layers=1, proj_size=0, layer_norm=False, bias=True, dropout=0.0, bidirectional=False",
     "LayerNorm": "eps=1e-05, elementwise_affine=True, bias=True",
     "Linear": "bias=True",
     "MultiheadAttention": "bias=True, dropout=0.0",

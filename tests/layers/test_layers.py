@@ -53,11 +53,34 @@ def test_names_and_shapes(kind: str, module: Any) -> None:
         expected[f"bias_ih_{suffix}"] = expected[f"bias_hh_{suffix}"] = (gates * 6,)
         if layer.proj_size:
             expected[f"weight_hr_{suffix}"] = (outputs, 6)
+        if kind == "lstm_ln":
+            expected[f"ln_ih_weight_{suffix}"] = expected[f"ln_hh_weight_{suffix}"] = (24,)
+            expected[f"ln_c_weight_{suffix}"] = expected[f"ln_c_bias_{suffix}"] = (6,)
     assert {name: array.shape for name, array in layer.parameters.items()} == expected
     assert {name: array.shape for name, array in layer.state_dict().items()} == expected
     assert len(layer.parameters) == len(expected)
     without = make(kind, 3, 6, bias=False, module=module)
     assert not any("bias" in name for name in without.parameters)
+
+
+@BOTH
+@pytest.mark.parametrize("scheme", ["default", "orthogonal"])
+def test_norms_of_an_lstm_start_as_those_of_a_layer(scheme: str, module: Any) -> None:
+    layer = module.LSTM(4, 5, 2, layer_norm=True, bidirectional=True, seed=0)
+    for name, array in layer.parameters.items():
+        layer.parameters[name] = np.full_like(array, 7)
+    fs.init.initialise(layer, scheme, forget_bias=1.5, seed=0)
+    norms = [name for name in layer.parameters if name.startswith("ln_")]
+    assert len(norms) == 16
+    for name in norms:
+        assert (layer.parameters[name] == float("weight" in name)).all(), name
+    assert not any((array == 7).any() for array in layer.parameters.values())
+
+
+@BOTH
+def test_norms_and_a_projection_exclude_each_other(module: Any) -> None:
+    with pytest.raises(ValueError, match="proj_size should be 0 with layer_norm=True, not 2"):
+        module.LSTM(4, 5, proj_size=2, layer_norm=True)
 
 
 @BOTH
@@ -310,6 +333,7 @@ def test_repr(kind: str, module: Any) -> None:
 def test_repr_says_what_makes_the_kind() -> None:
     assert "nonlinearity='sigmoid'" in repr(make("rnn_sigmoid", 1, 2))
     assert "proj_size=1" in repr(make("lstm_proj", 1, 2))
+    assert "layer_norm=True" in repr(make("lstm_ln", 1, 2))
     assert "reset_after=False" in repr(make("gru_before", 1, 2))
     assert "weight_ih_l0" in repr(make("lstm", 1, 2).parameters)
 

@@ -359,7 +359,8 @@ def test_stubs_name_what_the_compiled_modules_have(module):
     assert named == has
     for node in stub.body:
         if isinstance(node, ast.FunctionDef):
-            assert [a.arg for a in node.args.args] == list(inspect.signature(getattr(compiled, node.name)).parameters)
+            arguments = [*node.args.args, *([node.args.vararg] if node.args.vararg else [])]
+            assert [a.arg for a in arguments] == list(inspect.signature(getattr(compiled, node.name)).parameters)
 
 
 @pytest.fixture(scope="module")

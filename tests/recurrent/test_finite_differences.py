@@ -152,7 +152,7 @@ def along(setting: Setting, directions: Values, step: float) -> float:
 
 def step_for(kind: str) -> float:
     """A ReLU is linear, but only as far as its kink."""
-    return 1e-6 if kind == "rnn_relu" else 1e-3
+    return 1e-6 if kind == "rnn_relu" else 1e-4
 
 
 OPTIONS = [

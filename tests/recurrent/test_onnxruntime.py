@@ -11,7 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from common import KINDS, Array, assert_agree, assert_close, inputs, make, random_state, reduction, tolerance
+from common import (
+    KINDS,
+    NOT_IN_ONNX,
+    Array,
+    assert_agree,
+    assert_close,
+    inputs,
+    make,
+    random_state,
+    reduction,
+    tolerance,
+)
 
 import fastseq as fs
 
@@ -21,7 +32,7 @@ with warnings.catch_warnings():
     ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: take the extra 'test'")
 
 ORDER = {"RNN": [0], "LSTM": [0, 3, 1, 2], "GRU": [1, 0, 2]}  # where each of ONNX's gates stands in ours
-SHARED = [kind for kind in KINDS if kind != "lstm_proj"]
+SHARED = [kind for kind in KINDS if kind not in NOT_IN_ONNX]
 
 
 def gates(array: Array, order: list[int]) -> Array:

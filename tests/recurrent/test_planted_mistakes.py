@@ -212,11 +212,27 @@ def test_the_projection_left_out() -> None:
     red(layer, honest(other), x, state)
 
 
+def test_norms_left_out_or_exchanged() -> None:
+    layer, x, state = setting("lstm_ln")
+    gains = ["ln_ih_weight_l0", "ln_hh_weight_l0"]
+    for name in (*gains, "ln_c_weight_l0", "ln_c_bias_l0"):
+        other = make_like(layer)
+        other.parameters[name] = np.full_like(layer.parameters[name], "weight" in name)
+        red(layer, honest(other), x, state)
+    other = make_like(layer)
+    for name, from_name in zip(gains, gains[::-1], strict=True):
+        other.parameters[name] = layer.parameters[from_name]
+    red(layer, honest(other), x, state)
+    plain = make("lstm", WIDTH, H)
+    plain.load_state_dict({name: layer.parameters[name] for name in plain.parameters})
+    red(layer, honest(plain), x, state)
+
+
 # Gradients
 
 
 Results = dict[str, Array]
-CELLS = pytest.mark.parametrize("kind", ["rnn_tanh", "lstm", "lstm_proj", "gru_after", "gru_before"])
+CELLS = pytest.mark.parametrize("kind", ["rnn_tanh", "lstm", "lstm_proj", "lstm_ln", "gru_after", "gru_before"])
 GRUS = pytest.mark.parametrize("kind", ["gru_after", "gru_before"])
 
 
@@ -259,7 +275,7 @@ class Lesson:
 
 
 def test_all_that_is_compared() -> None:
-    for kind, names in (("lstm_proj", 8), ("gru_after", 6), ("rnn_tanh", 6)):
+    for kind, names in (("lstm_proj", 8), ("lstm_ln", 11), ("gru_after", 6), ("rnn_tanh", 6)):
         lesson = Lesson(kind)
         results = lesson.taught(lesson.layer)
         assert len(results) == names

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from common import (
     KINDS,
+    NOT_IN_PYTORCH,
     assert_agree,
     assert_close,
     inputs,
@@ -27,8 +28,7 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
-# What PyTorch has no layer for: the sigmoid RNN, and the GRU that resets before.
-SHARED = [kind for kind in KINDS if kind not in ("rnn_sigmoid", "gru_before")]
+SHARED = [kind for kind in KINDS if kind not in NOT_IN_PYTORCH]
 
 
 def twin(layer: Any) -> Any:

@@ -41,13 +41,13 @@ def scalar(y: Any, ends: Any, dy: Array, dstate: Any) -> Any:
     return (y * torch.tensor(dy)).sum() + sum((end * d).sum() for end, d in pairs)
 
 
-def compare(layer: Any, results: Any, oracle: Any, x: Any, theirs: Any) -> None:
+def compare(layer: Any, results: Any, parameters: Any, x: Any, theirs: Any) -> None:
     """dx, dstate and all gradients of parameters."""
     dx, dstart = results
     assert_close(dx, x.grad.numpy(), RELATIVE, "dx")
     for name, array, their in zip(dstart._fields, dstart, theirs, strict=True):
         assert_close(array, their.grad.numpy().swapaxes(0, 1), RELATIVE, f"dstate.{name}")
-    for name, parameter in oracle.named_parameters():
+    for name, parameter in parameters:
         assert_close(layer.grads[name], parameter.grad.numpy(), RELATIVE, name)
 
 
@@ -77,7 +77,7 @@ def test_against_autograd(engine: Any, kind: str, num_layers: int, bidirectional
         scalar(their_y, their_end, dy, dstate).backward()
         assert_close(y, their_y.detach().numpy(), RELATIVE, "y")
         layer.zero_grad()
-        compare(layer, layer.backward(dy, tape, dstate=dstate), oracle, sequence, theirs)
+        compare(layer, layer.backward(dy, tape, dstate=dstate), oracle.named_parameters(), sequence, theirs)
 
 
 @pytest.mark.parametrize("truncate", [None, 1, 3])
@@ -105,7 +105,8 @@ def test_resets_and_truncate(engine: Any, kind: str, with_resets: bool, truncate
     y, end, tape = layer.forward(x, state, resets=resets if with_resets else None)
     dy, dstate = gradients(y.shape, end)
     scalar(torch.cat(outputs, dim=1), current, dy, dstate).backward()
-    compare(layer, layer.backward(dy, tape, dstate=dstate, truncate=truncate), oracle, sequence, theirs)
+    results = layer.backward(dy, tape, dstate=dstate, truncate=truncate)
+    compare(layer, results, oracle.named_parameters(), sequence, theirs)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SHARED if kind != "lstm_proj"])
@@ -134,3 +135,33 @@ def test_gradient_flow(engine: Any, kind: str) -> None:
     expected = np.array([[np.sqrt(sum(float((part.grad**2).sum()) for part in parts))] for parts in states])
     assert_close(gradient_flow(layer, tape, dy, dstate=dstate), expected, RELATIVE)
     assert not any(array.any() for array in layer.grads.values())
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@ENGINE
+def test_layer_norm(engine: Any, bias: bool) -> None:
+    """PyTorch has no layer-normalised LSTM; equations 20 to 22 of Ba et al. over its norm."""
+    layer = make("lstm_ln", 5, 8, bias=bias, dtype="float64", module=engine)
+    p = {name.removesuffix("_l0"): tensor(array) for name, array in layer.state_dict().items()}
+    x, state = inputs((4, 6, 5), "float64"), random_state(layer, 4)
+    sequence, theirs = tensor(x), [tensor(array.swapaxes(0, 1)) for array in state]
+
+    def norm(z: Any, weight: str, bias: str) -> Any:
+        return torch.nn.functional.layer_norm(z, z.shape[-1:], p[weight], p.get(bias))
+
+    h, c = theirs[0][0], theirs[1][0]
+    outputs = []
+    for t in range(6):
+        a = norm(h @ p["weight_hh"].T, "ln_hh_weight", "bias_hh")
+        a = a + norm(sequence[:, t] @ p["weight_ih"].T, "ln_ih_weight", "bias_ih")
+        i, f, g, o = a.chunk(4, dim=1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * norm(c, "ln_c_weight", "ln_c_bias").tanh()
+        outputs.append(h)
+    y, end, tape = layer.forward(x, state)
+    dy, dstate = gradients(y.shape, end)
+    their_y = torch.stack(outputs, dim=1)
+    scalar(their_y, (h[None], c[None]), dy, dstate).backward()
+    assert_close(y, their_y.detach().numpy(), RELATIVE, "y")
+    parameters = [(f"{name}_l0", value) for name, value in p.items()]
+    compare(layer, layer.backward(dy, tape, dstate=dstate), parameters, sequence, theirs)

@@ -208,10 +208,14 @@ def compare(layer: Any, batch: int, time: int, truncate: int | None = None, **op
     arrays = example(layer, batch, time)
     longest = max(reduction(layer), GATES[type(layer).__name__] * layer.hidden_size, batch)
     relative = 4 * tolerance(layer.dtype, longest, time)
-    result = train(layer, *arrays, truncate, **options)
-    for name, expected in train(reference(layer), *arrays, truncate, **options).items():
+    result, expected = (train(one, *arrays, truncate, **options) for one in (layer, reference(layer)))
+    # A norm takes out the size of a single input or unit, and its gradients cancel: they are held to what cancelled.
+    cancels = getattr(layer, "layer_norm", False) and 1 in (layer.input_size, layer.hidden_size)
+    largest = max(np.abs(array).max(initial=0) for array in expected.values()) if cancels else 0
+    for name, array in expected.items():
         assert result[name].dtype == layer.dtype
-        assert_close(result[name], expected, relative, f"{name} ({batch=} {time=} {truncate=} {list(options)})")
+        allowed = relative * max(1, largest / np.abs(array).max()) if cancels and array.any() else relative
+        assert_close(result[name], array, allowed, f"{name} ({batch=} {time=} {truncate=} {list(options)})")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -326,7 +330,15 @@ def test_nan_and_inf_go_where_the_reference_sends_them(kind: str, bidirectional:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+def test_gates_saturated_by_gains(dtype: str) -> None:
+    layer = make("lstm_ln", 3, 5, dtype=dtype)
+    limit = 120 if dtype == "float32" else 760
+    layer.parameters["ln_ih_weight_l0"] = np.linspace(-limit, limit, 20)
+    compare(layer, 9, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lstm_ln"])  # whose pre-activations stay small
 def test_saturated_gates(kind: str, dtype: str) -> None:
     """Pre-activations of either sign, up to where exp overflows and beyond."""
     layer = make(kind, 1, 1, bias=False, dtype=dtype)

@@ -43,6 +43,16 @@ def gradient_of(y: Array, end: Any, seed: int = 0) -> tuple[Array, Any]:
     )
 
 
+def seen_of_c(layer: Any, suffix: str, c: Array, dseen: Array) -> tuple[Array, Array]:
+    """What the output of an LSTM sees of its cell state (B, H), which may be normalised, and the gradient of c."""
+    if not layer.layer_norm:
+        return c, dseen
+    norm = fs.reference.LayerNorm(layer.hidden_size, dtype="float64")
+    norm.load_state_dict({name: layer.parameters[f"ln_c_{name}_{suffix}"] for name in ("weight", "bias")})
+    seen, tape = norm.forward(c)
+    return seen, norm.backward(dseen, tape)
+
+
 def fresh(layer: Any) -> dict[str, Array]:
     return {name: np.zeros_like(array) for name, array in layer.parameters.items()}
 
@@ -150,9 +160,11 @@ def test_gates(kind: str, options: str, module: Any) -> None:
                 h, c = np.zeros_like(h), [np.zeros_like(part) for part in c]
             if "c" in gates:
                 assert_close(at["c"], at["f"] * c[0] + at["i"] * at["g"], RELATIVE, "c")
-                m = at["o"] * np.tanh(at["c"])
+                suffix = f"l{layer_number}" + "_reverse" * direction
+                seen, _ = seen_of_c(layer, suffix, at["c"][None], at["c"][None])
+                m = at["o"] * np.tanh(seen[0])
                 if layer.proj_size:
-                    m = layer.parameters[f"weight_hr_l{layer_number}" + "_reverse" * direction] @ m
+                    m = layer.parameters[f"weight_hr_{suffix}"] @ m
                 assert_close(at["h"], m, RELATIVE, "h")
             elif "z" in gates:
                 assert_close(at["h"], (1 - at["z"]) * at["n"] + at["z"] * h, RELATIVE, "h")
@@ -463,7 +475,11 @@ def test_gradient_flow_is_the_gradient_of_a_state_handed_on(kind: str, module: A
         dh, *dc = [array[:, 0] for array in dmiddle]
         dh = dh + dy[:, t]
         dm = dh @ layer.parameters["weight_hr_l0"] if layer.proj_size else dh
-        dc = [array + dm * gates["o"][:, t, 0] * (1 - np.tanh(gates["c"][:, t, 0]) ** 2) for array in dc]
+        if dc:
+            c = gates["c"][:, t, 0]
+            seen, _ = seen_of_c(layer, "l0", c, c)
+            _, more = seen_of_c(layer, "l0", c, dm * gates["o"][:, t, 0] * (1 - np.tanh(seen) ** 2))
+            dc = [dc[0] + more]
         expected = np.sqrt(sum((array**2).sum() for array in (dh, *dc)))
         assert_close(flow[t], np.array([expected]), RELATIVE, f"step {t}")
 
