@@ -26,7 +26,7 @@ SETS = {"baseline": ["-march=x86-64-v2"] if X86_64 else []}
 if X86_64:
     SETS["avx2"] = ["-mavx2", "-mfma"]
     SETS["avx512"] = ["-mavx512f", "-mavx512dq", "-mprefer-vector-width=512"]
-# The same of products of narrow weights, src/kernels/isa/<name>_narrow.c: there are more sets, which share kernels of reals.
+# The same of products of narrow weights, src/kernels/isa/<name>_narrow.c: more sets, which share kernels of reals.
 NARROW_SETS = {"baseline": SETS["baseline"]}
 if X86_64:
     NARROW_SETS["avx2"] = SETS["avx2"]

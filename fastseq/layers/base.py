@@ -412,7 +412,8 @@ class Layer(metaclass=LayerType):
     def _adopt(self, changed: Mapping[str, Any]) -> None:
         """Replace parameters without copying.
 
-        The arrays are C-contiguous, of the layer's dtype or narrow, and owned by the caller alone; ownership passes to the layer.
+        The arrays are C-contiguous, of the layer's dtype or narrow, and owned by the caller alone; ownership passes to
+        the layer.
         """
         for array in changed.values():
             if isinstance(array, np.ndarray):
