@@ -655,7 +655,8 @@ class Layer(metaclass=LayerType):
         return sum(array.size for array in self._arrays.values())
 
     def __repr__(self) -> str:
-        return f"{self._making()} with {self._count():,} parameters"
+        narrow = "" if self._weight_type == "float32" else f", weights of products in {self._weight_type}"
+        return f"{self._making()} with {self._count():,} parameters{narrow}"
 
     def summary(self) -> str:
         """Return a table of the parts of the layer or model, with output shapes and numbers of parameters."""
