@@ -97,6 +97,27 @@ def generation(name: str, *arguments: Any, **settings: Any) -> None:
             assert all((a == b).all() for a, b in zip(*results, strict=True)), (name, way)
 
 
+def narrow(weights: str) -> None:
+    x = np.random.default_rng(6).standard_normal((9, 17, 24)).astype("float32")
+    settings: dict[str, Any]
+    for name, arguments, settings in (
+        ("LSTM", (24, 35, 2), {"bidirectional": True, "proj_size": 9}),
+        ("GRU", (24, 35), {"reset_after": False}),
+        ("TransformerEncoder", (2, 24, 3, 37), {"dropout": 0.0, "activation": "swiglu"}),
+    ):
+        layer = getattr(fs, name)(*arguments, **settings, seed=1)
+        reference = twin(layer, name, *arguments, **settings).with_weights(weights)
+        layer = layer.with_weights(weights)
+        for n_threads in THREADS:
+            fs.set_num_threads(n_threads)
+            results = [one(x, lengths=LENGTHS) for one in (layer, reference)]
+            assert_alike([[y[0] if isinstance(y, tuple) else y] for y in results], (name, weights))
+    model = fs.models.TransformerLM(7, 24, 3, 2, context=9, seed=1).with_weights(weights)
+    model.generate([[1, 2, 3], [4]], 18, num_beams=3)
+    pairs = fs.models.Seq2Seq(7, 7, 5, 35, attention="additive", seed=1).with_weights(weights)
+    pairs.generate([[1, 2, 3], [4]], 9, num_beams=3)
+
+
 def main() -> None:
     for dtype in DTYPES:
         for name in "RNN", "LSTM", "GRU":
@@ -104,6 +125,8 @@ def main() -> None:
         decoder(dtype, rotary=1e4, norm="rms", window=5)
         decoder(dtype, norm_first=True, activation="gelu", final_norm=True)
     training()
+    for weights in "bfloat16", "int8":
+        narrow(weights)
     generation("TransformerLM", 7, 24, 3, 2, context=9)
     generation("RecurrentLM", 7, 5, 35, 2)
     generation("TransformerSeq2Seq", 7, 7, 24, 3, 1, 1, max_length=20)

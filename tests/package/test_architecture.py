@@ -41,6 +41,7 @@ FLOORS = [
         "fastseq._kv_pages",
         "fastseq._transformer",
     ],
+    ["fastseq.narrow"],
     [
         "fastseq.threads",
         "fastseq.plotting",
