@@ -585,7 +585,7 @@ class Seq2Seq(SequencePairModel):
         elif self.attention == "additive":
             pack = self._backend.recurrent.pack
             ((weight_ih, weight_hh, *biases),) = self._decoder_layer._by_direction(self._decoder_layer._arrays, 0)
-            if self.weights == "float32":  # narrow weights take the vector of a symbol and a context as one row
+            if isinstance(weight_ih, np.ndarray):  # narrow weights take the vector of a symbol and a context as one row
                 of_symbol, of_context = _parts(weight_ih, self.embedding_dim)
                 inputs = pack(self._decoder_layer._cell, of_symbol, weight_hh[:, :0], *biases)
                 cells[0] = pack(self._decoder_layer._cell, of_context, weight_hh, *biases)
