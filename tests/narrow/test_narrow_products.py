@@ -1,4 +1,4 @@
-"""Products of narrow weights: int8 equals NumPy exactly on every instruction set, bfloat16 within what float32 sums are."""
+"""Products of narrow weights: int8 equals NumPy exactly on every instruction set, bfloat16 as closely as float32."""
 
 from __future__ import annotations
 
@@ -107,8 +107,10 @@ def test_the_longest_sums_stay_in_32_bits(signs: str) -> None:
     twin = linear(weight)
     y = twin(x)
     np.testing.assert_array_equal(y, reference(twin, x))
-    np.testing.assert_array_equal(y[0, :2], np.float32([1, -1]) * np.float32(127 * 127 * inputs_size) * np.float32(
-        np.float32(1 / np.float32(127)) ** 2))
+    np.testing.assert_array_equal(
+        y[0, :2],
+        np.float32([1, -1]) * np.float32(127 * 127 * inputs_size) * np.float32(np.float32(1 / np.float32(127)) ** 2),
+    )
 
 
 @every_isa
@@ -277,7 +279,7 @@ def test_a_narrow_array_is_what_it_says() -> None:
 
 
 def test_every_instruction_set_gives_the_same() -> None:
-    """int8 products on all sets; whole layers on those that share kernels of reals, bfloat16 where it is multiplied alike."""
+    """int8 products on all sets; layers where kernels of reals are shared, of bfloat16 where it is multiplied alike."""
     each = {_simd.chosen: digests()}
     for isa in _simd.available:
         if isa != _simd.chosen:

@@ -102,7 +102,11 @@ def _run_decoder(layer: Any) -> list[Any]:
     x, memory, lengths = inputs((BATCH, TIME, SIZE)), inputs((BATCH, 5, SIZE), seed=1), lengths_of(5, 1)
     state = layer.initial_state(memory, memory_lengths=lengths)
     first, state = layer.step(x[:, 0], state)
-    return [layer(x, memory, causal=True, lengths=lengths_of(), memory_lengths=lengths), first, layer.step(x[:, 1], state)[0]]
+    return [
+        layer(x, memory, causal=True, lengths=lengths_of(), memory_lengths=lengths),
+        first,
+        layer.step(x[:, 1], state)[0],
+    ]
 
 
 def _run_transformer(layer: Any) -> list[Any]:
@@ -185,8 +189,12 @@ def _run_pairs(model: Any) -> list[Any]:
     source, target, lengths = ids_of(13), ids_of(11, 5, 1), lengths_of(least=1)
     given = {"source_lengths": lengths, "lengths": lengths_of(5)}
     logits, state = model.step(target[:, 0], model.initial_state(source, lengths=lengths))
-    return [model(source, target, **given), model.log_prob(source, target, **given), logits,
-            model.step(target[:, 1], state)[0]]
+    return [
+        model(source, target, **given),
+        model.log_prob(source, target, **given),
+        logits,
+        model.step(target[:, 1], state)[0],
+    ]
 
 
 def _run_classifier(model: Any) -> list[Any]:
