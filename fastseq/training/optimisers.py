@@ -34,6 +34,7 @@ class Optimiser:
     def __init__(self, layer: Layer, lr: float, weight_decay: float, groups: Any) -> None:
         if not isinstance(layer, Layer):
             raise TypeError(f"layer should be a layer or a model of fastseq, not {checks.describe(layer)}")
+        layer._refuse_where_narrow(type(self).__name__)
         self._layer = layer
         self._lr = self._first_lr = checks.number("lr", lr, least=0)
         default = _Settings(None, checks.number("weight_decay", weight_decay, least=0), False)
