@@ -71,6 +71,9 @@ class NarrowArray:
             if array is not None:
                 array.flags.writeable = False
 
+    def __reduce__(self) -> Any:
+        return NarrowArray, (self.type, self.values, self.scales, self.factor)
+
     dtype = np.dtype(np.float32)
     itemsize = 4
     ndim = 2

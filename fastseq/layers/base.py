@@ -601,7 +601,7 @@ class Layer(metaclass=LayerType):
 
     def _take_narrow(self, given: Mapping[str, Any], weight_type: str) -> None:
         """Become the twin that a file holds."""
-        self._check_mapping(given, given)
+        self._check_mapping(given, {name: array for name, array in given.items() if name in self._arrays})
         allowed = {name for group in self._product_groups("") for name in group}
         for group in self._product_groups(""):
             if len({isinstance(given[name], NarrowArray) for name in group}) > 1:

@@ -44,6 +44,7 @@ __all__ = [
     "backward_rows",
     "cells",
     "check_state",
+    "check_trainable",
     "children",
     "constructor_call",
     "copy_parameters",
@@ -91,6 +92,11 @@ def adopt_parameters(layer: Layer, changed: Mapping[str, Array]) -> None:
 def copy_parameters(layer: Layer, changed: Mapping[str, Array]) -> None:
     """Replace parameters by copies of some arrays of their shapes, converted to the layer's dtype."""
     layer._assign(changed)
+
+
+def check_trainable(layer: Layer, what: str) -> None:
+    """Raise a TypeError that says what needs float32 weights, where the layer is a twin with narrow ones."""
+    layer._refuse_where_narrow(what)
 
 
 def constructor_call(layer: Layer) -> str:
@@ -158,10 +164,10 @@ def split_cells(layer: Recurrent, columns: int) -> tuple[Any, list[Any]]:
     the first layer takes the second part of the input. Narrow weights are not split, as an input has one scale: the
     cell of the first layer takes both parts as one.
     """
-    if layer.weights != layer.dtype.name:
+    ((weight_ih, weight_hh, *more),) = layer._by_direction(layer._arrays, 0)
+    if not isinstance(weight_ih, np.ndarray):
         whole = [cell for (cell,) in layer._cells()]
         return whole[0], whole
-    ((weight_ih, weight_hh, *more),) = layer._by_direction(layer._arrays, 0)
     first, second = (np.ascontiguousarray(part) for part in (weight_ih[:, :columns], weight_ih[:, columns:]))
     pack = layer._backend.recurrent.pack
     upper = [cell for (cell,) in layer._cells()[1:]]

@@ -36,6 +36,7 @@ class Optimiser(ABC):
     def __init__(self, layer: Layer, lr: float, weight_decay: float, groups: Any) -> None:
         if not isinstance(layer, Layer):
             raise TypeError(f"layer should be a layer or a model of fastseq, not {checks.describe(layer)}")
+        inside.check_trainable(layer, type(self).__name__)
         self._layer = layer
         self._lr = self._first_lr = checks.number("lr", lr, least=0)
         default = _Settings(None, checks.number("weight_decay", weight_decay, least=0), False)

@@ -1,7 +1,7 @@
 """Hashes of what every public class computes, to the last bit: a change of the house must not change them.
 
 A program, and the cases of test_hashes.py. Run as a program it writes hashes.json anew, for every instruction set of
-this machine, which is right only where a change of results is meant::
+this machine that has kernels of reals of its own, which is right only where a change of results is meant::
 
     python tests/contracts/hashes.py
 
@@ -549,7 +549,7 @@ def main() -> None:
         return
     program = [sys.executable, __file__, "--one"]
     found = {}
-    for isa in _simd.available:
+    for isa in _simd.available_reals:
         child = subprocess.run(
             program, env=child_environment(FASTSEQ_ISA=isa), stdout=subprocess.PIPE, text=True, check=True
         )

@@ -1,4 +1,7 @@
-"""Runs every module marked `every_isa` for the instruction sets that this process does not use."""
+"""Runs modules for the instruction sets that this process does not use.
+
+Those marked `every_isa` for each set that has kernels of reals of its own, those marked `every_narrow_isa` for each set.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,16 @@ from common import ROOT, child_environment, run_python
 
 from fastseq import _simd
 
+REALS = ("baseline", "avx2", "avx512")  # sets with kernels of reals of their own
 
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", [name for name in _simd.NAMES if name != _simd.chosen])
-def test_every_isa(isa: str) -> None:
+
+def run_marked(mark: str, isa: str) -> None:
+    """Run the tests of a mark in a process of their own."""
     if isa not in _simd.available:
         pytest.skip(f"this machine lacks {isa}")
     # The NumPy engine knows no instruction set.
     compiled = "not (-reference] or [reference- or [reference])"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "every_isa", "-k", compiled]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", mark, "-k", compiled]
     result = subprocess.run(
         [*command, str(ROOT / "tests")],
         env=child_environment(FASTSEQ_ISA=isa),
@@ -28,6 +32,23 @@ def test_every_isa(isa: str) -> None:
     )
     assert result.returncode == 0, f"with FASTSEQ_ISA={isa}:\n{result.stdout[-20000:]}\n{result.stderr[-4000:]}"
     assert " passed" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", [name for name in REALS if name != _simd.chosen_reals])
+def test_every_isa(isa: str) -> None:
+    run_marked("every_isa", isa)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", [name for name in _simd.NAMES if name != _simd.chosen])
+def test_every_narrow_isa(isa: str) -> None:
+    run_marked("every_narrow_isa", isa)
+
+
+def test_sets_with_kernels_of_reals() -> None:
+    assert _simd.available_reals == tuple(name for name in _simd.available if name in REALS)
+    assert _simd.chosen_reals in _simd.available_reals
 
 
 @pytest.mark.parametrize("isa", _simd.available)
