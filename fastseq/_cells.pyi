@@ -1,4 +1,5 @@
 from fastseq.checks import Array
+from fastseq.narrow import Weight
 
 class Cell:
     @property
@@ -8,10 +9,10 @@ class TransposedCell: ...
 
 def pack(
     kind: str,
-    weight_ih: Array,
-    weight_hh: Array,
+    weight_ih: Weight,
+    weight_hh: Weight,
     bias_ih: Array | None,
     bias_hh: Array | None,
-    weight_hr: Array | None,
+    weight_hr: Weight | None,
     *vectors: Array | None,
 ) -> Cell: ...

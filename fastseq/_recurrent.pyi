@@ -4,8 +4,9 @@ from fastseq._bptt import gates as gates
 from fastseq._cells import Cell
 from fastseq._cells import pack as pack
 from fastseq.checks import Array
+from fastseq.narrow import Weight
 
-def input_table(cell: Cell, embedding: Array, n_threads: int) -> Array | None: ...
+def input_table(cell: Cell, embedding: Weight, n_threads: int) -> Array | None: ...
 def run(
     cells: tuple[tuple[Cell, ...], ...],
     x: Array,
@@ -27,7 +28,7 @@ def step(
 ) -> tuple[Array, Array, Array | None]: ...
 def rollout(
     cells: tuple[tuple[Cell, ...], ...],
-    weight: Array,
+    weight: Weight,
     bias: Array,
     x: Array,
     h: Array,

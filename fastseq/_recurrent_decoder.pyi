@@ -3,13 +3,14 @@ from collections.abc import Sequence
 from fastseq._cells import Cell
 from fastseq._packing import PackedWeight
 from fastseq.checks import Array
+from fastseq.narrow import Weight
 
-def pack_pair(weight: Array, bias: Array | None, columns: int) -> PackedWeight: ...
+def pack_pair(weight: Weight, bias: Array | None, columns: int) -> PackedWeight: ...
 
 class Weights:
     def __init__(
         self,
-        embedding: Array,
+        embedding: Weight,
         inputs: Cell,
         table: Array | None,
         cells: Sequence[Cell],

@@ -8,6 +8,9 @@ Shape = TypeVar("Shape", bound=tuple[int, ...])
 NAMES: Final[tuple[str, ...]]
 available: Final[tuple[str, ...]]
 chosen: Final[str]
+chosen_reals: Final[str]
+available_reals: Final[tuple[str, ...]]
+narrow_instructions: Final[dict[str, str]]
 openmp: Final[bool]
 lanes: Final[dict[int, int]]
 

@@ -3,6 +3,7 @@ from typing import Any
 
 from fastseq._kv_pages import Pages as Pages
 from fastseq.checks import Array
+from fastseq.narrow import Weight
 
 class Block: ...
 
@@ -27,7 +28,7 @@ class Decoder:
         self,
         blocks: list[Block],
         final_norm: tuple[str, float, Array | None, Array | None] | None,
-        embedding: Array,
+        embedding: Weight,
         positions: Array | None,
         output: Any,
         pages: Pages,

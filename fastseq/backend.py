@@ -29,6 +29,7 @@ from fastseq import (
     over_time,
 )
 from fastseq.checks import Array
+from fastseq.narrow import Weight
 
 C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,17 +41,17 @@ class Recurrent(Protocol):
     def pack(
         self,
         kind: str,
-        w_ih: Array,
-        w_hh: Array,
+        w_ih: Weight,
+        w_hh: Weight,
         b_ih: Array | None,
         b_hh: Array | None,
-        w_hr: Array | None,
+        w_hr: Weight | None,
         /,
         *vectors: Array | None,
     ) -> Any:
         """Weights of one direction of one layer in the form of the other operations; `vectors` are the cell's own."""
 
-    def input_table(self, cell: Any, embedding: Array, n_threads: int, /) -> Array | None:
+    def input_table(self, cell: Any, embedding: Weight, n_threads: int, /) -> Array | None:
         """The input part of the pre-activations for every symbol, for `run`; None where a table does not pay."""
 
     def fits(self, cells: Any, x: object, dims: int, state: object, out: object, /) -> bool:
@@ -78,7 +79,7 @@ class Recurrent(Protocol):
     def rollout(
         self,
         cells: Any,
-        weight: Array,
+        weight: Weight,
         bias: Array,
         x: Array,
         h: Array,
@@ -123,7 +124,7 @@ class Recurrent(Protocol):
 class Dense(Protocol):
     """Linear maps, embeddings, norms, activations and dropout, over rows."""
 
-    def linear_pack(self, weight: Array, bias: Array | None, /) -> Any:
+    def linear_pack(self, weight: Weight, bias: Array | None, /) -> Any:
         """Weights in the form of `linear_forward` and `linear_backward`."""
 
     def linear_forward(self, packed: Any, x: Array, n_threads: int, /) -> Array:
@@ -134,7 +135,7 @@ class Dense(Protocol):
     ) -> Array:
         """The gradient of x."""
 
-    def embedding_forward(self, weight: Array, ids: Array, n_threads: int, /) -> Array:
+    def embedding_forward(self, weight: Weight, ids: Array, n_threads: int, /) -> Array:
         """Rows of `weight`."""
 
     def embedding_backward(self, ids: Array, dy: Array, dweight: Array, padding_idx: int, n_threads: int, /) -> None:
@@ -420,7 +421,7 @@ class Decoding(Protocol):
 class RecurrentDecoder(Protocol):
     """Compiled decoders of recurrent models."""
 
-    def pack_pair(self, weight: Array, bias: Array | None, columns: int, /) -> Any:
+    def pack_pair(self, weight: Weight, bias: Array | None, columns: int, /) -> Any:
         """Weights of a linear map over two vectors one after another, split at `columns`."""
 
     @property

@@ -157,6 +157,9 @@ def _int8_product(x: Array, values: Array, scales: Array) -> Array:
     return products
 
 
+Weight = Array | NarrowArray  # what packers and tables take
+
+
 def narrowed(weight: Array, type: str) -> NarrowArray:
     """A float32 matrix (outputs, inputs) as one of "bfloat16" or "int8"."""
     if type == "bfloat16":

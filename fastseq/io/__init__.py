@@ -2,8 +2,8 @@
 
 Every file has a checksum over all of its bytes in its metadata. One that an older version wrote without is read, too.
 
-The file of a twin (`Layer.with_weights`) says its type of weights. Of bfloat16 it has BF16 arrays, of int8 I8 arrays and
-for each the scales of its rows, float32, named as the array with ".scale" behind.
+The file of a twin (`Layer.with_weights`) says its type of weights. Of bfloat16 it has BF16 arrays, of int8 I8 arrays
+and for each the scales of its rows, float32, named as the array with ".scale" behind.
 
 What only files need is imported when one is read or written: importing fastseq costs little more than NumPy.
 """
@@ -319,6 +319,8 @@ def load_into(
 
     from safetensors import SafetensorError, safe_open
 
+    import fastseq
+
     name = checks.path("path", path)
     if weights is not None and weights not in TYPES:
         raise ValueError(f"weights should be {', '.join(map(repr, TYPES))} or None, not {weights!r}")
@@ -342,7 +344,7 @@ def load_into(
         if stored == "float32":
             layer.load_state_dict(arrays)
         else:
-            layer._take_narrow(_narrow(arrays, stored), stored)
+            fastseq.layers.inside.become_twin(layer, _narrow(arrays, stored), stored)
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"path: {name!r} is damaged: {error}") from None
     if weights is None or weights == stored:

@@ -42,6 +42,7 @@ __all__ = [
     "attend_padded",
     "attend_step",
     "backward_rows",
+    "become_twin",
     "cells",
     "check_state",
     "check_trainable",
@@ -92,6 +93,11 @@ def adopt_parameters(layer: Layer, changed: Mapping[str, Array]) -> None:
 def copy_parameters(layer: Layer, changed: Mapping[str, Array]) -> None:
     """Replace parameters by copies of some arrays of their shapes, converted to the layer's dtype."""
     layer._assign(changed)
+
+
+def become_twin(layer: Layer, given: Mapping[str, Any], weight_type: str) -> None:
+    """Make a new layer the twin that a file holds, of arrays and narrow arrays by name; a fault is a ValueError."""
+    layer._take_narrow(given, weight_type)
 
 
 def check_trainable(layer: Layer, what: str) -> None:

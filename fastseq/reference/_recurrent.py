@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastseq.checks import Array
-from fastseq.narrow import split_rows
+from fastseq.narrow import Weight, split_rows
 
 Cells = Sequence[Sequence["Cell"]]  # [layer][direction]
 Kept = dict[str, Array]  # what a cell's backward needs of one step, by the names of its forward
@@ -72,11 +72,11 @@ class Cell:
     def __init__(
         self,
         kind: str,
-        weight_ih: Array,
-        weight_hh: Array,
+        weight_ih: Weight,
+        weight_hh: Weight,
         bias_ih: Array | None,
         bias_hh: Array | None,
-        weight_hr: Array | None,
+        weight_hr: Weight | None,
         *vectors: Array | None,
     ) -> None:
         gates = {"lstm": 4, "lstm_ln": 4, "gru_reset_after": 3, "gru_reset_before": 3}.get(kind, 1)
@@ -86,7 +86,7 @@ class Cell:
         self.U = split_rows(weight_hh, gates)
         self.b = np.split(none if bias_ih is None else bias_ih, gates)
         self.d = np.split(none if bias_hh is None else bias_hh, gates)
-        self.projection = weight_hr
+        self.projection: Any = weight_hr
         self.weight_ih, self.weight_hh = weight_ih, weight_hh
         self.vectors = vectors  # of the layer-normalised LSTM
 
@@ -510,7 +510,7 @@ def run(
 
 
 def rollout(
-    cells: Cells, weight: Array, bias: Array, x: Array, h: Array, c: Array | None, steps: int, n_threads: int
+    cells: Cells, weight: Weight, bias: Array, x: Array, h: Array, c: Array | None, steps: int, n_threads: int
 ) -> tuple[Array, Array, Array | None]:
     """Steps of which each takes what a linear map makes of the outputs of the one before: x' = W y + b.
 
@@ -538,7 +538,7 @@ def rollout(
     return y, *_read_only(h, c)
 
 
-def input_table(cell: Cell, embedding: Array, n_threads: int) -> None:
+def input_table(cell: Cell, embedding: Weight, n_threads: int) -> None:
     """A table of the input parts of pre-activations. Here there is none: the layer is called on the embeddings."""
 
 

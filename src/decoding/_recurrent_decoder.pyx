@@ -65,7 +65,7 @@ cdef struct Network:
     # Of narrow weights that take two vectors as one row, the size of the first; else 0.
     Py_ssize_t combined_size
     Py_ssize_t joined_size
-    bint entered_together       # ADDITIVE, narrow: the first layer takes the vector of a symbol and a context as one row
+    bint entered_together       # ADDITIVE, narrow: the first layer takes embedding and context as one row
     const char *score
 
 
@@ -431,7 +431,9 @@ cdef void run_step(
         base += BLOCK_ROWS
 
 
-cdef inline const void *vector_of(const RowTable *embedding, int64_t symbol, char *vectors, Py_ssize_t i) noexcept nogil:
+cdef inline const void *vector_of(
+    const RowTable *embedding, int64_t symbol, char *vectors, Py_ssize_t i,
+) noexcept nogil:
     """The vector of a symbol; of a narrow embedding, at place i of some room."""
     cdef char *vector
     if embedding.type == FS_REAL:
@@ -445,8 +447,9 @@ cdef inline const void *entering(const Rows *job, Py_ssize_t row, char *out) noe
     """The vector of a symbol and the context behind it, as one row."""
     cdef const RowTable *embedding = &job.network.embedding
     cdef Py_ssize_t n_bytes = embedding.width * embedding.real_item
+    cdef Py_ssize_t context_bytes = job.network.cells[0].input_size * sizeof(float) - n_bytes
     copy_row(embedding, job.symbols[row], out)
-    memcpy(out + n_bytes, job.context + row * job.context_row, job.network.cells[0].input_size * sizeof(float) - n_bytes)
+    memcpy(out + n_bytes, job.context + row * job.context_row, context_bytes)
     return out
 
 

@@ -13,7 +13,9 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from runtime.costs cimport ACTIVATION_WORK, COPY_WORK, DROPOUT_WORK, NORM_WORK, SIGNAL_WORK, threads_for
-from runtime.kernels cimport FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_epilogue, fs_kernels, fs_narrow_bytes, fs_step, fs_weights
+from runtime.kernels cimport (
+    FS_GELU, FS_GELU_TANH, FS_IDENTITY, FS_RELU, fs_epilogue, fs_kernels, fs_narrow_bytes, fs_step, fs_weights,
+)
 from runtime.scratch cimport CACHE_LINE, Scratch, scratch_array, scratch_close, scratch_open
 from runtime.team cimport fs_barrier, fs_flush_denormals, fs_restore_denormals
 from fastseq._packing cimport PackedWeight, RowTable, copy_row, pack_linear, row_table

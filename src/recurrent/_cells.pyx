@@ -228,7 +228,7 @@ cdef void input_parts(
 ) noexcept nogil:
     """Compute the input parts of some rows, of the panels of a step: those of `candidate` behind `main`.
 
-    `init` is room for a pointer a row; `out` stays as it is. Of narrow weights, so many rows as `narrow_x` has room for.
+    `init` is room for a pointer a row; `out` stays as it is. Of narrow weights, `narrow_x` has room for them.
     """
     cdef fs_step product = step.main
     cdef Py_ssize_t i, behind = init_bytes(w, &w.main, w.main_vectors)
