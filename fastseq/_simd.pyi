@@ -9,6 +9,7 @@ NAMES: Final[tuple[str, ...]]
 available: Final[tuple[str, ...]]
 chosen: Final[str]
 openmp: Final[bool]
+narrow_instructions: Final[dict[str, str]]
 lanes: Final[dict[int, int]]
 
 def exp(x: np.ndarray[Shape, np.dtype[Real]]) -> np.ndarray[Shape, np.dtype[Real]]: ...

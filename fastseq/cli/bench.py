@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from fastseq import threads
 from fastseq.bench import UsageError, engines, runner
@@ -14,6 +13,7 @@ from fastseq.bench.cases import Case, attention, decode, encoder, generate, lang
 from fastseq.bench.report import Report, as_json
 from fastseq.bench.worker import EngineError
 from fastseq.cli import info, plot
+from fastseq.cli.files import writable
 from fastseq.cli.progress import Progress
 from fastseq.cli.table import size, table
 from fastseq.io import write_whole
@@ -39,8 +39,10 @@ def run(options: argparse.Namespace) -> int:
         n_threads = whole_number("--threads", options.threads, threads.MAX_THREADS)
     rounds = whole_number("--rounds", options.rounds, 10_000)
     check_memory(cases, 2 + len(peers))
-    json_file = writable("--json", options.json)
-    plot_file = writable("--plot", options.plot)
+    json_file, plot_file = (
+        None if text is None else writable(option, text)
+        for option, text in (("--json", options.json), ("--plot", options.plot))
+    )
     if plot_file is not None:
         plot.check(plot_file)
 
@@ -106,25 +108,6 @@ def check_memory(cases: Sequence[Case], n_engines: int) -> None:
     needed = max(case.memory(n_engines) for case in cases)
     if needed > available:
         raise UsageError(f"--shape asks for about {size(needed)} of memory, and this machine has {size(available)}")
-
-
-def writable(option: str, text: str | None) -> Path | None:
-    """The path an option names, if a file can be put there."""
-    if text is None:
-        return None
-    path = Path(text)
-    try:
-        if path.is_dir():
-            raise UsageError(f"{option} should name a file, but {text} is a directory")
-        if path.exists() and not path.is_file():
-            # It will be replaced by renaming, which must not happen to a device.
-            raise UsageError(f"{option} should name a plain file, which {text} is not")
-        target = path.resolve()
-        if not os.access(target if target.exists() else target.parent, os.W_OK) or not target.parent.is_dir():
-            raise UsageError(f"{option}: {text} cannot be written")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{option}: {text!r} cannot be written: {error}") from None
-    return path
 
 
 def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int, asked: bool) -> Report | None:
