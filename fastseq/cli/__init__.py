@@ -1,4 +1,4 @@
-"""The command ``fastseq``: a model that pronounces, what is installed, smaller files, and times beside other engines."""
+"""The command ``fastseq``: a model that pronounces, what is installed, smaller files, and a benchmark."""
 
 from __future__ import annotations
 
