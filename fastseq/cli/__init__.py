@@ -90,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("few", "table"),
         help="of recurrent layers: a few telling shapes (the default), or eight for each kind",
     )
+    bench.add_argument(
+        "--weights",
+        metavar="TYPES",
+        help="of float32, bfloat16 and int8, with commas: fastseq and the engines that can, with each type, and their "
+        "errors beside their times (default: float32)",
+    )
     bench.add_argument("--threads", metavar="N", help="threads of every engine (default: what fastseq would use)")
     bench.add_argument("--rounds", metavar="N", default="5", help="turns of every engine at every shape (default: 5)")
     bench.add_argument("--json", metavar="FILE", help="write every number there, whole or not at all")

@@ -1,7 +1,7 @@
 """Cases of the benchmark: what each row of the table computes, on which numbers, and how its results are compared.
 
-A case knows no engine except by name; `fastseq.bench.engines` builds it. The name of an engine that computes with narrow
-weights has their type behind it: "torch int8".
+A case knows no engine except by name; `fastseq.bench.engines` builds it. The name of an engine that computes with
+narrow weights has their type behind it: "torch int8".
 """
 
 from __future__ import annotations
@@ -145,6 +145,11 @@ class Case:
         return Verdict(worst, None, allowed)
 
     @property
+    def chooses(self) -> bool:
+        """Whether engines choose symbols, each the likeliest one."""
+        return False
+
+    @property
     def error_means(self) -> str:
         """What is told as the error of an engine where weights are narrow."""
         return "the largest difference of outputs, over the largest magnitude"
@@ -232,7 +237,7 @@ def largest_error(outputs: Outputs, expected: Outputs) -> float:
     return float(max(errors, default=0)) if np.all(np.isfinite(errors)) else math.inf
 
 
-ERROR_OF_SYMBOLS = "rows of symbols that are those of float64, and the share of all symbols up to the first difference"
+ERROR_OF_SYMBOLS = "the share of symbols that float64 would choose, too, after the same text"
 
 
 def compare_symbols(ids: Array, expected: Array, margins: Array, allowed: float) -> Verdict:

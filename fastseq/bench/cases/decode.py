@@ -162,6 +162,11 @@ class Decode(Case):
         return dict.fromkeys(TYPES[1:], ("fastseq", "reference", "torch", "ctranslate2"))
 
     @property
+    def chooses(self) -> bool:
+        """They do."""
+        return True
+
+    @property
     def error_means(self) -> str:
         """Symbols have no difference."""
         return ERROR_OF_SYMBOLS

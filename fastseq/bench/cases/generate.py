@@ -82,6 +82,11 @@ class Sample(Case):
         return dict.fromkeys(TYPES[1:], ("fastseq", "reference", "torch"))
 
     @property
+    def chooses(self) -> bool:
+        """They do."""
+        return True
+
+    @property
     def error_means(self) -> str:
         """Symbols have no difference."""
         return ERROR_OF_SYMBOLS
@@ -226,8 +231,18 @@ class Beams(Decode):
 
     @property
     def narrow(self) -> Mapping[str, tuple[str, ...]]:
-        """fastseq alone."""
+        """fastseq alone; greedy rows are there for the search, whatever the weights."""
         return dict.fromkeys(TYPES[1:], ("fastseq", "reference"))
+
+    @property
+    def chooses(self) -> bool:
+        """Not symbol by symbol."""
+        return False
+
+    @property
+    def error_means(self) -> str:
+        """What is compared."""
+        return "the difference of log-probability of the best text, over its magnitude"
 
     def needs(self, engine: str) -> tuple[str, ...]:
         """Nothing."""

@@ -48,10 +48,14 @@ class Model:
     outputs : callable
         Converts the result of `call` to arrays that are the same in every engine: first those of the forward, in
         training also the gradients. Not timed.
+    margins : callable, optional
+        Of `exact`, where symbols are chosen: by how much each symbol (B, T) that another engine chose is likelier than
+        any other, after the same text; below zero where another one is likelier.
     """
 
     call: Callable[[], Any]
     outputs: Callable[[Any], Outputs]
+    margins: Callable[[Array], Array] | None = None
 
 
 # Builds a case on a number of threads, and with narrow weights of a type where that is given.

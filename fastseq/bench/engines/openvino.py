@@ -9,7 +9,6 @@ from fastseq.bench.cases.recurrent import Recurrent
 from fastseq.bench.engines import Builder, Model, NotNarrow, onnx_graphs
 from fastseq.bench.engines.onnx_graphs import Exported
 
-
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 

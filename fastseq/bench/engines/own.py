@@ -159,7 +159,8 @@ def _decode(engine: str, case: Decode, threads: int, weights: str = "float32") -
     def outputs(ids: Array) -> Outputs:
         return (ids, margins(model, prompts, ids)) if engine == "exact" else (ids,)
 
-    return Model(lambda: model.generate(prompts, case.new, temperature=0), outputs)
+    call = partial(model.generate, prompts, case.new, temperature=0)
+    return Model(call, outputs, partial(margins, model, prompts))
 
 
 def _sample(engine: str, case: Sample, threads: int, weights: str = "float32") -> Model:
@@ -173,7 +174,7 @@ def _sample(engine: str, case: Sample, threads: int, weights: str = "float32") -
         ids = model.generate(prompts, case.compared, temperature=0)
         return (ids, margins(model, prompts, ids)) if engine == "exact" else (ids,)
 
-    return Model(lambda: model.generate(prompts, case.new, seed=0), outputs)
+    return Model(lambda: model.generate(prompts, case.new, seed=0), outputs, partial(margins, model, prompts))
 
 
 def _beams(engine: str, case: Beams, threads: int, weights: str = "float32") -> Model:

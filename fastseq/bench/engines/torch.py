@@ -29,15 +29,15 @@ def _torch(threads: int) -> Any:
 
 def _with_weights(torch: Any, modules: dict[str, Any], weights: str) -> tuple[dict[str, Any], Any]:
     """Modules with weights of a type, by name, and the dtype that their inputs should have."""
-    whole = torch.nn.ModuleDict(modules)
+    names, whole = list(modules), torch.nn.ModuleList(modules.values())
     if weights == "bfloat16":
-        return dict(whole.to(torch.bfloat16).items()), torch.bfloat16
+        return dict(zip(names, whole.to(torch.bfloat16), strict=True)), torch.bfloat16
     if weights == "int8":
         kinds = {torch.nn.Linear, torch.nn.LSTM, torch.nn.GRU}
         whole = torch.ao.quantization.quantize_dynamic(whole.eval(), kinds, torch.qint8)
         if not any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in whole.modules()):
             raise NotNarrow("not quantised")
-    return dict(whole.items()), torch.float32
+    return dict(zip(names, whole, strict=True)), torch.float32
 
 
 def _recurrent(case: Recurrent, threads: int, weights: str = "float32") -> Model:
@@ -154,16 +154,13 @@ def _encoder_of_linear_maps(torch: Any, case: Encoder, arrays: dict[str, Any]) -
     """The encoder with int8 weights, which `quantize_dynamic` gives to modules of the class Linear."""
     functional, a = torch.nn.functional, case.architecture
     names = [f"layers.{i}" for i in range(a.layers)]
-    parts = {"self_attn.in_proj_": 3 * a.width, "self_attn.out_proj.": a.width, "linear1.": a.inner, "linear2.": a.width}
-    maps = {}
-    for name in names:
-        for part, outputs in parts.items():
-            state = {field: arrays[f"{name}.{part}{field}"] for field in ("weight", "bias")}
-            linear = torch.nn.Linear(state["weight"].shape[1], outputs)
-            linear.load_state_dict(state)
-            maps[(name, part)] = linear
-    keys = {key: "_".join(key).replace(".", "_") for key in maps}
-    built, _ = _with_weights(torch, {keys[key]: linear for key, linear in maps.items()}, "int8")
+    parts = ("self_attn.in_proj_", "self_attn.out_proj.", "linear1.", "linear2.")
+    maps = {
+        f"{name}.{part}": _linear(torch, arrays[f"{name}.{part}weight"], arrays[f"{name}.{part}bias"])
+        for name in names
+        for part in parts
+    }
+    built, _ = _with_weights(torch, maps, "int8")
 
     def normed(x: Any, name: str) -> Any:
         return functional.layer_norm(x, (a.width,), arrays[f"{name}.weight"], arrays[f"{name}.bias"], a.eps)
@@ -171,7 +168,7 @@ def _encoder_of_linear_maps(torch: Any, case: Encoder, arrays: dict[str, Any]) -
     def encode(x: Any, src_key_padding_mask: Any) -> Any:
         mask = None if src_key_padding_mask is None else ~src_key_padding_mask[:, None, None, :]
         for name in names:
-            attention_in, attention_out, linear1, linear2 = (built[keys[name, part]] for part in parts)
+            attention_in, attention_out, linear1, linear2 = (built[f"{name}.{part}"] for part in parts)
             q, k, v = attention_in(x).unflatten(2, (3, a.heads, -1)).permute(2, 0, 3, 1, 4)
             out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             x = normed(x + attention_out(out.transpose(1, 2).flatten(2)), f"{name}.norm1")
@@ -265,14 +262,19 @@ def _decode(case: Decode, threads: int, weights: str = "float32") -> Model:
     return Model(call, lambda ids: (ids.numpy(),))
 
 
-def _use_linear(torch: Any, transposed: type, model: Any) -> None:
+def _use_linear(torch: Any, transposed: Any, model: Any) -> None:
     """Put Linear in the place of the linear maps of GPT-2, whose class `quantize_dynamic` does not know."""
     for parent in list(model.modules()):
         for name, part in parent.named_children():
             if isinstance(part, transposed):
-                linear = torch.nn.Linear(*part.weight.shape)
-                linear.load_state_dict({"weight": part.weight.T, "bias": part.bias})
-                setattr(parent, name, linear)
+                setattr(parent, name, _linear(torch, part.weight.T, part.bias))
+
+
+def _linear(torch: Any, weight: Any, bias: Any) -> Any:
+    """A module of the class Linear."""
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    return linear
 
 
 # Parts of a layer, in fastseq and in GPT-2; linear maps are transposed there.
