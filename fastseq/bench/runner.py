@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from fastseq import _simd
-from fastseq.bench.cases import Case
+from fastseq.bench.cases import Case, Outputs, name_and_weights, named
+from fastseq.bench.engines import NotNarrow
 from fastseq.bench.interference import Others
 from fastseq.bench.report import Report, Row
 from fastseq.bench.roofline import ROOFS, Limits
@@ -21,11 +22,15 @@ from fastseq.version import __version__
 
 # Of the largest magnitude in the result. A gate exchanged or a state dropped costs far more, an approximate tanh less.
 PEER_TOLERANCE = 1e-3
+# The same with narrow weights, several times what the coarsest engine has. Where symbols are chosen: which share of
+# them float64 has to choose, too; what is nonsense has one in as many as there are symbols.
+NARROW_TOLERANCE = {"bfloat16": 0.05, "int8": 0.2}
+LEAST_AGREED = {"bfloat16": 0.7, "int8": 0.4}
 
 
-def n_steps(n_cases: int, n_peers: int, rounds: int) -> int:
+def n_steps(n_cases: int, n_engines: int, rounds: int) -> int:
     """How many times `measure` reports progress: engines, checks, limits, rounds."""
-    return 1 + n_peers + n_cases + 1 + rounds * n_cases
+    return n_engines + n_cases + 1 + rounds * n_cases
 
 
 def measure(
@@ -36,6 +41,7 @@ def measure(
     asked: bool,
     advance: Callable[[str], None],
     complain: Callable[[str], None],
+    weights: Sequence[str] = ("float32",),
 ) -> Report:
     """Check, then time; an `EngineError` where fastseq, or an engine that was asked for, fails.
 
@@ -43,7 +49,7 @@ def measure(
     ----------
     cases : sequence of Case
     peers : list of str
-        The engines to stand beside fastseq.
+        The engines to stand beside fastseq, with the types of their weights.
     n_threads, rounds : int
     asked : bool
         Whether somebody named the peers: one that cannot start is left out otherwise.
@@ -51,16 +57,19 @@ def measure(
         Called with what is done next, `n_steps` times in all.
     complain : callable
         Called with why an engine was left out.
+    weights : sequence of str
+        Types of fastseq's own weights; the others are compared with the first.
     """
-    rows = [Row(case) for case in cases]
+    own = [named("fastseq", each) for each in weights]
+    rows = [Row(case, base=own[0]) for case in cases]
     with contextlib.ExitStack() as stack:
         workers: dict[str, Worker] = {}
-        for name in ["fastseq", *peers]:
+        for name in [*own, *peers]:
             advance(f"starting {name}")
             try:
                 workers[name] = stack.enter_context(contextlib.closing(Worker(name, n_threads)))
             except EngineError as error:
-                if asked or name == "fastseq":
+                if asked or name in own:
                     raise
                 complain(f"left out {error}")
         with contextlib.closing(Worker("exact", n_threads)) as exact:  # it ends before anything is timed
@@ -93,6 +102,8 @@ def measure(
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+    if list(weights) != ["float32"]:
+        about["weights"] = list(weights)
     return Report(about, peaks, reads, rows)
 
 
@@ -100,29 +111,66 @@ def check_parity(
     rows: Sequence[Row], workers: dict[str, Worker], exact: Worker, advance: Callable[[str], None]
 ) -> None:
     """Compare every engine with the float64 reference; what differs is left out, and fastseq must not."""
+    narrow = any(name_and_weights(name)[1] != "float32" for name in workers)
     for row in rows:
         advance(f"checking {row.case.name}")
         expected = exact.check(row.case)
         for name, worker in workers.items():
-            if name != "fastseq" and name not in row.case.engines:
+            if not row.case.computed_by(name):
                 continue
+            own = name_and_weights(name)[0] == "fastseq"
             try:
                 outputs = worker.check(row.case)
+            except NotNarrow as reason:
+                row.not_narrow[name] = str(reason)
+                continue
             except EngineError as failure:
-                if name == "fastseq":
+                if own:
                     raise
                 row.faults[name] = f"failed: {failure}"
                 continue
-            allowed = tolerance(row.case) if name == "fastseq" else PEER_TOLERANCE
-            verdict = row.case.compare(name, outputs, expected, allowed)
-            if verdict.error is not None:
-                row.errors[name] = verdict.error
-            if verdict.symbols is not None:
-                row.symbols[name] = verdict.symbols
-            if verdict.fault is not None:
-                row.faults[name] = verdict.fault
-                if name == "fastseq":
-                    raise EngineError(f"fastseq: {row.case.name} {verdict.fault}, more than {verdict.allowed:.1e}")
+            allowed = _hold(row, name, outputs, expected)
+            if narrow and name not in row.faults:
+                _tell_error(row, name, outputs, expected, exact)
+            if own and name in row.faults:
+                limit = f", more than {allowed:.1e}" if math.isfinite(allowed) else ""
+                raise EngineError(f"{name}: {row.case.name} {row.faults[name]}{limit}")
+
+
+def _hold(row: Row, name: str, outputs: Outputs, expected: Outputs) -> float:
+    """Hold what an engine computed against the float64 reference; returns how far off it might have been."""
+    engine, weights = name_and_weights(name)
+    if weights == "float32":
+        allowed = tolerance(row.case) if engine == "fastseq" else PEER_TOLERANCE
+    else:
+        # Another symbol makes another text, so those that are chosen are looked at one by one, in `_tell_error`.
+        allowed = math.inf if row.case.chooses else NARROW_TOLERANCE[weights]
+    verdict = row.case.compare(engine, outputs, expected, allowed)
+    if verdict.error is not None:
+        row.errors[name] = verdict.error
+    if verdict.symbols is not None:
+        row.symbols[name] = verdict.symbols
+    if verdict.alike is not None:
+        row.alike[name] = verdict.alike
+    if verdict.fault is not None:
+        row.faults[name] = verdict.fault
+    return verdict.allowed
+
+
+def _tell_error(row: Row, name: str, outputs: Outputs, expected: Outputs, exact: Worker) -> None:
+    """Note the error that stands beside the time where weights are narrow, and refuse symbols that are nonsense."""
+    difference = row.case.difference(outputs, expected)
+    if difference is not None:
+        row.differences[name] = difference
+    if not row.case.chooses:
+        return
+    if np.array_equal(outputs[0], expected[0]):
+        row.agreed[name] = 1.0
+        return
+    row.agreed[name] = float(np.mean(exact.margins(row.case, outputs[0]) > 0))
+    least = LEAST_AGREED.get(name_and_weights(name)[1], 0.0)
+    if row.agreed[name] < least:
+        row.faults[name] = f"of its symbols float64 would choose {row.agreed[name]:.0%} after the same text"
 
 
 def tolerance(case: Case) -> float:

@@ -25,6 +25,7 @@ from typing import Any
 
 from fastseq.bench import engines
 from fastseq.bench.cases import Case, Outputs
+from fastseq.checks import Array
 
 # Every name by which an engine or its matrix products may take the number of threads.
 THREAD_VARIABLES = (
@@ -50,7 +51,7 @@ class Worker:
     Parameters
     ----------
     engine : str
-        A name that the cases know.
+        A name that the cases know, with the type of its weights behind it where they are narrow.
     threads : int
         Given to the engine by environment and by its own interface.
     """
@@ -95,6 +96,11 @@ class Worker:
         """Build a case, and let go of the one before."""
         self._ask("build", case)
 
+    def margins(self, case: Case, ids: Array) -> Array:
+        """Build a case, and look at the symbols of another engine, as `Model.margins` does."""
+        margins: Array = self._ask("margins", case, ids)
+        return margins
+
     def time(self) -> float:
         """Seconds a call of the case that was built, the median over a turn."""
         seconds: float = self._ask("time", None)
@@ -108,10 +114,10 @@ class Worker:
         self._errors.close()
         self._folder.cleanup()
 
-    def _ask(self, request: str, case: Case | None) -> Any:
+    def _ask(self, request: str, case: Case | None, ids: Array | None = None) -> Any:
         self._process.send_signal(signal.SIGCONT)
         with contextlib.suppress(OSError):  # the process has ended, which the answer says
-            self._pipe.send((request, case))
+            self._pipe.send((request, case, ids))
         return self._answer()
 
     def _answer(self) -> Any:
@@ -121,6 +127,8 @@ class Worker:
             status = self._process.wait()
             raise EngineError(f"{self.engine}: its process ended with status {status}{self._last_words()}") from None
         self._process.send_signal(signal.SIGSTOP)
+        if isinstance(error, engines.NotNarrow):
+            raise error
         if error is not None:
             raise EngineError(f"{self.engine}: {error}")
         return answer
@@ -141,7 +149,7 @@ def main() -> None:
     # One at a time: some engines start threads for every model.
     model: engines.Model | None = None
 
-    def answer(request: str, case: Case | None) -> Any:
+    def answer(request: str, case: Case | None, ids: Array | None) -> Any:
         nonlocal model
         if case is None:
             assert model is not None
@@ -150,21 +158,27 @@ def main() -> None:
         model = engines.build(engine, case, threads)
         if request == "build":
             return None
+        if ids is not None:
+            assert model.margins is not None
+            margins, model = model.margins(ids), None
+            return margins
         outputs, model = model.outputs(model.call()), None
         return outputs
 
     _reply(pipe, lambda: engines.version(engine))
     while True:
         try:
-            request, case = pipe.recv()
+            request, case, ids = pipe.recv()
         except EOFError:
             return
-        _reply(pipe, partial(answer, request, case))
+        _reply(pipe, partial(answer, request, case, ids))
 
 
 def _reply(pipe: Connection, answer: Callable[[], Any]) -> None:
     try:
         pipe.send((None, answer()))
+    except engines.NotNarrow as error:
+        pipe.send((error, None))
     except Exception as error:  # an engine may raise anything; it is reported, and the others go on
         first, *_ = str(error).splitlines() or [""]
         pipe.send((f"{type(error).__name__}: {first}", None))

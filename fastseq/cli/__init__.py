@@ -1,4 +1,4 @@
-"""The command ``fastseq``: a model that pronounces, what is installed, and how fast it is beside other engines."""
+"""The command ``fastseq``: a model that pronounces, what is installed, smaller files, and a benchmark."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastseq.bench import UsageError
+from fastseq.narrow import TYPES
 from fastseq.version import __version__
 
 
@@ -32,6 +33,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("words", nargs="*", metavar="WORDS", help="of the letters a to z and apostrophes")
     demo.add_argument("--plot", metavar="FILE", help="draw the attention of the first word; needs matplotlib")
+
+    convert = commands.add_parser(
+        "convert",
+        help="make a file of a layer or model smaller: bfloat16 or int8 weights",
+        description="Read a layer or model that was saved, and write its twin with narrow weights, which is for "
+        "inference alone.",
+    )
+    convert.add_argument("source", metavar="IN", help="a file of layer.save or model.save, in float32")
+    convert.add_argument("target", metavar="OUT", help="where the twin is written, whole or not at all")
+    convert.add_argument("--weights", required=True, choices=TYPES[1:], help="the type of the weights of products")
+    convert.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="parameters that stay float32, as '*attention*'; may be repeated",
+    )
 
     bench = commands.add_parser(
         "bench",
@@ -72,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("few", "table"),
         help="of recurrent layers: a few telling shapes (the default), or eight for each kind",
     )
+    bench.add_argument(
+        "--weights",
+        metavar="TYPES",
+        help="of float32, bfloat16 and int8, with commas: fastseq and the engines that can, with each type, and their "
+        "errors beside their times (default: float32)",
+    )
     bench.add_argument("--threads", metavar="N", help="threads of every engine (default: what fastseq would use)")
     bench.add_argument("--rounds", metavar="N", default="5", help="turns of every engine at every shape (default: 5)")
     bench.add_argument("--json", metavar="FILE", help="write every number there, whole or not at all")
@@ -107,6 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fastseq.cli import demo
 
             status = demo.run(options)
+        elif options.command == "convert":
+            from fastseq.cli import convert
+
+            status = convert.run(options)
         else:
             from fastseq.cli import bench
 

@@ -6,17 +6,18 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from fastseq import threads
 from fastseq.bench import UsageError, engines, runner
-from fastseq.bench.cases import Case, attention, decode, encoder, generate, language, recurrent
+from fastseq.bench.cases import Case, attention, decode, encoder, generate, language, named, recurrent
 from fastseq.bench.report import Report, as_json
 from fastseq.bench.worker import EngineError
 from fastseq.cli import info, plot
+from fastseq.cli.files import writable
 from fastseq.cli.progress import Progress
 from fastseq.cli.table import size, table
 from fastseq.io import write_whole
+from fastseq.narrow import TYPES
 
 # The kinds that are not recurrent layers, and what makes cases of the values of --shape, or the usual ones of none.
 MODELS: dict[str, Callable[[Sequence[str]], list[Case]]] = {
@@ -32,19 +33,24 @@ def run(options: argparse.Namespace) -> int:
     """The command; returns the exit status."""
     # All that can be refused is refused before anything is measured.
     cases = chosen_cases(options.kind, options.shape, options.shapes, options.train)
-    peers, asked = chosen_engines(options.vs, cases), options.vs is not None
+    weights, asked = chosen_weights(options.weights, cases), options.vs is not None
+    peers = with_weights(chosen_engines(options.vs, cases), weights, cases, asked)
     if options.threads is None:
         n_threads = info.thread_count()[0]
     else:
         n_threads = whole_number("--threads", options.threads, threads.MAX_THREADS)
     rounds = whole_number("--rounds", options.rounds, 10_000)
-    check_memory(cases, 2 + len(peers))
-    json_file = writable("--json", options.json)
-    plot_file = writable("--plot", options.plot)
+    check_memory(cases, 1 + len(weights) + len(peers))
+    json_file, plot_file = (
+        None if text is None else writable(option, text)
+        for option, text in (("--json", options.json), ("--plot", options.plot))
+    )
     if plot_file is not None:
+        if weights != ["float32"]:
+            raise UsageError(f"--plot draws float32, not --weights {options.weights}")
         plot.check(plot_file)
 
-    report = measure(cases, peers, n_threads, rounds, asked)
+    report = measure(cases, peers, n_threads, rounds, asked, weights)
     if report is None:
         return 1
     print(table(report))
@@ -84,6 +90,35 @@ def chosen_engines(text: str | None, cases: Sequence[Case]) -> list[str]:
     return names
 
 
+def chosen_weights(text: str | None, cases: Sequence[Case]) -> list[str]:
+    """The types of weights that --weights names; without it float32."""
+    if text is None:
+        return ["float32"]
+    types = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in types:
+        if name not in TYPES:
+            raise UsageError(f"--weights should name some of {', '.join(TYPES)}, not {name!r}")
+        if name != "float32" and not all(case.narrow for case in cases):
+            raise UsageError(f"--weights {name} is for inference with recurrent layers, encoders and language models")
+    return types
+
+
+def with_weights(names: Sequence[str], weights: Sequence[str], cases: Sequence[Case], asked: bool) -> list[str]:
+    """The engines, each with every type of weights with which it can compute some of the cases.
+
+    The reference has narrow weights only where somebody asked for it: they are those of fastseq, and it takes long.
+    """
+    peers: list[str] = []
+    for name in names:
+        types = weights if asked or name != "reference" else [each for each in weights if each == "float32"]
+        able = [named(name, each) for each in types]
+        able = [engine for engine in able if any(case.computed_by(engine) for case in cases)]
+        if asked and not able:
+            raise UsageError(f"--vs {name} has no {' or '.join(weights)} weights for what is asked for")
+        peers += able
+    return peers
+
+
 def lacking(engine: str, cases: Sequence[Case]) -> list[str]:
     """The modules that are not installed and without which an engine cannot do some of the cases it could do."""
     needed = [module for case in cases if engine in case.engines for module in case.needs(engine)]
@@ -108,30 +143,13 @@ def check_memory(cases: Sequence[Case], n_engines: int) -> None:
         raise UsageError(f"--shape asks for about {size(needed)} of memory, and this machine has {size(available)}")
 
 
-def writable(option: str, text: str | None) -> Path | None:
-    """The path an option names, if a file can be put there."""
-    if text is None:
-        return None
-    path = Path(text)
-    try:
-        if path.is_dir():
-            raise UsageError(f"{option} should name a file, but {text} is a directory")
-        if path.exists() and not path.is_file():
-            # It will be replaced by renaming, which must not happen to a device.
-            raise UsageError(f"{option} should name a plain file, which {text} is not")
-        target = path.resolve()
-        if not os.access(target if target.exists() else target.parent, os.W_OK) or not target.parent.is_dir():
-            raise UsageError(f"{option}: {text} cannot be written")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{option}: {text!r} cannot be written: {error}") from None
-    return path
-
-
-def measure(cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int, asked: bool) -> Report | None:
+def measure(
+    cases: Sequence[Case], peers: list[str], n_threads: int, rounds: int, asked: bool, weights: Sequence[str]
+) -> Report | None:
     """Check, then time, with a progress line; None after an error message where that fails."""
-    with Progress(runner.n_steps(len(cases), len(peers), rounds)) as progress:
+    with Progress(runner.n_steps(len(cases), len(weights) + len(peers), rounds)) as progress:
         try:
-            return runner.measure(cases, peers, n_threads, rounds, asked, progress.advance, complain)
+            return runner.measure(cases, peers, n_threads, rounds, asked, progress.advance, complain, weights)
         except EngineError as error:
             complain(str(error))
             return None

@@ -26,6 +26,7 @@ def run() -> None:
     facts = {
         "fastseq": __version__,
         "instruction set": f"{_simd.chosen} (this machine has {', '.join(_simd.available)})",
+        **{f"{name} weights": instructions for name, instructions in _simd.narrow_instructions.items()},
         "OpenMP": "yes" if _simd.openmp else "no: everything runs on one thread",
         "threads": f"{count} (from {source})",
         "NumPy": np.__version__,

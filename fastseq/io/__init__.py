@@ -197,10 +197,36 @@ def to_bytes(arrays: Mapping[str, Array], metadata: Mapping[str, str], bfloat16:
     plain = {n: np.asarray(array, array.dtype.newbyteorder("="), order="C") for n, array in arrays.items()}
     data = bytearray(to_safetensors(plain, {**metadata, CHECKSUM: _NO_CHECKSUM}))
     if bfloat16:
-        _name_bfloat16(data, bfloat16)
+        header, _ = _header(data)
+        for name in bfloat16:
+            header[name]["dtype"] = "BF16"  # a dtype that NumPy has not; they were written as U16
+        _replace_header(data, header)
+    _seal(data)
+    return data
+
+
+def metadata_of_others(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a file has in its metadata that fastseq did not write: the names of symbols, say."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return {name: text for name, text in (file.metadata() or {}).items() if not name.startswith("fastseq.")}
+
+
+def with_metadata(data: bytes, more: Mapping[str, str]) -> bytearray:
+    """A file that `save` wrote, with more in its metadata."""
+    changed = bytearray(data)
+    header, _ = _header(changed)
+    header["__metadata__"] |= {**more, CHECKSUM: _NO_CHECKSUM}
+    _replace_header(changed, header)
+    _seal(changed)
+    return changed
+
+
+def _seal(data: bytearray) -> None:
+    """Write the checksum of a file in the place of the zeros it was computed with."""
     place = _place_of_checksum(bytes(data[8 : 8 + int.from_bytes(data[:8], "little")]))
     data[place : place + 8] = f"{zlib.crc32(data):08x}".encode()
-    return data
 
 
 def _header(data: bytes | bytearray) -> tuple[dict[str, Any], int]:
@@ -212,13 +238,11 @@ def _header(data: bytes | bytearray) -> tuple[dict[str, Any], int]:
     return header, end
 
 
-def _name_bfloat16(data: bytearray, names: Collection[str]) -> None:
-    """Say that some arrays of a file are BF16, a dtype that NumPy has not; they were written as U16."""
+def _replace_header(data: bytearray, header: Mapping[str, Any]) -> None:
+    """Put another header before the arrays of a file."""
     import json
 
-    header, end = _header(data)
-    for name in names:
-        header[name]["dtype"] = "BF16"
+    _, end = _header(data)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     data[:end] = len(text).to_bytes(8, "little") + text

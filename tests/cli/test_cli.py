@@ -46,13 +46,15 @@ def test_info():
     assert facts["NumPy"] == np.__version__
     assert facts["instruction set"].startswith(_simd.chosen)
     assert all(name in facts["instruction set"] for name in _simd.available)
+    for weights, instructions in _simd.narrow_instructions.items():
+        assert facts[f"{weights} weights"] == instructions
     assert facts["OpenMP"].startswith("yes") == _simd.openmp
 
 
 def test_alone_it_is_help():
     done = fastseq()
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(f"\n    {command} " in done.stdout for command in ("info", "demo", "bench"))
+    assert all(f"\n    {command} " in done.stdout for command in ("info", "demo", "convert", "bench"))
 
 
 def test_info_names_the_instruction_set_in_use():

@@ -1,13 +1,14 @@
 """Cases of the benchmark: what each row of the table computes, on which numbers, and how its results are compared.
 
-A case knows no engine except by name; `fastseq.bench.engines` builds it.
+A case knows no engine except by name; `fastseq.bench.engines` builds it. The name of an engine that computes with
+narrow weights has their type behind it: "torch int8".
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,12 +35,26 @@ class Verdict(NamedTuple):
         How far off what is wrong might have been.
     symbols : tuple of two ints, optional
         Of symbols that were chosen: how many were compared, of how many.
+    alike : tuple of two ints, optional
+        Of rows of symbols: how many are those of the reference to the end, of how many.
     """
 
     error: float | None
     fault: str | None
     allowed: float
     symbols: tuple[int, int] | None = None
+    alike: tuple[int, int] | None = None
+
+
+def named(engine: str, weights: str) -> str:
+    """The name of an engine that computes with weights of a type."""
+    return engine if weights == "float32" else f"{engine} {weights}"
+
+
+def name_and_weights(engine: str) -> tuple[str, str]:
+    """What `named` put together."""
+    name, _, weights = engine.partition(" ")
+    return name, weights or "float32"
 
 
 class Case(ABC):
@@ -84,6 +99,17 @@ class Case(ABC):
         """Those that can compute it, beside fastseq."""
 
     @property
+    def narrow(self) -> Mapping[str, tuple[str, ...]]:
+        """By type of narrow weights, the engines that may have a way to compute with them."""
+        return {}
+
+    def computed_by(self, engine: str) -> bool:
+        """Whether an engine, with the weights that its name says, can compute it."""
+        name, weights = name_and_weights(engine)
+        able = ("fastseq", *self.engines) if weights == "float32" else self.narrow.get(weights, ())
+        return name in able
+
+    @property
     def usual(self) -> tuple[str, ...]:
         """Those of them that are measured where nobody names any."""
         return tuple(engine for engine in self.engines if engine != "reference")
@@ -118,6 +144,20 @@ class Case(ABC):
             fault = f"differs from the reference by {in_gradients:.1e} of a gradient's largest value"
             return Verdict(worst, fault, OF_GRADIENTS * allowed)
         return Verdict(worst, None, allowed)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether engines choose symbols, each the likeliest one."""
+        return False
+
+    @property
+    def error_means(self) -> str:
+        """What is told as the error of an engine where weights are narrow."""
+        return "the largest difference of outputs, over the largest magnitude"
+
+    def difference(self, outputs: Outputs, expected: Outputs) -> float | None:
+        """The largest difference of outputs, where that is told in the place of the one over the largest magnitude."""
+        return None
 
     @property
     @abstractmethod
@@ -198,6 +238,9 @@ def largest_error(outputs: Outputs, expected: Outputs) -> float:
     return float(max(errors, default=0)) if np.all(np.isfinite(errors)) else math.inf
 
 
+ERROR_OF_SYMBOLS = "the share of symbols that float64 would choose, too, after the same text"
+
+
 def compare_symbols(ids: Array, expected: Array, margins: Array, allowed: float) -> Verdict:
     """Compare greedily chosen symbols with those of the reference.
 
@@ -214,16 +257,17 @@ def compare_symbols(ids: Array, expected: Array, margins: Array, allowed: float)
     """
     if ids.shape != expected.shape:
         fault = f"chose symbols of shape {ids.shape} where the reference chose {expected.shape}"
-        return Verdict(None, fault, allowed, (0, expected.size))
-    compared = 0
+        return Verdict(None, fault, allowed, (0, expected.size), (0, len(expected)))
+    compared = alike = 0
     for i, (row, wanted) in enumerate(zip(ids, expected, strict=True)):
         different = np.flatnonzero(row != wanted)
         first = int(different[0]) if len(different) else len(row)
         compared += first
+        alike += not len(different)
         if len(different) and margins[i, first] > allowed:
             fault = (
                 f"chose {row[first]} and not {wanted[first]} at symbol {first} of row {i}, which the reference likes"
                 f" more by {margins[i, first]:.1e} of its largest logit"
             )
-            return Verdict(None, fault, allowed, (compared, expected.size))
-    return Verdict(None, None, allowed, (compared, expected.size))
+            return Verdict(None, fault, allowed, (compared, expected.size), (alike, len(ids)))
+    return Verdict(None, None, allowed, (compared, expected.size), (alike, len(ids)))

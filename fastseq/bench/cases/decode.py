@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from fastseq.bench import UsageError
-from fastseq.bench.cases import ITEM, Case, Outputs, Verdict, compare_symbols, language, shapes
+from fastseq.bench.cases import ERROR_OF_SYMBOLS, ITEM, Case, Outputs, Verdict, compare_symbols, language, shapes
 from fastseq.checks import Array
+from fastseq.narrow import TYPES
 
 AXES = "layers,width,heads,V,context,B"
 SHAPES = (
@@ -154,6 +155,21 @@ class Decode(Case):
     def engines(self) -> tuple[str, ...]:
         """Those that can compute it."""
         return ("reference", "torch", "ctranslate2", "llamacpp")
+
+    @property
+    def narrow(self) -> Mapping[str, tuple[str, ...]]:
+        """Those that have both types."""
+        return dict.fromkeys(TYPES[1:], ("fastseq", "reference", "torch", "ctranslate2"))
+
+    @property
+    def chooses(self) -> bool:
+        """They do."""
+        return True
+
+    @property
+    def error_means(self) -> str:
+        """Symbols have no difference."""
+        return ERROR_OF_SYMBOLS
 
     def needs(self, engine: str) -> tuple[str, ...]:
         """PyTorch's GPT-2 is that of transformers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,12 @@ class Encoder(Case):
     def engines(self) -> tuple[str, ...]:
         """All."""
         return ("reference", "torch", "onnxruntime", "openvino", "ctranslate2")
+
+    @property
+    def narrow(self) -> Mapping[str, tuple[str, ...]]:
+        """OpenVINO has int8 only for models that were quantised with data."""
+        ours = ("fastseq", "reference", "torch", "ctranslate2")
+        return {"bfloat16": (*ours, "openvino"), "int8": (*ours, "onnxruntime")}
 
     @property
     def lengths(self) -> Array:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastseq.bench.cases import ITEM, Case, Outputs, Verdict, compare_symbols, decode, shapes
+from fastseq.bench.cases import ERROR_OF_SYMBOLS, ITEM, Case, Outputs, Verdict, compare_symbols, decode, shapes
 from fastseq.bench.cases.decode import Decode, Transformer
 from fastseq.checks import Array
+from fastseq.narrow import TYPES
 
 AXES = "layers,hidden,V,B,symbols"
 SHAPES = ((2, 256, 96, 1, 1000),)
@@ -74,6 +75,21 @@ class Sample(Case):
     def engines(self) -> tuple[str, ...]:
         """Those that can compute it."""
         return ("reference", "torch")
+
+    @property
+    def narrow(self) -> Mapping[str, tuple[str, ...]]:
+        """Those that have both types."""
+        return dict.fromkeys(TYPES[1:], ("fastseq", "reference", "torch"))
+
+    @property
+    def chooses(self) -> bool:
+        """They do."""
+        return True
+
+    @property
+    def error_means(self) -> str:
+        """Symbols have no difference."""
+        return ERROR_OF_SYMBOLS
 
     def compare(self, engine: str, outputs: Outputs, expected: Outputs, allowed: float) -> Verdict:
         """All greedy symbols have to be the same, up to where two are as good as equally likely."""
@@ -213,6 +229,21 @@ class Beams(Decode):
         """fastseq, in both ways."""
         return ("reference", GREEDY)
 
+    @property
+    def narrow(self) -> Mapping[str, tuple[str, ...]]:
+        """fastseq alone; greedy rows are there for the search, whatever the weights."""
+        return dict.fromkeys(TYPES[1:], ("fastseq", "reference"))
+
+    @property
+    def chooses(self) -> bool:
+        """Not symbol by symbol."""
+        return False
+
+    @property
+    def error_means(self) -> str:
+        """What is compared."""
+        return "the difference of log-probability of the best text, over its magnitude"
+
     def needs(self, engine: str) -> tuple[str, ...]:
         """Nothing."""
         return ()
@@ -226,7 +257,8 @@ class Beams(Decode):
         if outputs[0].shape != text.shape:
             return verdict._replace(fault=f"found a text of shape {outputs[0].shape}, and the reference {text.shape}")
         different = np.flatnonzero(outputs[0] != text)
-        return verdict._replace(symbols=(int(different[0]) if len(different) else text.size, text.size))
+        compared = int(different[0]) if len(different) else text.size
+        return verdict._replace(symbols=(compared, text.size), alike=(int(not len(different)), 1))
 
     @property
     def _prompt_flops(self) -> int:

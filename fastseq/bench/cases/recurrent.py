@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastseq.bench.cases import ITEM, Case, shapes
+from fastseq.bench.cases import ITEM, Case, Outputs, shapes
 from fastseq.checks import Array
 
 KINDS = ("lstm", "gru", "rnn")
@@ -89,6 +89,23 @@ class Recurrent(Case):
     def engines(self) -> tuple[str, ...]:
         """Those that can compute it: most do not train."""
         return ("reference", "torch") if self.train else ("reference", "torch", "onnxruntime", "openvino")
+
+    @property
+    def narrow(self) -> Mapping[str, tuple[str, ...]]:
+        """Inference alone."""
+        if self.train:
+            return {}
+        ours = ("fastseq", "reference", "torch")
+        return {"bfloat16": (*ours, "openvino"), "int8": (*ours, "onnxruntime")}
+
+    @property
+    def error_means(self) -> str:
+        """They are below 1, so the difference itself is told."""
+        return "the largest difference of outputs"
+
+    def difference(self, outputs: Outputs, expected: Outputs) -> float | None:
+        """That of y."""
+        return float(np.max(np.abs(outputs[0] - expected[0])))
 
     @property
     def usual(self) -> tuple[str, ...]:

@@ -2,6 +2,9 @@
 
 The file of an engine bears its name and has `BUILDERS`: by class of case, what builds it. An engine's own package is
 imported only where a case is built, which is in a process of its own.
+
+Builders of cases that engines compute with narrow weights are given the type of these; they raise `NotNarrow` where the
+engine would compute with float32 all the same.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastseq.bench.cases import Case, Outputs
+from fastseq.bench.cases import Case, Outputs, name_and_weights
 from fastseq.bench.cases.language import STEPS_COMPARED
 from fastseq.checks import Array
 
@@ -45,14 +48,22 @@ class Model:
     outputs : callable
         Converts the result of `call` to arrays that are the same in every engine: first those of the forward, in
         training also the gradients. Not timed.
+    margins : callable, optional
+        Of `exact`, where symbols are chosen: by how much each symbol (B, T) that another engine chose is likelier than
+        any other, after the same text; below zero where another one is likelier.
     """
 
     call: Callable[[], Any]
     outputs: Callable[[Any], Outputs]
+    margins: Callable[[Array], Array] | None = None
 
 
-# Builds a case on a number of threads.
-Builder = Callable[[Any, int], Model]
+# Builds a case on a number of threads, and with narrow weights of a type where that is given.
+Builder = Callable[..., Model]
+
+
+class NotNarrow(Exception):
+    """An engine leaves a case in float32, or has not the instructions to compute it with narrow weights."""
 
 
 def builders(engine: str) -> dict[type[Case], Builder]:
@@ -63,7 +74,9 @@ def builders(engine: str) -> dict[type[Case], Builder]:
 
 def build(engine: str, case: Case, threads: int) -> Model:
     """Build a case in an engine, in the process of the engine."""
-    return builders(engine)[type(case)](case, threads)
+    name, weights = name_and_weights(engine)
+    builder = builders(name)[type(case)]
+    return builder(case, threads) if weights == "float32" else builder(case, threads, weights)
 
 
 def missing(engine: str, more: Sequence[str] = ()) -> list[str]:
@@ -74,7 +87,8 @@ def missing(engine: str, more: Sequence[str] = ()) -> list[str]:
 
 def version(engine: str) -> str:
     """The version of an engine, in its own process."""
-    module: ModuleType = importlib.import_module(_MODULES.get(engine, engine))
+    name, _ = name_and_weights(engine)
+    module: ModuleType = importlib.import_module(_MODULES.get(name, name))
     return str(module.__version__)
 
 

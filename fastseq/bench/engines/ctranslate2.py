@@ -11,15 +11,24 @@ from fastseq.bench.cases import Case, minilm
 from fastseq.bench.cases.decode import EPS, Decode, Transformer, Weights
 from fastseq.bench.cases.encoder import Encoder
 from fastseq.bench.cases.minilm import Architecture
-from fastseq.bench.engines import Builder, Model
+from fastseq.bench.engines import Builder, Model, NotNarrow
 
 
-def _encoder(case: Encoder, threads: int) -> Model:
+def _check(weights: str) -> None:
+    """It would compute with another type where it has not the instructions for one."""
     import ctranslate2
 
+    if weights not in ctranslate2.get_supported_compute_types("cpu"):
+        raise NotNarrow(f"no {weights} on this machine")
+
+
+def _encoder(case: Encoder, threads: int, weights: str = "float32") -> Model:
+    import ctranslate2
+
+    _check(weights)
     with tempfile.TemporaryDirectory() as folder:
         _save_encoder(case.architecture, case.bert_weights(), folder)
-        encoder = ctranslate2.Encoder(folder, "cpu", compute_type="float32", inter_threads=1, intra_threads=threads)
+        encoder = ctranslate2.Encoder(folder, "cpu", compute_type=weights, inter_threads=1, intra_threads=threads)
     tokens = ctranslate2.StorageView.from_array(case.ids())
     lengths = ctranslate2.StorageView.from_array(case.lengths.astype(np.int32))
     return Model(
@@ -78,12 +87,13 @@ def _save_encoder(architecture: Architecture, weights: Weights, folder: str) -> 
     spec.save(folder)
 
 
-def _decode(case: Decode, threads: int) -> Model:
+def _decode(case: Decode, threads: int, weights: str = "float32") -> Model:
     import ctranslate2
 
+    _check(weights)
     with tempfile.TemporaryDirectory() as folder:
         _save_decoder(case.model, case.model.weights(), folder)
-        generator = ctranslate2.Generator(folder, "cpu", compute_type="float32", inter_threads=1, intra_threads=threads)
+        generator = ctranslate2.Generator(folder, "cpu", compute_type=weights, inter_threads=1, intra_threads=threads)
     tokens = [[str(symbol) for symbol in row] for row in case.prompts_with_begin()]
 
     def call() -> Any:

@@ -22,7 +22,7 @@ from fastseq.checks import Array
 
 def builders(engine: str) -> dict[type[Case], Builder]:
     """What builds the cases in fastseq, in the reference, or in `exact`, the reference in float64."""
-    own: dict[type[Case], Callable[[str, Any, int], Model]] = {
+    own: dict[type[Case], Callable[..., Model]] = {
         Recurrent: _recurrent,
         Attention: _attention,
         Encoder: _encoder,
@@ -48,11 +48,17 @@ def _package(engine: str, threads: int) -> tuple[Any, str]:
     return fastseq.reference, "float64" if engine == "exact" else "float32"
 
 
-def _recurrent(engine: str, case: Recurrent, threads: int) -> Model:
+def _with_weights(layer: Any, weights: str) -> Any:
+    """A layer or model, or its twin with weights of a narrow type."""
+    return layer if weights == "float32" else layer.with_weights(weights)
+
+
+def _recurrent(engine: str, case: Recurrent, threads: int, weights: str = "float32") -> Model:
     module, dtype = _package(engine, threads)
     numbers = recurrent.numbers(case)
     layer = getattr(module, case.kind.upper())(case.inputs, case.hidden, dtype=dtype)
     layer.load_state_dict(numbers.weights)
+    layer = _with_weights(layer, weights)
     x = numbers.x.astype(dtype)
     states = [array[:, None].astype(dtype) for array in (numbers.h, numbers.c) if array is not None]
     state = module.LSTMState(*states) if case.kind == "lstm" else module.State(*states)
@@ -93,8 +99,8 @@ def _attention(engine: str, case: Attention, threads: int) -> Model:
     return Model(call, lambda result: result)
 
 
-def _encoder(engine: str, case: Encoder, threads: int) -> Model:
-    model = encoder_model(*_package(engine, threads), case)
+def _encoder(engine: str, case: Encoder, threads: int, weights: str = "float32") -> Model:
+    model = _with_weights(encoder_model(*_package(engine, threads), case), weights)
     ids, lengths = case.ids(), None if case.shortest is None else case.lengths
     return Model(lambda: model(ids, lengths=lengths), lambda y: (y[case.real],))
 
@@ -147,30 +153,32 @@ def _step(engine: str, case: Step, threads: int) -> Model:
     return Model(call, step_outputs(call, lambda: named(model.grads), lambda: named(model.parameters)))
 
 
-def _decode(engine: str, case: Decode, threads: int) -> Model:
-    prompts, model = case.prompts(), language_model(case.model, *_package(engine, threads))
+def _decode(engine: str, case: Decode, threads: int, weights: str = "float32") -> Model:
+    prompts, model = case.prompts(), _with_weights(language_model(case.model, *_package(engine, threads)), weights)
 
     def outputs(ids: Array) -> Outputs:
         return (ids, margins(model, prompts, ids)) if engine == "exact" else (ids,)
 
-    return Model(lambda: model.generate(prompts, case.new, temperature=0), outputs)
+    call = partial(model.generate, prompts, case.new, temperature=0)
+    return Model(call, outputs, partial(margins, model, prompts))
 
 
-def _sample(engine: str, case: Sample, threads: int) -> Model:
+def _sample(engine: str, case: Sample, threads: int, weights: str = "float32") -> Model:
     module, dtype = _package(engine, threads)
     prompts = case.prompts()
     model = module.models.RecurrentLM(case.symbols, case.hidden, case.hidden, case.layers, dtype=dtype)
     model.load_state_dict(case.weights())
+    model = _with_weights(model, weights)
 
     def outputs(drawn: Array) -> Outputs:
         ids = model.generate(prompts, case.compared, temperature=0)
         return (ids, margins(model, prompts, ids)) if engine == "exact" else (ids,)
 
-    return Model(lambda: model.generate(prompts, case.new, seed=0), outputs)
+    return Model(lambda: model.generate(prompts, case.new, seed=0), outputs, partial(margins, model, prompts))
 
 
-def _beams(engine: str, case: Beams, threads: int) -> Model:
-    prompts, model = case.prompts(), language_model(case.model, *_package(engine, threads))
+def _beams(engine: str, case: Beams, threads: int, weights: str = "float32") -> Model:
+    prompts, model = case.prompts(), _with_weights(language_model(case.model, *_package(engine, threads)), weights)
     greedy = _decode(engine, case, threads)
 
     def outputs(result: Any) -> Outputs:

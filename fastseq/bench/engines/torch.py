@@ -15,7 +15,7 @@ from fastseq.bench.cases.generate import Sample
 from fastseq.bench.cases.language import Step
 from fastseq.bench.cases.minilm import pytorch_weights
 from fastseq.bench.cases.recurrent import Recurrent
-from fastseq.bench.engines import Builder, Model, step_outputs
+from fastseq.bench.engines import Builder, Model, NotNarrow, step_outputs
 from fastseq.checks import Array
 
 
@@ -27,14 +27,29 @@ def _torch(threads: int) -> Any:
     return torch
 
 
-def _recurrent(case: Recurrent, threads: int) -> Model:
+def _with_weights(torch: Any, modules: dict[str, Any], weights: str) -> tuple[dict[str, Any], Any]:
+    """Modules with weights of a type, by name, and the dtype that their inputs should have."""
+    names, whole = list(modules), torch.nn.ModuleList(modules.values())
+    if weights == "bfloat16":
+        return dict(zip(names, whole.to(torch.bfloat16), strict=True)), torch.bfloat16
+    if weights == "int8":
+        kinds = {torch.nn.Linear, torch.nn.LSTM, torch.nn.GRU}
+        whole = torch.ao.quantization.quantize_dynamic(whole.eval(), kinds, torch.qint8)
+        if not any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in whole.modules()):
+            raise NotNarrow("not quantised")
+    return dict(zip(names, whole, strict=True)), torch.float32
+
+
+def _recurrent(case: Recurrent, threads: int, weights: str = "float32") -> Model:
     torch, numbers = _torch(threads), recurrent.numbers(case)
     kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[case.kind]
     layer = kind(case.inputs, case.hidden, batch_first=True)
     layer.load_state_dict({name: torch.from_numpy(array) for name, array in numbers.weights.items()})
     layer.train(case.train)
-    x = torch.from_numpy(numbers.x)
-    states = tuple(torch.from_numpy(array[None]) for array in (numbers.h, numbers.c) if array is not None)
+    built, dtype = _with_weights(torch, {"layer": layer}, weights)
+    layer = built["layer"]
+    x = torch.from_numpy(numbers.x).to(dtype)
+    states = tuple(torch.from_numpy(array[None]).to(dtype) for array in (numbers.h, numbers.c) if array is not None)
     state = states if case.kind == "lstm" else states[0]
     if numbers.dy is not None:
         return _recurrent_training(layer, x, state, torch.from_numpy(numbers.dy))
@@ -70,7 +85,7 @@ def _recurrent_training(layer: Any, x: Any, state: Any, dy: Any) -> Model:
 def _recurrent_outputs(result: Any) -> Outputs:
     y, ends = result
     ends = ends if isinstance(ends, tuple) else (ends,)
-    return (y.detach().numpy(), *(end[0].detach().numpy() for end in ends))
+    return (y.detach().float().numpy(), *(end[0].detach().float().numpy() for end in ends))
 
 
 def _attention(case: Attention, threads: int) -> Model:
@@ -96,16 +111,24 @@ def _attention(case: Attention, threads: int) -> Model:
     return Model(train, lambda out: (out.detach().numpy(), *(array.grad.numpy() for array in (q, k, v))))
 
 
-def _encoder(case: Encoder, threads: int) -> Model:
-    """Its own encoder, fused; given a mask it leaves out padding itself, which transformers' BertModel does not."""
-    torch, weights = _torch(threads), case.bert_weights()
+def _encoder(case: Encoder, threads: int, weights: str = "float32") -> Model:
+    """Its own encoder, fused; given a mask it leaves out padding itself, which transformers' BertModel does not.
+
+    Of that one `quantize_dynamic` leaves attention in float32, so int8 has another one.
+    """
+    torch, given = _torch(threads), case.bert_weights()
     functional, a = torch.nn.functional, case.architecture
-    layer = torch.nn.TransformerEncoderLayer(a.width, a.heads, a.inner, 0.0, "gelu", a.eps, batch_first=True)
-    encoder = torch.nn.TransformerEncoder(layer, a.layers).eval()
-    arrays = pytorch_weights(a, weights)
-    encoder.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    arrays = {name: torch.from_numpy(array) for name, array in pytorch_weights(a, given).items()}
+    dtype = torch.bfloat16 if weights == "bfloat16" else torch.float32
+    if weights == "int8":
+        encode = _encoder_of_linear_maps(torch, case, arrays)
+    else:
+        layer = torch.nn.TransformerEncoderLayer(a.width, a.heads, a.inner, 0.0, "gelu", a.eps, batch_first=True)
+        encoder = torch.nn.TransformerEncoder(layer, a.layers).eval()
+        encoder.load_state_dict(arrays)
+        encode = encoder.to(dtype)
     words, places, kinds, *norm = (
-        torch.from_numpy(weights[f"embeddings.{name}"])
+        torch.from_numpy(given[f"embeddings.{name}"]).to(dtype)
         for name in (
             "word_embeddings.weight",
             "position_embeddings.weight",
@@ -122,9 +145,37 @@ def _encoder(case: Encoder, threads: int) -> Model:
         with torch.inference_mode():
             x = functional.embedding(tokens, words) + places[: case.time] + kinds[0]
             x = functional.layer_norm(x, (a.width,), *norm, a.eps)
-            return encoder(x, src_key_padding_mask=padding)
+            return encode(x, src_key_padding_mask=padding)
 
-    return Model(call, lambda y: (y.numpy()[case.real],))
+    return Model(call, lambda y: (y.float().numpy()[case.real],))
+
+
+def _encoder_of_linear_maps(torch: Any, case: Encoder, arrays: dict[str, Any]) -> Callable[..., Any]:
+    """The encoder with int8 weights, which `quantize_dynamic` gives to modules of the class Linear."""
+    functional, a = torch.nn.functional, case.architecture
+    names = [f"layers.{i}" for i in range(a.layers)]
+    parts = ("self_attn.in_proj_", "self_attn.out_proj.", "linear1.", "linear2.")
+    maps = {
+        f"{name}.{part}": _linear(torch, arrays[f"{name}.{part}weight"], arrays[f"{name}.{part}bias"])
+        for name in names
+        for part in parts
+    }
+    built, _ = _with_weights(torch, maps, "int8")
+
+    def normed(x: Any, name: str) -> Any:
+        return functional.layer_norm(x, (a.width,), arrays[f"{name}.weight"], arrays[f"{name}.bias"], a.eps)
+
+    def encode(x: Any, src_key_padding_mask: Any) -> Any:
+        mask = None if src_key_padding_mask is None else ~src_key_padding_mask[:, None, None, :]
+        for name in names:
+            attention_in, attention_out, linear1, linear2 = (built[f"{name}.{part}"] for part in parts)
+            q, k, v = attention_in(x).unflatten(2, (3, a.heads, -1)).permute(2, 0, 3, 1, 4)
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = normed(x + attention_out(out.transpose(1, 2).flatten(2)), f"{name}.norm1")
+            x = normed(x + linear2(functional.gelu(linear1(x))), f"{name}.norm2")
+        return x
+
+    return encode
 
 
 def _step(case: Step, threads: int) -> Model:
@@ -172,7 +223,7 @@ def _step(case: Step, threads: int) -> Model:
     return Model(call, step_outputs(call, gradients, parameters))
 
 
-def _decode(case: Decode, threads: int) -> Model:
+def _decode(case: Decode, threads: int, weights: str = "float32") -> Model:
     """Its loop is that of `generate`, whose bookkeeping took a tenth longer in the small model."""
     torch = _torch(threads)
     import transformers
@@ -194,6 +245,9 @@ def _decode(case: Decode, threads: int) -> Model:
     model.transformer.load_state_dict(arrays)
     # Tied, except for the row of the begin symbol, which is never chosen.
     model.lm_head.weight = torch.nn.Parameter(model.transformer.wte.weight.detach()[: m.symbols])
+    if weights == "int8":
+        _use_linear(torch, transformers.pytorch_utils.Conv1D, model)
+    model = _with_weights(torch, {"model": model}, weights)[0]["model"]
     tokens = torch.from_numpy(case.prompts_with_begin())
 
     def call() -> Any:
@@ -206,6 +260,21 @@ def _decode(case: Decode, threads: int) -> Model:
             return torch.stack(symbols, 1)
 
     return Model(call, lambda ids: (ids.numpy(),))
+
+
+def _use_linear(torch: Any, transposed: Any, model: Any) -> None:
+    """Put Linear in the place of the linear maps of GPT-2, whose class `quantize_dynamic` does not know."""
+    for parent in list(model.modules()):
+        for name, part in parent.named_children():
+            if isinstance(part, transposed):
+                setattr(parent, name, _linear(torch, part.weight.T, part.bias))
+
+
+def _linear(torch: Any, weight: Any, bias: Any) -> Any:
+    """A module of the class Linear."""
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    return linear
 
 
 # Parts of a layer, in fastseq and in GPT-2; linear maps are transposed there.
@@ -230,7 +299,7 @@ def _of_gpt2(model: Transformer, weights: Weights) -> dict[str, Array]:
     return result
 
 
-def _sample(case: Sample, threads: int) -> Model:
+def _sample(case: Sample, threads: int, weights: str = "float32") -> Model:
     """The loop that one writes by hand."""
     torch = _torch(threads)
     embedding = torch.nn.Embedding(case.symbols + 1, case.hidden)
@@ -238,6 +307,8 @@ def _sample(case: Sample, threads: int) -> Model:
     output = torch.nn.Linear(case.hidden, case.symbols)
     parts = torch.nn.ModuleDict({"embedding": embedding, "recurrent": lstm, "output": output}).eval()
     parts.load_state_dict({name: torch.from_numpy(array) for name, array in case.weights().items()})
+    built, _ = _with_weights(torch, dict(parts.items()), weights)
+    embedding, lstm, output = built["embedding"], built["recurrent"], built["output"]
     tokens = torch.from_numpy(case.prompts_with_begin())
 
     def loop(new: int, choose: Callable[[Any], Any]) -> Any:
