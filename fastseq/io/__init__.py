@@ -2,8 +2,8 @@
 
 Every file has a checksum over all of its bytes in its metadata. One that an older version wrote without is read, too.
 
-The file of a twin (`Layer.with_weights`) says its type of weights. Of bfloat16 it has BF16 arrays, of int8 I8 arrays and
-for each the scales of its rows, float32, named as the array with ".scale" behind.
+The file of a twin (`Layer.with_weights`) says its type of weights. Of bfloat16 it has BF16 arrays, of int8 I8 arrays
+and for each the scales of its rows, float32, named as the array with ".scale" behind.
 
 What only files need is imported when one is read or written: importing fastseq costs little more than NumPy.
 """
