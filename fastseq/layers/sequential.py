@@ -68,6 +68,11 @@ class Sequential(Composite):
         self.dtype = layers[0].dtype
         self._children = {str(place): layer for place, layer in enumerate(layers)}
         self._config = {"layers": [{"class": type(layer).__name__, "config": layer._config} for layer in layers]}
+        types = sorted({layer._weight_type for layer in layers} - {"float32"})
+        if len(types) > 1:
+            raise ValueError(f"layers should have narrow weights of one type, not of {' and '.join(types)}")
+        if types:
+            Layer._become_twin(self, types[0])
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -325,17 +330,13 @@ class Sequential(Composite):
 
     def _restored(self, arrays: Mapping[str, Any], weight_type: str) -> Sequential:
         children = self._children.items()
-        made = type(self)(*(layer._restored(under(name, arrays), weight_type) for name, layer in children))
-        made._become_twin(weight_type)
-        return made
+        return type(self)(*(layer._restored(under(name, arrays), weight_type) for name, layer in children))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "weights": self._weight_type}
+        return {"layers": self.layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["layers"])  # type: ignore[misc]
-        if state.get("weights", "float32") != "float32":
-            self._become_twin(state["weights"])
         self._freeze()
 
     def __copy__(self) -> Sequential:

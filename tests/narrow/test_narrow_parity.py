@@ -5,15 +5,12 @@ from __future__ import annotations
 import pytest
 from twins import ALL, EACH_TYPE, assert_twins_agree, relative_for
 
-import fastseq as fs
-
 pytestmark = pytest.mark.every_narrow_isa
 
 
 @EACH_TYPE
 @pytest.mark.parametrize("name", ALL)
 def test_a_twin_is_its_reference(name: str, weights: str) -> None:
-    fs.set_num_threads(1)
     case = ALL[name]
     twin, reference = case.twins(weights)
     assert twin.weights == reference.weights == weights

@@ -215,6 +215,10 @@ def test_infinities_and_nan_go_where_float32_sends_them(size: tuple[int, int], w
     for y in (together, alone):
         for kind in (np.isnan, np.isposinf, np.isneginf):
             np.testing.assert_array_equal(kind(y), kind(wanted), err_msg=kind.__name__)
+    every_nan = np.uint32([0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF, 0x7F80FFFF]).view(np.float32)
+    for nan in every_nan:
+        row = np.where(np.arange(size[0]) == 3, nan, x[0])
+        assert np.isnan(twin(row)).all()
     ours = reference(twin, x)
     if weights == "int8":
         np.testing.assert_array_equal(together, ours)

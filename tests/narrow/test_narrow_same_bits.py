@@ -16,11 +16,6 @@ import fastseq as fs
 pytestmark = pytest.mark.every_narrow_isa
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    fs.set_num_threads(1)
-
-
 def twin_of(name: str, weights: str, keep: Any = ()) -> Any:
     return ALL[name].original().with_weights(weights, keep=keep)
 

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,10 +72,25 @@ def test_training_is_refused_by_name(name: str) -> None:
 def test_trainers_and_optimisers_refuse_twins() -> None:
     twin = ALL["Sequential"].original().with_weights("bfloat16")
     data = (ids_of(13), ids_of(5))
-    with pytest.raises(TypeError, match="^Adam needs float32 weights"):
+    with pytest.raises(TypeError, match="^AdamW needs float32 weights"):
         fs.training.fit(twin, data, loss="cross_entropy", epochs=1, progress=False)
     with pytest.raises(TypeError, match="^SGD needs float32 weights, and this Sequential is a twin"):
         fs.training.SGD(twin, 0.1)
+
+
+def test_layers_that_are_twins_make_a_twin(tmp_path: Path) -> None:
+    parts = [fs.Linear(5, SIZE, seed=0).with_weights("int8"), fs.GRU(SIZE, 7, seed=1)]
+    whole = fs.Sequential(*parts)
+    assert whole.weights == "int8" and parts[1].weights == "float32"
+    with pytest.raises(TypeError, match="^forward needs float32 weights, and this Sequential is a twin"):
+        whole.forward(np.zeros((1, 2, 5), "float32"))
+    x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype("float32")
+    whole.save(tmp_path / "a-file")
+    for other in (fs.load(tmp_path / "a-file"), copy.copy(whole), pickle.loads(pickle.dumps(whole))):
+        assert other.weights == "int8" and narrow_bytes(other) == narrow_bytes(whole)
+        assert_same_bits(other(x), whole(x))
+    with pytest.raises(ValueError, match="narrow weights of one type, not of bfloat16 and int8"):
+        fs.Sequential(parts[0], fs.GRU(SIZE, 7).with_weights("bfloat16"))
 
 
 def test_types_that_there_are_not() -> None:
