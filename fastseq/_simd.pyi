@@ -12,7 +12,6 @@ chosen_reals: Final[str]
 available_reals: Final[tuple[str, ...]]
 narrow_instructions: Final[dict[str, str]]
 openmp: Final[bool]
-narrow_instructions: Final[dict[str, str]]
 lanes: Final[dict[int, int]]
 
 def exp(x: np.ndarray[Shape, np.dtype[Real]]) -> np.ndarray[Shape, np.dtype[Real]]: ...
