@@ -16,7 +16,7 @@ import fastseq as fs
 SIGNATURES = {
     "RNN": "(input_size, hidden_size, num_layers=1, *, nonlinearity='tanh', bias=True, dropout=0.0, "
     "bidirectional=False, dtype='float32', seed=None)",
-    "LSTM": "(input_size, hidden_size, num_layers=1, *, proj_size=0, bias=True, dropout=0.0, "
+    "LSTM": "(input_size, hidden_size, num_layers=1, *, proj_size=0, layer_norm=False, bias=True, dropout=0.0, "
     "bidirectional=False, dtype='float32', seed=None)",
     "GRU": "(input_size, hidden_size, num_layers=1, *, reset_after=True, bias=True, dropout=0.0, "
     "bidirectional=False, dtype='float32', seed=None)",
