@@ -29,6 +29,7 @@ typedef struct {
 
 typedef int8_t bytes __attribute__((vector_size(LANES)));
 typedef int16_t short_row __attribute__((vector_size(LANES * 2)));
+typedef uint64_t quads __attribute__((vector_size(LANES * 2)));
 
 INLINE ptrdiff_t words_of(enum fs_weight_type type, ptrdiff_t k)
 {
@@ -101,11 +102,10 @@ INLINE void store_int8(char *out, ptrdiff_t k, ivec q)
         const bytes four = __builtin_convertvector(q + 128, bytes);
         memcpy(out + k, &four, sizeof four);
     } else {
-        /* k 0, 2, 1, 3: see microkernel.h. */
-        ivec order;
-        for (int lane = 0; lane < LANES; lane++)
-            order[lane] = lane % 4 == 1 ? lane + 1 : lane % 4 == 2 ? lane - 1 : lane;
-        const short_row pairs = __builtin_convertvector(__builtin_shuffle(q, order), short_row);
+        /* Of each four, the second and the third change places: see microkernel.h. */
+        const quads four = (quads) __builtin_convertvector(q, short_row);
+        const quads pairs =
+            (four & 0xffff00000000ffff) | (four >> 16 & 0xffff0000) | (four << 16 & 0xffff00000000);
         memcpy(out + 2 * k, &pairs, sizeof pairs);
     }
 }
@@ -133,7 +133,8 @@ static void int8_row(ptrdiff_t k_size, const real *x, char *row)
     memcpy(row, &head, sizeof head);
 }
 
-static void narrow_rows(enum fs_weight_type type, ptrdiff_t rows, ptrdiff_t k_size, const void *const *x, void *out)
+static void narrow_rows(enum fs_weight_type type, ptrdiff_t rows, ptrdiff_t k_size, const void *const *x,
+                        void *out)
 {
     const ptrdiff_t row_bytes = narrow_row_bytes(type, k_size);
     for (ptrdiff_t row = 0; row < rows; row++)
@@ -204,16 +205,19 @@ static __attribute__((noinline)) void split_words(enum fs_weight_type type, ptrd
     for (ptrdiff_t i = 0; i < n; i++)
         for (int v = 0; v < vectors; v++) {
             const vec both = load(words + (i * vectors + v) * LANES);
-            const vec first = type == FS_INT8 ? weights_part(FS_INT8, both, 0) : weights_part(FS_BFLOAT16, both, 0);
-            const vec second = type == FS_INT8 ? weights_part(FS_INT8, both, 1) : weights_part(FS_BFLOAT16, both, 1);
+            const vec first =
+                type == FS_INT8 ? weights_part(FS_INT8, both, 0) : weights_part(FS_BFLOAT16, both, 0);
+            const vec second =
+                type == FS_INT8 ? weights_part(FS_INT8, both, 1) : weights_part(FS_BFLOAT16, both, 1);
             store(parts + (2 * i * vectors + v) * LANES, first);
             store(parts + ((2 * i + 1) * vectors + v) * LANES, second);
         }
 }
 
 /* sums[row] += ROWS rows times some words that were split; k counts parts. */
-INLINE void split_tile(const enum fs_weight_type TYPE, const int ROWS, const int VECTORS, const fs_narrow_product *p,
-                       ptrdiff_t row, ptrdiff_t word, const real *parts, ptrdiff_t n, vec *all_sums)
+INLINE void split_tile(const enum fs_weight_type TYPE, const int ROWS, const int VECTORS,
+                       const fs_narrow_product *p, ptrdiff_t row, ptrdiff_t word, const real *parts,
+                       ptrdiff_t n, vec *all_sums)
 {
     vec sums[MAX_TILE];
     const void *x[MAX_ROWS];
