@@ -1,6 +1,6 @@
 """Runs modules for the instruction sets that this process does not use.
 
-Those marked `every_isa` for each set that has kernels of reals of its own, those marked `every_narrow_isa` for each set.
+Those marked `every_isa` for each set that has kernels of reals of its own, those marked `every_narrow_isa` for all.
 """
 
 from __future__ import annotations
