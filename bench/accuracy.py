@@ -384,7 +384,12 @@ def table(run: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
         raise SystemExit(f"there is no task {', '.join(missing)} in the run")
     chosen = {name: run["tasks"][name] for name in names or run["tasks"]}
     wheres = list(dict.fromkeys(_where(one) for one in chosen.values()))
-    lines = [*(f"{where}." for where in wheres), "", "| | float32 | bfloat16 | int8 | limits |", "|---|---|---|---|---|"]
+    lines = [
+        *(f"{where}." for where in wheres),
+        "",
+        "| | float32 | bfloat16 | int8 | limits |",
+        "|---|---|---|---|---|",
+    ]
     for one in chosen.values():
         lines.append(f"| **{one['data']}** | | | | |")
         lines += [_row(Measure(**measure)) for measure in one["measures"]]
@@ -436,7 +441,9 @@ def _limit(measure: Measure, limit: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--task", action="append", choices=list(TASKS), help="only this one; may be given several times")
+    parser.add_argument(
+        "--task", action="append", choices=list(TASKS), help="only this one; may be given several times"
+    )
     parser.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="parameters that stay float32")
     parser.add_argument("--count", type=int, metavar="N", help="only so many words, paragraphs, characters")
     parser.add_argument("--beams", type=int, default=BEAMS, metavar="N", help=f"beams of pronounce ({BEAMS})")
