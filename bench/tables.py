@@ -9,7 +9,8 @@ names::
     <!-- table of benchmarks/lstm.json: LSTM 1×100×256×256, LSTM 32×100×128×256 -->
     <!-- end of table -->
 
-A file is one run, so a table is of one machine and one date. Ratios say how many times longer an engine takes than
+A file of ``bench/accuracy.py`` gives the table of its tasks in the same way. A file of ``fastseq bench`` is one run, so
+its table is of one machine and one date. Ratios say how many times longer an engine takes than
 fastseq: the median of the rounds, and its quartiles.
 """
 
@@ -18,6 +19,8 @@ import json
 import re
 import sys
 from pathlib import Path
+
+import accuracy
 
 from fastseq.cli.table import counted, duration
 
@@ -68,7 +71,8 @@ def written(page):
     def one(found):
         begin, file, names, end = found.groups()
         run = json.loads((page.parent / file).read_text())
-        return f"{begin}{table(run, names and [name.strip() for name in names.split(',')])}{end}"
+        make = accuracy.table if "tasks" in run else table
+        return f"{begin}{make(run, names and [name.strip() for name in names.split(',')])}{end}"
 
     return TABLE.sub(one, page.read_text())
 
