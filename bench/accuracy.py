@@ -312,8 +312,8 @@ def kilobytes(what):
 before = kilobytes("VmRSS")
 model = fs.load(sys.argv[1])
 for _ in range(2):
-    model.generate([list(range(1, 17))] * 4, 8, temperature=0)
-    model([list(range(1, 33))] * 4)
+    model.generate([list(range(1, 9))] * 2, 2, temperature=0)
+    model([list(range(1, 9))] * 2)
 print(json.dumps({"before": before, "resident": kilobytes("VmRSS"), "peak": kilobytes("VmHWM")}))
 """
 
