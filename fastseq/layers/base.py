@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 import json
 import os
@@ -19,17 +18,15 @@ from fastseq import checks, elsewhere, io
 from fastseq.backend import COMPILED, Backend
 from fastseq.checks import Array
 from fastseq.layers import settings
+from fastseq.layers.narrowing import Narrowable, real
 from fastseq.layers.rows import cleared
 from fastseq.layers.settings import Dtype
-from fastseq.narrow import TYPES, NarrowArray, narrowed
 
 L = TypeVar("L", bound="Layer")
 
 # Values of `Layer.time`.
 POINTWISE, SEQUENCE, POOLING = TIMES = ("pointwise", "sequence", "pooling")
 SUMMARY_WIDTH = 60  # characters of the column of `summary` that describes a layer
-# Verbs that need weights of the dtype of the layer: a twin with narrow weights refuses them.
-TRAINING_VERBS = ("forward", "backward", "fit", "training_forward", "training_backward", "zero_grad", "load_state_dict")
 
 _replacing = threading.Lock()  # held while `_arrays` is replaced, so that of two threads neither loses its change
 
@@ -54,7 +51,7 @@ class Parameters(MutableMapping[str, Array]):
         self._layer = layer
 
     def __getitem__(self, name: str) -> Array:
-        return _real(self._layer._arrays[name])
+        return real(self._layer._arrays[name])
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._layer._refuse_where_narrow("setting a parameter")
@@ -145,7 +142,7 @@ class LayerType(ABCMeta):
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-class Layer(metaclass=LayerType):
+class Layer(Narrowable, metaclass=LayerType):
     """A set of named parameters and a configuration; the base of all layers, and of your own.
 
     A layer holds no activations: `forward` returns what `backward` needs, on a tape. A class of your own has an
@@ -191,10 +188,6 @@ class Layer(metaclass=LayerType):
     # Trailing axes that a pointwise layer computes on together; x has at least these besides (B, T).
     _features: int = 0
     _random: ClassVar[bool] = False  # whether the forward of a `Pointwise` layer is random
-    # Patterns of the names of those parameters that are matrices of products, or tables of vectors: what a twin of
-    # `with_weights` has in a narrow type.
-    _products: ClassVar[tuple[str, ...]] = ()
-    _weight_type: str = "float32"
     # Never changed in place: a change of parameters stores a new dict here. Values derived from parameters, such as
     # packed weights, keep the dict they were computed from, and are stale once this is another one.
     _arrays: Mapping[str, Array]
@@ -427,98 +420,6 @@ class Layer(metaclass=LayerType):
         return Parameters(self)
 
     @property
-    def weights(self) -> str:
-        """Type of the weights of products: "float32", or of a twin "bfloat16" or "int8"; else that of `dtype`."""
-        return self.dtype.name if self._weight_type == "float32" else self._weight_type
-
-    def with_weights(self: L, type: str, *, keep: Any = ()) -> L:
-        """Return a twin for inference whose matrices are in a narrow type: less memory to hold and to read.
-
-        Inputs, outputs, states, biases and norms stay float32. What enters a product is made narrow as the weights are:
-        rounded to bfloat16, or to 8 bits with one scale for each row, found when the row is used. A row's result does
-        not depend on the batch that it stands in, nor on the number of threads.
-
-        Parameters
-        ----------
-        type : {"bfloat16", "int8"}
-            "bfloat16" is float32 rounded to 8 bits of precision, "int8" whole numbers from -127 to 127 with one scale
-            for each output of a matrix.
-        keep : list of str, optional
-            Patterns of names of `parameters`, as ``"*attention*"``: those stay float32. Matrices of one layer that are
-            added in one sum, as weight_ih and weight_hh of a recurrent layer, are kept together.
-
-        Returns
-        -------
-        layer or model
-            Of the same class. It does not hold the float32 weights, and cannot be trained: `forward`, `backward`,
-            `grads` and setting a parameter raise a `TypeError`. What `parameters` shows are the narrow weights as
-            float32.
-
-        Raises
-        ------
-        ValueError
-            For another type, for a pattern that no name fits, or where the dtype is not float32.
-        TypeError
-            Where this is a twin already.
-        """
-        if type not in TYPES[1:]:
-            raise ValueError(f"type should be {' or '.join(map(repr, TYPES[1:]))}, not {type!r}")
-        self._refuse_where_narrow("with_weights")
-        if self.dtype != np.float32:
-            raise ValueError(f"type: a layer should be of float32 to have {type} weights, and {self!r} is not")
-        patterns = [keep] if isinstance(keep, str) else list(keep)
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise TypeError(f"keep should hold patterns of names, not {checks.describe(pattern)}")
-            if not fnmatch.filter(self._arrays, pattern):
-                raise ValueError(f"keep should hold patterns that fit a parameter, and {pattern!r} fits none")
-        arrays: dict[str, Any] = dict(self._arrays)
-        for names in self._product_groups(""):
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns):
-                arrays |= {name: narrowed(arrays[name], type) for name in names}
-        return self._restored(arrays, type)
-
-    def _restored(self: L, arrays: Mapping[str, Any], weight_type: str) -> L:
-        """Return another layer of this configuration, with these arrays."""
-        made = object.__new__(self.__class__)
-        made._restore(self._config, arrays, weight_type)
-        return made
-
-    def _product_groups(self, prefix: str) -> list[tuple[str, ...]]:
-        """The names of the matrices of products; those of one group are of one type."""
-        return [(prefix + name,) for name in self._arrays if any(fnmatch.fnmatchcase(name, p) for p in self._products)]
-
-    def _restore(self, config: Any, arrays: Mapping[str, Any], weight_type: str) -> None:
-        """Become a layer of some configuration, with these arrays."""
-        self.__init__(**config)  # type: ignore[misc]
-        if weight_type == "float32":
-            self._assign(arrays)
-        else:
-            self._adopt(arrays)
-            self._become_twin(weight_type)
-        self._freeze()
-
-    def _become_twin(self, weight_type: str) -> None:
-        """From now on the weights are narrow, and the layer cannot be trained."""
-        self._weight_type = weight_type
-        self.__dict__.update({verb: self._refusal(verb) for verb in TRAINING_VERBS if hasattr(type(self), verb)})
-
-    def _refusal(self, what: str) -> Any:
-        """What stands in the place of a verb of training."""
-
-        def refuse(*args: Any, **options: Any) -> Any:
-            self._refuse_where_narrow(what)
-
-        return refuse
-
-    def _refuse_where_narrow(self, what: str) -> None:
-        if self._weight_type != "float32":
-            raise TypeError(
-                f"{what} needs float32 weights, and this {type(self).__name__} is a twin with {self._weight_type}"
-                " weights, for inference alone"
-            )
-
-    @property
     def grads(self) -> Mapping[str, Array]:
         """Mapping from the name of every parameter to the array that `backward` adds its gradient into."""
         self._refuse_where_narrow("grads")
@@ -563,7 +464,7 @@ class Layer(metaclass=LayerType):
 
     def state_dict(self) -> dict[str, Array]:
         """Return copies of all parameters by name; names and layouts are those of PyTorch."""
-        return {name: np.array(_real(array)) for name, array in self._arrays.items()}
+        return {name: np.array(real(array)) for name, array in self._arrays.items()}
 
     def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
         """Replace all parameters by the arrays of a mapping, a PyTorch state dict for example.
@@ -598,22 +499,6 @@ class Layer(metaclass=LayerType):
             hint = _without_prefix(given, wanted)
             hint = hint or self._recognise({name: getattr(value, "shape", ()) for name, value in given.items()})
             raise ValueError(f"mapping does not fit {self!r}: {'; '.join(faults)}{hint}")
-
-    def _take_narrow(self, given: Mapping[str, Any], weight_type: str) -> None:
-        """Become the twin that a file holds."""
-        self._check_mapping(given, {name: array for name, array in given.items() if name in self._arrays})
-        allowed = {name for group in self._product_groups("") for name in group}
-        for group in self._product_groups(""):
-            if len({isinstance(given[name], NarrowArray) for name in group}) > 1:
-                raise ValueError(f"{' and '.join(group)} should be of one type")
-        arrays = {}
-        for name, array in given.items():
-            if isinstance(array, NarrowArray) and name not in allowed:
-                raise ValueError(f"{name} should be of float32, not {weight_type}")
-            narrow = isinstance(array, NarrowArray)
-            arrays[name] = array if narrow else np.array(checks.real_array(name, array, self.dtype), order="C")
-        self._adopt(arrays)
-        self._become_twin(weight_type)
 
     def _recognise(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
         """Return a hint what else the shapes may be, for the message of a state dict that does not fit."""
@@ -850,16 +735,6 @@ class Composite(Layer):
             return dict.fromkeys(self._children)
         targets = self._targets(grads)
         return {child: under(child, targets) for child in self._children}
-
-
-def _real(array: Any) -> Array:
-    """An array as it is, or a narrow one as float32."""
-    if not isinstance(array, NarrowArray):
-        plain: Array = array
-        return plain
-    made = array.real()
-    made.flags.writeable = False
-    return made
 
 
 def _without_prefix(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
