@@ -11,7 +11,8 @@ names::
 
 A file of ``bench/accuracy.py`` gives the table of its tasks in the same way. A file of ``fastseq bench`` is one run, so
 its table is of one machine and one date. Ratios say how many times longer an engine takes than
-fastseq: the median of the rounds, and its quartiles.
+fastseq: the median of the rounds, and its quartiles. A run with narrow weights gives the time of every engine, and its
+error against float64.
 """
 
 import argparse
@@ -40,19 +41,45 @@ def table(run, names=None):
     if missing:
         raise SystemExit(f"there is no case {', '.join(missing)} in the run of {run['date']}")
     chosen = [cases[name] for name in names or cases]
+    if run.get("weights", ["float32"]) != ["float32"]:
+        return narrow_table(run, chosen)
     peers = [engine for engine in run["vs"] if any("ratio" in case["engines"].get(engine, {}) for case in chosen)]
-    versions = [f"{name} {run['versions'][name]}" for name in peers if name != "reference"]
-    measured = [
-        f"{run['date']}, fastseq {run['fastseq']} on {run['instruction_set']}, {counted(run['threads'], 'thread')},"
-        f" float32, {counted(run['rounds'], 'round')}, {run['processor'] or 'unknown processor'}",
-        *versions,
-    ]
     head = ["case", "fastseq", chosen[0]["unit"], "of limit", *peers]
-    lines = [f"{', '.join(measured)}.", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = [*conditions(run, peers, "float32"), f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for case in chosen:
         ours = case["engines"]["fastseq"]
         cells = [case["name"], duration(ours["median"]), f"{ours['speed']:,.3g}", f"{ours['share_of_limit']:.0%}"]
         cells += [ratio(case["engines"].get(peer, {})) for peer in peers]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def conditions(run, peers, weights):
+    """Where, when and with what a run was measured, and an empty line."""
+    engines = dict.fromkeys(name.split()[0] for name in peers)  # "torch int8" is torch
+    measured = [
+        f"{run['date']}, fastseq {run['fastseq']} on {run['instruction_set']}, {counted(run['threads'], 'thread')},"
+        f" {weights}, {counted(run['rounds'], 'round')}, {run['processor'] or 'unknown processor'}",
+        *(f"{name} {run['versions'][name]}" for name in engines if name not in ("reference", "fastseq")),
+    ]
+    return f"{', '.join(measured)}.", ""
+
+
+def narrow_table(run, cases):
+    """The table of a run with narrow weights: of each engine its time, and its error in parentheses."""
+    own = ["fastseq", *(f"fastseq {weights}" for weights in run["weights"] if weights != "float32")]
+    names = [*own, *(name for name in run["vs"] if name != "reference" and name not in own)]
+    names = [name for name in names if any("median" in case["engines"].get(name, {}) for case in cases)]
+    lines = [
+        *conditions(run, names, "types as named"),
+        f"| case | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for case in cases:
+        cells = [case["name"]]
+        for name in names:
+            of = case["engines"].get(name, {})
+            cells.append(f"{duration(of['median'])} ({of['error']:.1e})" if "median" in of else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
