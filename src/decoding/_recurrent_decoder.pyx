@@ -118,6 +118,8 @@ cdef class Weights:
         network.cells = <const CellWeights **> cnp.PyArray_DATA(pointers)
         for i in range(network.layers):
             network.cells[i] = self.cell(cells[i])
+            if network.cells[i].cell.rows != NULL:
+                raise ValueError("cells should be of kinds whose steps need no input parts ahead of them")
         network.inputs = self.cell(inputs)
         network.kernels = network.inputs.kernels
         network.item = network.kernels.item_size
