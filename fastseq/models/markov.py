@@ -108,18 +108,20 @@ class MarkovChain(SymbolModel):
         begin = time.perf_counter()
         given = symbols("sequences", sequences, lengths, self.vocab_size)
         columns = _columns(given, self.order, self.vocab_size)
-        self._take_columns(columns, np.ones(columns.shape[1], np.int64))
+        self._take_fitted({"grams": columns.T, "counts": np.ones(columns.shape[1], np.int64)})
         loss = -float(self._log_probs(given).sum()) / max(len(given.ids), 1)
         seconds = time.perf_counter() - begin
         return History.of_one_step(loss, tokens=len(given.ids), seconds=seconds, unit=self.loss_unit)
 
-    def _take_columns(self, columns: Array, counts: Array) -> None:
-        """Take grams, one a column, the last symbol first, and how often each was seen."""
-        levels, first = _count(columns, counts, self.vocab_size)
+    def _take_fitted(self, fitted: Mapping[str, Array]) -> None:
+        """Take grams, one a row, the last symbol first, and how often each was seen; a gram may stand there twice."""
+        if not fitted:
+            return
+        columns = np.ascontiguousarray(fitted["grams"].T)
+        levels, first = _count(columns, fitted["counts"], self.vocab_size)
         weights = _weigh(levels, self.vocab_size, self.smoothing)
-        fitted = {"grams": np.ascontiguousarray(columns[:, first].T), "counts": levels[-1].counts}
+        super()._take_fitted({"grams": np.ascontiguousarray(columns[:, first].T), "counts": levels[-1].counts})
         self._levels = list(zip(levels, weights, strict=True))
-        self._take_fitted(fitted)
 
     def _check_fitted(self, given: Mapping[str, Any]) -> dict[str, Array]:
         begin, width = self.vocab_size, self.order + 1
@@ -135,13 +137,6 @@ class MarkovChain(SymbolModel):
         if not counts.all() or len(np.unique(grams, axis=0)) != len(grams):
             raise ValueError("grams should be different, each with a count of at least 1")
         return {"grams": grams, "counts": counts}
-
-    def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
-        """Take what `fit` counted from what `state_dict` returned."""
-        with self._all_or_nothing():
-            super().load_state_dict(mapping)
-            if self._fitted:
-                self._take_columns(np.ascontiguousarray(self._fitted["grams"].T), self._fitted["counts"])
 
     def _used(self) -> list[tuple[_Level, _Weights]]:
         self._needs_fit()
