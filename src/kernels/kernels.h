@@ -76,8 +76,8 @@ typedef struct fs_narrow {
     void (*rows)(enum fs_weight_type type, ptrdiff_t rows, ptrdiff_t k, const void *const *x, void *out);
     void (*product)(enum fs_weight_type type, const fs_narrow_product *product);
     /* As `pack` of fs_kernels, of uint16 or int8; offsets, of int8 alone: [panels][vectors][lanes] of int32. */
-    void (*pack)(enum fs_weight_type type, const void *weight, const ptrdiff_t *gate_rows, int gates, int blocks,
-                 ptrdiff_t units, ptrdiff_t k, void *panels, void *offsets);
+    void (*pack)(enum fs_weight_type type, const void *weight, const ptrdiff_t *gate_rows, int gates,
+                 int blocks, ptrdiff_t units, ptrdiff_t k, void *panels, void *offsets);
 } fs_narrow;
 
 /* The packed weights of one product, a x + b h + bias. Read only. */
@@ -413,7 +413,8 @@ extern const fs_kernels fs_baseline_f32, fs_baseline_f64;
 extern const fs_narrow fs_baseline_narrow;
 #if defined(__x86_64__)
 extern const fs_kernels fs_avx2_f32, fs_avx2_f64, fs_avx512_f32, fs_avx512_f64;
-extern const fs_narrow fs_avx2_narrow, fs_avx_vnni_narrow, fs_avx512_narrow, fs_avx512_vnni_narrow, fs_avx512_bf16_narrow;
+extern const fs_narrow fs_avx2_narrow, fs_avx_vnni_narrow, fs_avx512_narrow, fs_avx512_vnni_narrow,
+    fs_avx512_bf16_narrow;
 #endif
 
 #endif

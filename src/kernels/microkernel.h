@@ -12,7 +12,8 @@ enum {
     MAX_PANELS = 4,
     CACHE_LINE = 64,
     MAX_TILE = 24, /* the most sums a tile holds: 6 rows of 4 vectors, or 8 of 3 */
-    NARROW_ROWS = 48 * 64 / FS_VECTOR_BYTES /* the most of a narrow product: their sums stay in the first cache */
+    NARROW_ROWS = 48 * 64 /
+        FS_VECTOR_BYTES /* the most of a narrow product: their sums stay in the first cache */
 };
 
 /* Lines fetched ahead at every k: as there are few rows, so are there tiles to do it. */
@@ -106,9 +107,9 @@ INLINE vec multiply_add(const enum fs_weight_type TYPE, vec input, vec weight, v
 }
 
 /* One part of one k of a chain. */
-INLINE void microkernel_part(const enum fs_weight_type TYPE, const int ROWS, const int PANELS, const int VECTORS,
-                             const int PART, vec *sums, const real *const *row, const real *const *panel,
-                             ptrdiff_t k)
+INLINE void microkernel_part(const enum fs_weight_type TYPE, const int ROWS, const int PANELS,
+                             const int VECTORS, const int PART, vec *sums, const real *const *row,
+                             const real *const *panel, ptrdiff_t k)
 {
     /* Of weights and inputs, the fewer stand in registers and the others pass through one: 4 rows of 3 vectors
      * fill 16 registers that way, and the other way would spill a sum at every k. */
@@ -116,8 +117,7 @@ INLINE void microkernel_part(const enum fs_weight_type TYPE, const int ROWS, con
         vec weight[MAX_PANELS * 4];
 #pragma GCC unroll 16
         for (int i = 0; i < PANELS * VECTORS; i++)
-            weight[i] =
-                weights_part(TYPE, load(panel[i / VECTORS] + i % VECTORS * LANES), PART);
+            weight[i] = weights_part(TYPE, load(panel[i / VECTORS] + i % VECTORS * LANES), PART);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             vec input = input_part(TYPE, row[r] + k, PART);

@@ -33,8 +33,8 @@ static void plain(const fs_step *s);
  * inlined; SECOND may be NULL.
  */
 INLINE void step_tile(const enum step_kind KIND, const tile_epilogue FIRST, const tile_epilogue SECOND,
-                      const int ROWS, const int PANELS, const int VECTORS,
-                      const int STRIDE, const fs_step *s, ptrdiff_t row, ptrdiff_t panel, const char *ahead)
+                      const int ROWS, const int PANELS, const int VECTORS, const int STRIDE, const fs_step *s,
+                      ptrdiff_t row, ptrdiff_t panel, const char *ahead)
 {
     const fs_weights *w = s->weights;
     const ptrdiff_t panel_row = STRIDE * LANES;
@@ -104,8 +104,7 @@ INLINE void step_tile(const enum step_kind KIND, const tile_epilogue FIRST, cons
  * one of STRIDE parts of it or two. A product of the input part alone has few rows, and its panels lie in `x`.
  */
 INLINE void step_panel(const enum step_kind KIND, const tile_epilogue FIRST, const tile_epilogue SECOND,
-                       const int VECTORS, const int STRIDE, const fs_step *s,
-                       ptrdiff_t panel)
+                       const int VECTORS, const int STRIDE, const fs_step *s, ptrdiff_t panel)
 {
     const int limit = STRIDE == 3 ? ROWS_OF_3 : ROWS_OF_4;
     const ptrdiff_t k_size = s->weights->h_size, next = panel + 1 < s->last ? panel + 1 : panel;
@@ -172,8 +171,8 @@ INLINE void add_narrow_product(const int VECTORS, const fs_step *s, int of_x, pt
 
 /* Some rows against some panels, as `step_tile`. */
 INLINE void narrow_step_tile(const enum step_kind KIND, const tile_epilogue FIRST, const tile_epilogue SECOND,
-                             const int VECTORS, const fs_step *s, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t panel,
-                             ptrdiff_t panels)
+                             const int VECTORS, const fs_step *s, ptrdiff_t row, ptrdiff_t rows,
+                             ptrdiff_t panel, ptrdiff_t panels)
 {
     const fs_weights *w = s->weights;
     const ptrdiff_t tiles = rows * panels, panel_row = (ptrdiff_t)VECTORS * LANES;
@@ -181,8 +180,8 @@ INLINE void narrow_step_tile(const enum step_kind KIND, const tile_epilogue FIRS
     vec sums[NARROW_ROWS * 4], apart[NARROW_ROWS];
     for (ptrdiff_t i = 0; i < tiles; i++)
         for (int v = 0; v < VECTORS; v++)
-            sums[i * VECTORS + v] = load((const real *)s->init[row + i / panels] +
-                                         (panel + i % panels) * panel_row + v * LANES);
+            sums[i * VECTORS + v] =
+                load((const real *)s->init[row + i / panels] + (panel + i % panels) * panel_row + v * LANES);
     if (s->with_x)
         add_narrow_product(VECTORS, s, 1, row, rows, panel, panels, sums);
     if (KIND == FUSED_APART)
