@@ -142,12 +142,18 @@ class _Transposed:
         return outputs
 
 
+def _flushed(x: Array) -> Array:
+    """Denormal numbers as 0, as kernels take them."""
+    plain: Array = np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x)
+    return plain
+
+
 def _int8_product(x: Array, values: Array, scales: Array) -> Array:
     """x (N, K) times numbers (outputs, K) with a scale an output. Sums are exact: float64 holds them."""
     numbers, row_scales = quantize(x)
     with np.errstate(all="ignore"):
         sums = (numbers.astype(np.float64) @ values.T.astype(np.float64)).astype(np.float32)
-        y = sums * (row_scales[:, None] * scales)
+        y = _flushed(sums * _flushed(row_scales[:, None] * scales))
         # Several infinities give what they give one by one: NaN where their signs differ.
         for row in np.flatnonzero(np.isinf(x).sum(axis=1) > 1):
             if not np.isnan(row_scales[row]):

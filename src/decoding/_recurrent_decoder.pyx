@@ -223,8 +223,8 @@ cdef void lay_out(Rows *job, Py_ssize_t capacity, Scratch *scratch) noexcept nog
     job.spare_source = <Py_ssize_t *> scratch_array(scratch, capacity * sizeof(Py_ssize_t))
 
 
-cdef int allocate_rows(Rows *job, Py_ssize_t capacity) noexcept nogil:
-    """Allocate memory for `capacity` rows; the memory used before stays with the caller."""
+cdef int reserve_rows(Rows *job, Py_ssize_t capacity) noexcept nogil:
+    """Take memory for `capacity` rows; the memory used before stays with the caller."""
     cdef Rows made = job[0]
     memset(&made.memory, 0, sizeof(Scratch))
     lay_out(&made, 1, &made.memory)
@@ -542,7 +542,7 @@ cdef int choose(void *self, ptrdiff_t rows, const int64_t *parents) noexcept nog
         job.parent, job.spare_parent = job.spare_parent, job.parent
         job.source, job.spare_source = job.spare_source, job.source
     else:
-        if allocate_rows(job, rows) != FS_DONE:
+        if reserve_rows(job, rows) != FS_DONE:
             return FS_NO_MEMORY
         for row in range(rows):
             memcpy(
@@ -573,7 +573,7 @@ cdef class Decoder:
     c : ndarray of shape (B, layers, H), or None
         The same of an LSTM.
     copies : int
-        Rows that memory is allocated for, over B; more are allocated when `choose` asks for them.
+        Rows that memory is taken for at once, over B; for more it is taken when `choose` asks for them.
     n_threads : int
     keys, projected, lengths : ndarrays of shapes (B, S, K), (B, S, A) and (B,), optional
         With attention: the keys of each row, their projections for the scores, and the number of real keys, 1 or more.
@@ -606,7 +606,7 @@ cdef class Decoder:
         if network.attention != NONE:
             self.set_sources(keys, projected, lengths)
         self.set_narrow()
-        if capacity > MAX_BYTES or allocate_rows(job, capacity) != FS_DONE:
+        if capacity > MAX_BYTES or reserve_rows(job, capacity) != FS_DONE:
             raise MemoryError(f"for the states of {capacity} rows")
         for row in range(job.rows):
             job.parent[row] = job.source[row] = row

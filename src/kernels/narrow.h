@@ -54,8 +54,9 @@ INLINE vec load_until(const real *x, ptrdiff_t k, ptrdiff_t size)
 INLINE ivec round_bfloat16(vec x)
 {
     const ivec bits = (ivec)x, upper = ibroadcast(~(integer)0xffff);
-    const ivec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & upper;
     const ivec is_nan = (bits & 0x7fffffff) > FLOAT_INF;
+    const ivec numbers = bits & ~is_nan; /* to which the half can be added within 32 bits */
+    const ivec rounded = (numbers + 0x7fff + ((numbers >> 16) & 1)) & upper;
     return (is_nan & ((bits | FLOAT_QUIET) & upper)) | (~is_nan & rounded);
 }
 

@@ -84,56 +84,45 @@ cdef void set_gate_rows(ptrdiff_t *gate_rows, PanelLayout layout) noexcept:
         gate_rows[i] = (layout.first + i) * layout.units
 
 
-cdef tuple packed_narrow_matrix(PackedWeight packed, PanelLayout layout, object weight):
-    """Panels of some gates of a `NarrowArray`; returns their addresses: of words, scales and offsets."""
+# Where the panels of one matrix are; scales and offsets of int8 alone.
+cdef struct Panels:
+    const void *data
+    const void *scales
+    const void *offsets
+
+
+cdef Panels packed_panels(PackedWeight packed, PanelLayout layout, object weight) except *:
+    """Panels of some gates of an ndarray or a `NarrowArray`."""
+    cdef Panels panels
     cdef ptrdiff_t[4] gate_rows
-    cdef cnp.ndarray values = np.ascontiguousarray(weight.values)
-    cdef fs_weight_type type = FS_BFLOAT16 if weight.type == "bfloat16" else FS_INT8
-    cdef Py_ssize_t k = cnp.PyArray_DIM(values, 1), each = 2 if type == FS_BFLOAT16 else 4
-    cdef Py_ssize_t outputs = packed.panels.panels * layout.count * layout.blocks * packed.kernels.lanes
-    cdef char *words = room(packed, (k + each - 1) // each * outputs)
+    cdef cnp.ndarray values
+    cdef fs_weight_type type
+    cdef Py_ssize_t k, each, outputs
+    cdef char *words
     cdef char *offsets = NULL
-    cdef const void *scales = NULL
-    cdef const void *source = cnp.PyArray_DATA(values)
+    cdef const void *source
+    panels.scales = panels.offsets = NULL
+    if isinstance(weight, np.ndarray):
+        panels.data = packed_matrix(packed, layout, weight)
+        return panels
+    type = FS_BFLOAT16 if weight.type == "bfloat16" else FS_INT8
+    each = 2 if type == FS_BFLOAT16 else 4
+    values = np.ascontiguousarray(weight.values)
+    k, source = cnp.PyArray_DIM(values, 1), cnp.PyArray_DATA(values)
+    outputs = packed.panels.panels * layout.count * layout.blocks * packed.kernels.lanes
+    words = room(packed, (k + each - 1) // each * outputs)
     packed.panels.type = type
     packed.panels.narrow = narrow_kernels()
     if type == FS_INT8:
         offsets = room(packed, outputs)
-        scales = packed_matrix(packed, layout, np.ascontiguousarray(weight.scales, np.float32).reshape(-1, 1))
+        panels.scales = packed_matrix(packed, layout, np.ascontiguousarray(weight.scales, np.float32).reshape(-1, 1))
     set_gate_rows(gate_rows, layout)
     with nogil:
         packed.panels.narrow.pack(
             type, source, gate_rows, layout.count, layout.blocks, layout.units, k, words, offsets,
         )
-    return <size_t> words, <size_t> scales, <size_t> offsets
-
-
-cdef int pack_x(PackedWeight packed, PanelLayout layout, object weight) except -1:
-    """Pack what multiplies x."""
-    cdef fs_weights *panels = &packed.panels
-    panels.x_size = weight.shape[1]
-    if isinstance(weight, np.ndarray):
-        panels.x = packed_matrix(packed, layout, weight)
-        return 0
-    words, scales, offsets = packed_narrow_matrix(packed, layout, weight)
-    panels.x = <const void *> <size_t> words
-    panels.x_scales = <const void *> <size_t> scales
-    panels.x_offsets = <const void *> <size_t> offsets
-    return 0
-
-
-cdef int pack_h(PackedWeight packed, PanelLayout layout, object weight) except -1:
-    """Pack what multiplies h."""
-    cdef fs_weights *panels = &packed.panels
-    panels.h_size = weight.shape[1]
-    if isinstance(weight, np.ndarray):
-        panels.h = packed_matrix(packed, layout, weight)
-        return 0
-    words, scales, offsets = packed_narrow_matrix(packed, layout, weight)
-    panels.h = <const void *> <size_t> words
-    panels.h_scales = <const void *> <size_t> scales
-    panels.h_offsets = <const void *> <size_t> offsets
-    return 0
+    panels.data, panels.offsets = words, offsets
+    return panels
 
 
 cdef PackedWeight pack_gates(
@@ -152,9 +141,14 @@ cdef PackedWeight pack_gates(
     cdef PackedWeight packed = no_panels(kernels, layout.units, layout.blocks)
     cdef fs_weights *panels = &packed.panels
     cdef PanelLayout last = layout
+    cdef Panels made
     if of_x is not None:
-        pack_x(packed, layout, of_x)
-    pack_h(packed, layout, of_h)
+        made = packed_panels(packed, layout, of_x)
+        panels.x_size, panels.x = of_x.shape[1], made.data
+        panels.x_scales, panels.x_offsets = made.scales, made.offsets
+    made = packed_panels(packed, layout, of_h)
+    panels.h_size, panels.h = of_h.shape[1], made.data
+    panels.h_scales, panels.h_offsets = made.scales, made.offsets
     if bias is None:
         panels.bias = room(packed, panels.panels * layout.count * layout.blocks * kernels.lanes)
     else:

@@ -44,14 +44,24 @@ def exact():
     return {case: (model, model.outputs(model.call())) for case, model in built.items()}
 
 
-@pytest.mark.parametrize("weights", NARROW)
-@pytest.mark.parametrize("engine", ["fastseq", "reference", "torch", "onnxruntime", "openvino", "ctranslate2"])
+ENGINES = "fastseq", "reference", "torch", "onnxruntime", "openvino", "ctranslate2"
+
+
+@pytest.mark.parametrize(
+    ("engine", "weights"),
+    [
+        (engine, weights)
+        for engine in ENGINES
+        for weights in NARROW
+        if any(case.computed_by(cases.named(engine, weights)) for case in CASES)
+    ],
+)
 def test_engines_are_about_right(engine, weights, exact):
     name = cases.named(engine, weights)
     able = [case for case in CASES if case.computed_by(name)]
     missing = bench.lacking(engine, able) if engine in engines.NEEDS else []
-    if missing or not able:
-        pytest.skip(f"{' and '.join(missing)} not installed" if missing else f"{engine} has no {weights}")
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed")
     process = worker.Worker(name, 1)
     try:
         for case in able:

@@ -56,6 +56,15 @@ def test_int8_is_numpy_exactly_whatever_the_rows(size: tuple[int, int]) -> None:
 
 
 @every_isa
+@pytest.mark.parametrize("power", [-12, -19, -21, -40])
+def test_int8_is_numpy_where_scales_and_results_are_denormal(power: int) -> None:
+    weight, _, _ = usual(17, 33, rows=1)
+    x = np.ldexp(np.random.default_rng(0).normal(size=(9, 17)), -98).astype("float32")
+    twin = linear(np.ldexp(weight, power))
+    np.testing.assert_array_equal(twin(x), reference(twin, x))
+
+
+@every_isa
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_bfloat16_is_numpy_whatever_the_rows(size: tuple[int, int]) -> None:
     weight, bias, x = usual(*size, rows=100)
