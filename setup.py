@@ -27,13 +27,14 @@ if X86_64:
     SETS["avx2"] = ["-mavx2", "-mfma"]
     SETS["avx512"] = ["-mavx512f", "-mavx512dq", "-mprefer-vector-width=512"]
 # The same of products of narrow weights, src/kernels/isa/<name>_narrow.c: more sets, which share kernels of reals.
-NARROW_SETS = {"baseline": SETS["baseline"]}
+NARROW_SETS = {"baseline": SETS["baseline"], "amx_in_c": SETS["baseline"]}
 if X86_64:
     NARROW_SETS["avx2"] = SETS["avx2"]
     NARROW_SETS["avx_vnni"] = [*SETS["avx2"], "-mavxvnni"]
     NARROW_SETS["avx512"] = [*SETS["avx512"], "-mavx512bw"]
     NARROW_SETS["avx512_vnni"] = [*NARROW_SETS["avx512"], "-mavx512vnni"]
     NARROW_SETS["avx512_bf16"] = [*NARROW_SETS["avx512_vnni"], "-mavx512bf16"]
+    NARROW_SETS["amx"] = [*NARROW_SETS["avx512_bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 
 # What is fused is written in the source; the compiler fuses nothing of its own.
 FLAGS = ["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]

@@ -6,9 +6,14 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include <string.h>
 
 static const fs_set sets[] = {
+    {"amx_in_c", &fs_baseline_f32, &fs_baseline_f64, &fs_amx_in_c_narrow},
     {"baseline", &fs_baseline_f32, &fs_baseline_f64, &fs_baseline_narrow},
 #if defined(__x86_64__)
     {"avx2", &fs_avx2_f32, &fs_avx2_f64, &fs_avx2_narrow},
@@ -16,6 +21,7 @@ static const fs_set sets[] = {
     {"avx512", &fs_avx512_f32, &fs_avx512_f64, &fs_avx512_narrow},
     {"avx512_vnni", &fs_avx512_f32, &fs_avx512_f64, &fs_avx512_vnni_narrow},
     {"avx512_bf16", &fs_avx512_f32, &fs_avx512_f64, &fs_avx512_bf16_narrow},
+    {"amx", &fs_avx512_f32, &fs_avx512_f64, &fs_amx_narrow},
 #endif
 };
 
@@ -39,6 +45,31 @@ static int has_avx_vnni(void)
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
 }
 
+static int has_avx512_bf16(void)
+{
+    return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+}
+
+/* Tiles are registers that a process of Linux has to ask for; it may be refused them. */
+static int has_amx(void)
+{
+#if defined(__linux__)
+    enum {
+        ARCH_REQ_XCOMP_PERM = 0x1023,
+        TILE_DATA = 18,
+        AMX = 1 << 22 | 1 << 24 | 1 << 25,
+        TILE_STATE = 3 << 17
+    };
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & AMX) != AMX)
+        return 0;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & TILE_STATE) == TILE_STATE && !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA);
+#else
+    return 0;
+#endif
+}
+
 static int runs(const char *set)
 {
     __builtin_cpu_init();
@@ -51,13 +82,15 @@ static int runs(const char *set)
     if (!strcmp(set, "avx512_vnni"))
         return has_avx512() && __builtin_cpu_supports("avx512vnni");
     if (!strcmp(set, "avx512_bf16"))
-        return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+        return has_avx512_bf16();
+    if (!strcmp(set, "amx"))
+        return has_avx512_bf16() && has_amx();
     return 1;
 }
 #else
 static int runs(const char *set)
 {
-    return !strcmp(set, "baseline");
+    return !strcmp(set, "baseline") || !strcmp(set, "amx_in_c");
 }
 #endif
 

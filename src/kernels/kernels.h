@@ -71,10 +71,14 @@ typedef struct fs_narrow_product {
 /* What an instruction set does with narrow weights: src/kernels/narrow.h. */
 typedef struct fs_narrow {
     const char *bfloat16, *int8; /* the instructions that each type takes, for people */
+    ptrdiff_t (*words)(enum fs_weight_type type, ptrdiff_t k); /* that k numbers take */
     /* Bytes of a narrow row of k numbers; and such rows, made of rows of float32. */
     ptrdiff_t (*row_bytes)(enum fs_weight_type type, ptrdiff_t k);
     void (*rows)(enum fs_weight_type type, ptrdiff_t rows, ptrdiff_t k, const void *const *x, void *out);
     void (*product)(enum fs_weight_type type, const fs_narrow_product *product);
+    /* Before products of so many rows, or of parts of them of 16 or more, and after them; NULL: there is nothing to do. */
+    void (*begin)(enum fs_weight_type type, ptrdiff_t rows);
+    void (*end)(enum fs_weight_type type, ptrdiff_t rows);
     /* As `pack` of fs_kernels, of uint16 or int8; offsets, of int8 alone: [panels][vectors][lanes] of int32. */
     void (*pack)(enum fs_weight_type type, const void *weight, const ptrdiff_t *gate_rows, int gates,
                  int blocks, ptrdiff_t units, ptrdiff_t k, void *panels, void *offsets);
@@ -410,11 +414,11 @@ typedef struct fs_set {
 const fs_set *fs_find_set(const char *name);
 
 extern const fs_kernels fs_baseline_f32, fs_baseline_f64;
-extern const fs_narrow fs_baseline_narrow;
+extern const fs_narrow fs_baseline_narrow, fs_amx_in_c_narrow;
 #if defined(__x86_64__)
 extern const fs_kernels fs_avx2_f32, fs_avx2_f64, fs_avx512_f32, fs_avx512_f64;
 extern const fs_narrow fs_avx2_narrow, fs_avx_vnni_narrow, fs_avx512_narrow, fs_avx512_vnni_narrow,
-    fs_avx512_bf16_narrow;
+    fs_avx512_bf16_narrow, fs_amx_narrow;
 #endif
 
 #endif

@@ -29,12 +29,13 @@ enum {
  *                 2: by pairs of 16 bits, k 0 and 2, then 1 and 3
  *   FS_PAIRS      such pairs, split before: a word is two weights of 16 bits
  */
-#if defined(__AVX512BF16__) && FS_VECTOR_BYTES == 64
+#if defined(FS_TILES) || (defined(__AVX512BF16__) && FS_VECTOR_BYTES == 64)
 enum { BFLOAT16_PARTS = 1 };
 #else
 enum { BFLOAT16_PARTS = 2 };
 #endif
-#if (defined(__AVX512VNNI__) && FS_VECTOR_BYTES == 64) || (defined(__AVXVNNI__) && FS_VECTOR_BYTES == 32)
+#if defined(FS_TILES) || (defined(__AVX512VNNI__) && FS_VECTOR_BYTES == 64) || \
+    (defined(__AVXVNNI__) && FS_VECTOR_BYTES == 32)
 enum { INT8_PARTS = 1 };
 #else
 enum { INT8_PARTS = 2 };

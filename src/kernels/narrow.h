@@ -22,6 +22,14 @@ enum {
     WEIGHTS_OF_WORD_INT8 = 4
 };
 
+/* Rows and panels end with words of zeros, so that there are whole tiles of them. */
+#if defined(FS_TILES)
+#include "tiles.h"
+enum { WHOLE_WORDS = TILE_WORDS };
+#else
+enum { WHOLE_WORDS = 1 };
+#endif
+
 typedef struct {
     float scale; /* int8: NaN of a row with NaN, inf of one with inf, 0 of one that is nearly 0 */
     int32_t infinities; /* int8: how many */
@@ -31,10 +39,10 @@ typedef int8_t bytes __attribute__((vector_size(LANES)));
 typedef int16_t short_row __attribute__((vector_size(LANES * 2)));
 typedef uint64_t quads __attribute__((vector_size(LANES * 2)));
 
-INLINE ptrdiff_t words_of(enum fs_weight_type type, ptrdiff_t k)
+static ptrdiff_t words_of(enum fs_weight_type type, ptrdiff_t k)
 {
     const ptrdiff_t each = type == FS_BFLOAT16 ? WEIGHTS_OF_WORD_BFLOAT16 : WEIGHTS_OF_WORD_INT8;
-    return (k + each - 1) / each;
+    return (k + each * WHOLE_WORDS - 1) / (each * WHOLE_WORDS) * WHOLE_WORDS;
 }
 
 static ptrdiff_t narrow_row_bytes(enum fs_weight_type type, ptrdiff_t k)
@@ -60,6 +68,15 @@ INLINE ivec round_bfloat16(vec x)
     return (is_nan & ((bits | FLOAT_QUIET) & upper)) | (~is_nan & rounded);
 }
 
+/* What the loops over whole vectors leave of a row, which hold `each` bytes of a number. */
+INLINE void pad_row(enum fs_weight_type type, ptrdiff_t k_size, ptrdiff_t each, int value, char *out)
+{
+    const ptrdiff_t written = (k_size + LANES - 1) / LANES * LANES * each;
+    const ptrdiff_t size = words_of(type, k_size) * parts_of(type) * 4;
+    if (written < size)
+        memset(out + written, value, (size_t)(size - written));
+}
+
 static void bfloat16_row(ptrdiff_t k_size, const real *x, char *row)
 {
     char *out = row + NARROW_HEAD;
@@ -72,6 +89,7 @@ static void bfloat16_row(ptrdiff_t k_size, const real *x, char *row)
             memcpy(out + 2 * k, &two, sizeof two);
         }
     }
+    pad_row(FS_BFLOAT16, k_size, 2 * BFLOAT16_PARTS, 0, out);
 }
 
 INLINE ivec int_max(ivec a, ivec b)
@@ -131,6 +149,7 @@ static void int8_row(ptrdiff_t k_size, const real *x, char *row)
             q = (ivec)(v * broadcast(inverse) + shift) - (ivec)shift;
         store_int8(out, k, q);
     }
+    pad_row(FS_INT8, k_size, INT8_PARTS, INT8_PARTS == 1 ? 128 : 0, out);
     memcpy(row, &head, sizeof head);
 }
 
@@ -349,12 +368,122 @@ INLINE void narrow_panels(const enum fs_weight_type TYPE, const int VECTORS, con
     }
 }
 
+#if defined(FS_TILES)
+/*
+ * Tiles sum bfloat16 in an order that is their own, so that all rows take them. Sums of int8 are exact, and few rows
+ * are faster without.
+ */
+#if defined(FS_TILES_IN_C)
+enum { INT8_TILES_FROM = 1 };
+#else
+enum { INT8_TILES_FROM = 4 };
+#endif
+
+INLINE int by_tiles(enum fs_weight_type type, ptrdiff_t rows)
+{
+    return type == FS_BFLOAT16 || rows >= INT8_TILES_FROM;
+}
+
+static void narrow_begin(enum fs_weight_type type, ptrdiff_t rows)
+{
+    if (by_tiles(type, rows))
+        tiles_configure(rows < TILE_ROWS ? (int)rows : TILE_ROWS);
+}
+
+static void narrow_end(enum fs_weight_type type, ptrdiff_t rows)
+{
+    if (by_tiles(type, rows))
+        tiles_release();
+}
+
+/* `rows` of one tile or two against one vector of a panel or two: sums[row][vector] += the products. */
+INLINE void tile_block(const enum fs_weight_type TYPE, const int ROW_TILES, const int VECTORS,
+                       const fs_narrow_product *p, const ptrdiff_t *row, const char *weights, char *sums)
+{
+    const ptrdiff_t sums_bytes = p->panels * p->vectors * FS_VECTOR_BYTES;
+    const ptrdiff_t word_bytes = (ptrdiff_t)p->vectors * FS_VECTOR_BYTES;
+    const char *rows = (const char *)p->rows + NARROW_HEAD;
+    for (int i = 0; i < ROW_TILES; i++)
+        tile_rows_end(row[i], p->n_rows);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROW_TILES * VECTORS; i++)
+        if (TYPE == FS_INT8)
+            tile_zero(i / VECTORS * 2 + i % VECTORS);
+        else
+            tile_load(i / VECTORS * 2 + i % VECTORS,
+                      sums + row[i / VECTORS] * sums_bytes + i % VECTORS * FS_VECTOR_BYTES, sums_bytes);
+    for (ptrdiff_t word = 0; word < p->words; word += TILE_WORDS) {
+#pragma GCC unroll 2
+        for (int i = 0; i < ROW_TILES; i++)
+            tile_load(FIRST_INPUTS + i, rows + row[i] * p->row_bytes + word * 4, p->row_bytes);
+#pragma GCC unroll 2
+        for (int j = 0; j < VECTORS; j++)
+            tile_load(FIRST_WEIGHTS + j, weights + word * word_bytes + j * FS_VECTOR_BYTES, word_bytes);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROW_TILES * VECTORS; i++)
+            tile_multiply(TYPE, i / VECTORS, i % VECTORS);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < ROW_TILES * VECTORS; i++)
+        tile_store(i / VECTORS * 2 + i % VECTORS,
+                   sums + row[i / VECTORS] * sums_bytes + i % VECTORS * FS_VECTOR_BYTES, sums_bytes);
+}
+
+/*
+ * All rows against one vector or two. The last tile of rows is whole, too: what it shares with the one before is of one
+ * block, which loads its sums before it stores any.
+ */
+INLINE void tile_rows(const enum fs_weight_type TYPE, const int VECTORS, const fs_narrow_product *p,
+                      const char *weights, char *sums)
+{
+    const ptrdiff_t tiles = (p->n_rows + TILE_ROWS - 1) / TILE_ROWS;
+    const ptrdiff_t last = p->n_rows < TILE_ROWS ? 0 : p->n_rows - TILE_ROWS;
+    if (tiles % 2) {
+        const ptrdiff_t row = 0;
+        tile_block(TYPE, 1, VECTORS, p, &row, weights, sums);
+    }
+    for (ptrdiff_t tile = tiles % 2; tile < tiles; tile += 2) {
+        const ptrdiff_t next = (tile + 1) * TILE_ROWS, rows[2] = {tile * TILE_ROWS, next < last ? next : last};
+        tile_block(TYPE, 2, VECTORS, p, rows, weights, sums);
+    }
+}
+
+INLINE void tile_product(const enum fs_weight_type TYPE, const fs_narrow_product *p)
+{
+    const ptrdiff_t per_row = p->panels * p->vectors, panel_bytes = p->words * p->vectors * FS_VECTOR_BYTES;
+    vec whole[NARROW_ROWS * 4]; /* sums of int8 */
+    char *sums = TYPE == FS_INT8 ? (char *)whole : p->out;
+    for (ptrdiff_t panel = 0; panel < p->panels; panel++)
+        for (int v = 0; v < p->vectors; v += 2) {
+            const ptrdiff_t at = (panel * p->vectors + v) * FS_VECTOR_BYTES;
+            const char *weights = (const char *)p->weights + panel * panel_bytes + v * FS_VECTOR_BYTES;
+            if (v + 1 < p->vectors)
+                tile_rows(TYPE, 2, p, weights, sums + at);
+            else
+                tile_rows(TYPE, 1, p, weights, sums + at);
+        }
+    for (ptrdiff_t i = 0; TYPE == FS_INT8 && i < p->n_rows * per_row; i++) {
+        const int lane = (int)(i % per_row);
+        const ivec sum = (ivec)whole[i] + (ivec)first_sum(TYPE, p, NULL, lane);
+        add_scaled(p, (const char *)p->rows + i / per_row * p->row_bytes, (vec)sum, lane,
+                   (real *)p->out + i * LANES);
+    }
+}
+#endif
+
 static void narrow_product(enum fs_weight_type type, const fs_narrow_product *p)
 {
+#if defined(FS_TILES)
+    if (type == FS_BFLOAT16)
+        tile_product(FS_BFLOAT16, p);
+    else if (by_tiles(FS_INT8, p->n_rows))
+        tile_product(FS_INT8, p);
+#else
     if (type == FS_BFLOAT16 && p->vectors == 3)
         narrow_panels(FS_BFLOAT16, 3, p);
     else if (type == FS_BFLOAT16)
         narrow_panels(FS_BFLOAT16, 4, p);
+#endif
     else if (p->vectors == 3)
         narrow_panels(FS_INT8, 3, p);
     else
@@ -398,9 +527,14 @@ static void narrow_pack(enum fs_weight_type type, const void *weight, const ptrd
 const fs_narrow FS_NARROW_TABLE = {
     .bfloat16 = FS_BFLOAT16_BY,
     .int8 = FS_INT8_BY,
+    .words = words_of,
     .row_bytes = narrow_row_bytes,
     .rows = narrow_rows,
     .product = narrow_product,
+#if defined(FS_TILES)
+    .begin = narrow_begin,
+    .end = narrow_end,
+#endif
     .pack = narrow_pack,
 };
 

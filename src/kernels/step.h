@@ -150,14 +150,14 @@ INLINE void add_narrow_product(const int VECTORS, const fs_step *s, int of_x, pt
                                ptrdiff_t panel, ptrdiff_t panels, vec *sums)
 {
     const fs_weights *w = s->weights;
-    const ptrdiff_t k_size = of_x ? w->x_size : w->h_size, each = w->type == FS_BFLOAT16 ? 2 : 4;
+    const ptrdiff_t k_size = of_x ? w->x_size : w->h_size;
     const ptrdiff_t at = panel * VECTORS * LANES, row_bytes = w->narrow->row_bytes(w->type, k_size);
     const float *scales = of_x ? w->x_scales : w->h_scales;
     const int32_t *offsets = of_x ? w->x_offsets : w->h_offsets;
     fs_narrow_product p = {
         .n_rows = rows,
         .panels = panels,
-        .words = (k_size + each - 1) / each,
+        .words = w->narrow->words(w->type, k_size),
         .vectors = VECTORS,
         .rows = (const char *)(of_x ? s->narrow_x : s->narrow_h) + row * row_bytes,
         .row_bytes = row_bytes,
@@ -205,7 +205,10 @@ INLINE void narrow_step_tile(const enum step_kind KIND, const tile_epilogue FIRS
 INLINE void narrow_step(const enum step_kind KIND, const tile_epilogue FIRST, const tile_epilogue SECOND,
                         const int VECTORS, const fs_step *s)
 {
+    const fs_weights *w = s->weights;
     const int limit = s->rows == 1 ? 12 / VECTORS : 1;
+    if (w->narrow->begin)
+        w->narrow->begin(w->type, s->rows);
     for (ptrdiff_t panel = s->first, panels; panel < s->last; panel += panels) {
         panels = s->last - panel < limit ? s->last - panel : limit;
         for (ptrdiff_t row = 0, rows; row < s->rows; row += rows) {
@@ -213,6 +216,8 @@ INLINE void narrow_step(const enum step_kind KIND, const tile_epilogue FIRST, co
             narrow_step_tile(KIND, FIRST, SECOND, VECTORS, s, row, rows, panel, panels);
         }
     }
+    if (w->narrow->end)
+        w->narrow->end(w->type, s->rows);
 }
 #endif
 

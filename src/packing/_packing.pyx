@@ -97,7 +97,7 @@ cdef Panels packed_panels(PackedWeight packed, PanelLayout layout, object weight
     cdef ptrdiff_t[4] gate_rows
     cdef cnp.ndarray values
     cdef fs_weight_type type
-    cdef Py_ssize_t k, each, outputs
+    cdef Py_ssize_t k, outputs
     cdef char *words
     cdef char *offsets = NULL
     cdef const void *source
@@ -106,13 +106,12 @@ cdef Panels packed_panels(PackedWeight packed, PanelLayout layout, object weight
         panels.data = packed_matrix(packed, layout, weight)
         return panels
     type = FS_BFLOAT16 if weight.type == "bfloat16" else FS_INT8
-    each = 2 if type == FS_BFLOAT16 else 4
     values = np.ascontiguousarray(weight.values)
     k, source = cnp.PyArray_DIM(values, 1), cnp.PyArray_DATA(values)
     outputs = packed.panels.panels * layout.count * layout.blocks * packed.kernels.lanes
-    words = room(packed, (k + each - 1) // each * outputs)
     packed.panels.type = type
     packed.panels.narrow = narrow_kernels()
+    words = room(packed, packed.panels.narrow.words(type, k) * outputs)
     if type == FS_INT8:
         offsets = room(packed, outputs)
         panels.scales = packed_matrix(packed, layout, np.ascontiguousarray(weight.scales, np.float32).reshape(-1, 1))

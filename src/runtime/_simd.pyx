@@ -14,7 +14,8 @@ import numpy as np
 
 cnp.import_array()
 
-NAMES = ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16")
+# From the slowest on. In "amx_in_c", tiles are C's: it shows what is around them on machines without AMX.
+NAMES = ("amx_in_c", "baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 available = tuple(name for name in NAMES if fs_find_set(name.encode()) != NULL)
 chosen = os.environ.get("FASTSEQ_ISA", available[-1])
 if chosen not in available:

@@ -24,6 +24,7 @@ cdef extern from "kernels/kernels.h" nogil:
     ctypedef struct fs_narrow:
         const char *bfloat16
         const char *int8
+        ptrdiff_t (*words)(fs_weight_type type, ptrdiff_t k) noexcept nogil
         ptrdiff_t (*row_bytes)(fs_weight_type type, ptrdiff_t k) noexcept nogil
         void (*rows)(fs_weight_type type, ptrdiff_t rows, ptrdiff_t k, const void **x, void *out) noexcept nogil
         void (*pack)(
