@@ -36,6 +36,16 @@ static void backward_epilogue(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, 
     }
 }
 
+/* Either GELU: that of narrow weights where they are. */
+INLINE vec gelu_after(const fs_step *s, vec a)
+{
+#if FS_REAL_BYTES == 4
+    if (s->weights->narrow)
+        return s->epilogue == FS_GELU ? gelu_near(a) : gelu_tanh_near(a);
+#endif
+    return s->epilogue == FS_GELU ? gelu_(a) : gelu_tanh_(a);
+}
+
 /* h = f(a); what f is, the step says */
 static inline void plain_epilogue(const fs_step *s, ptrdiff_t row, ptrdiff_t panel, int vectors, vec *a,
                                   const vec *apart)
@@ -55,8 +65,8 @@ static inline void plain_epilogue(const fs_step *s, ptrdiff_t row, ptrdiff_t pan
         case FS_RELU: h = relu_(h); break;
         case FS_SIGMOID: h = sigmoid_(h); break;
         case FS_ADD: h += load_units(s->out[row], unit, units); break;
-        case FS_GELU: h = gelu_(h); break;
-        case FS_GELU_TANH: h = gelu_tanh_(h); break;
+        case FS_GELU:
+        case FS_GELU_TANH: h = gelu_after(s, h); break;
         case FS_BLEND: h = gru_blend(s, row, unit, h); break;
         default: break;
         }
