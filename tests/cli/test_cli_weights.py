@@ -1,5 +1,6 @@
 """`fastseq bench --weights`: errors stand beside times, nonsense is refused, and without it nothing has changed."""
 
+import dataclasses
 import json
 import re
 
@@ -270,6 +271,16 @@ def test_symbols_are_refused_where_float64_chooses_others():
         assert row.agreed == {"fastseq": 1, "torch int8": agreed / 4}
         assert row.alike == {"fastseq": (1, 1), "torch int8": (0, 1)}
         assert row.faults.get("torch int8") == fault
+
+
+def test_of_many_symbols_fewer_have_to_be_those_of_float64():
+    ids = np.array([[1, 2, 3, 4]])
+    for symbols, agreed, refused in ((50, 1, True), (5000, 1, False), (5000, 0, True)):
+        row = report.Row(Decode(dataclasses.replace(TINY, symbols=symbols), 1, 5, 4))
+        margins = np.where(np.arange(4) < agreed, 0.1, -0.1)[None]
+        workers = {"fastseq": Answers(ids), "torch bfloat16": Answers(ids + 1)}
+        runner.check_parity([row], workers, Answers(ids, np.ones((1, 4)), margins=margins), lambda doing: None)
+        assert ("torch bfloat16" in row.faults) == refused, (symbols, agreed)
 
 
 def test_what_an_engine_leaves_in_float32_is_said_and_not_timed():

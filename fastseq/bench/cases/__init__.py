@@ -146,9 +146,9 @@ class Case(ABC):
         return Verdict(worst, None, allowed)
 
     @property
-    def chooses(self) -> bool:
-        """Whether engines choose symbols, each the likeliest one."""
-        return False
+    def choices(self) -> int:
+        """How many symbols engines choose the likeliest one of; 0: they choose none."""
+        return 0
 
     @property
     def error_means(self) -> str:

@@ -162,9 +162,9 @@ class Decode(Case):
         return dict.fromkeys(TYPES[1:], ("fastseq", "reference", "torch", "ctranslate2"))
 
     @property
-    def chooses(self) -> bool:
-        """They do."""
-        return True
+    def choices(self) -> int:
+        """Those of the model."""
+        return self.model.symbols
 
     @property
     def error_means(self) -> str:

@@ -82,9 +82,9 @@ class Sample(Case):
         return dict.fromkeys(TYPES[1:], ("fastseq", "reference", "torch"))
 
     @property
-    def chooses(self) -> bool:
-        """They do."""
-        return True
+    def choices(self) -> int:
+        """Those of the model."""
+        return self.symbols
 
     @property
     def error_means(self) -> str:
@@ -235,9 +235,9 @@ class Beams(Decode):
         return dict.fromkeys(TYPES[1:], ("fastseq", "reference"))
 
     @property
-    def chooses(self) -> bool:
-        """Not symbol by symbol."""
-        return False
+    def choices(self) -> int:
+        """A search chooses texts, not symbol by symbol."""
+        return 0
 
     @property
     def error_means(self) -> str:
