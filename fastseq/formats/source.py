@@ -15,7 +15,7 @@ from fastseq.checks import Array
 from fastseq.narrow import from_bfloat16
 
 _MAX_AXES = 64  # of NumPy
-_MAX_BYTES = 2**63 - 1
+_MAX_BYTES = 2**60
 # Types by their names here: the dtype of their bytes in a file, little-endian.
 TYPES = {
     "bool": "|u1",
