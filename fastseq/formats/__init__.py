@@ -58,14 +58,14 @@ def recognise(path: str | os.PathLike[str]) -> str:
         return "huggingface"
     source = Source(path)
     start = source.read("the file", 0, min(16, source.size))
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= source.size - 8:
+        return safetensors.read(path).format
     if start[:4] in (b"PK\3\4", b"PK\5\6"):
         return _of_archive(source)
     if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return "pytorch"  # whose reader says how such a file is saved anew
     if any(source.read("the file", place, 8) == _HDF5 for place in _HDF5_PLACES if place + 8 <= source.size):
         return "hdf5"
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= source.size - 8:
-        return safetensors.read(path).format
     if _is_onnx(source):
         return "onnx"
     known = ", ".join(what for what, _ in FORMATS.values())

@@ -16,8 +16,11 @@ from typing import Any
 from fastseq.formats.source import FormatError, Source, short
 
 # A checkpoint has about 60 opcodes and 5 containers for each of its tensors.
-_MAX_OPCODES = 500_000
-_MAX_CONTAINERS = 200_000
+_MAX_OPCODES = 400_000
+_MAX_CONTAINERS = 100_000
+_TOO_MANY = f"more than {_MAX_CONTAINERS} lists, tuples, dicts and objects; save the state dict alone"
+_MAX_MARKS = 1000
+_STOP = ord(".")
 _MAX_INTEGER = 256  # bytes
 _MAX_NAME = 300
 _KEYS = (str, bool, bytes, type(None))
@@ -74,8 +77,8 @@ def interpreted(
         return machine.run()
     except FormatError:
         raise
-    except IndexError:
-        what = "takes a value where there is none"
+    except (IndexError, KeyError):
+        what = "ends early, or takes a value where there is none"
     except (ValueError, OverflowError, struct.error) as error:
         what = str(error)
     raise source.fault(f"{place}, byte {machine.opcode_place}", what)
@@ -94,17 +97,15 @@ class _Machine:
         self.opcode_place = 0
 
     def run(self) -> Any:
-        data, size = self.data, len(self.data)
+        data = self.data
         for _ in range(_MAX_OPCODES):
-            self.opcode_place = self.position
-            if self.position >= size:
-                raise ValueError("ends early")
-            opcode = data[self.position]
-            self.position += 1
-            if opcode == 0x2E:  # STOP
-                if len(self.stack) != 1 or self.marked or self.position != size:
+            self.opcode_place = place = self.position
+            self.position = place + 1
+            opcode = data[place]
+            if opcode == _STOP:
+                if len(self.stack) != 1 or self.marked or self.position != len(data):
                     raise ValueError("stops where it has not ended")
-                return self.stack.pop()
+                return self.stack[0]
             method = _METHODS.get(opcode)
             if method is None:
                 raise ValueError(f"opcode {short(bytes([opcode]))} is not allowed")
@@ -120,6 +121,10 @@ class _Machine:
         self.position = begin + size
         return self.data[begin : begin + size]
 
+    def octet(self) -> int:
+        self.position += 1
+        return self.data[self.position - 1]
+
     def unsigned(self, size: int) -> int:
         return int.from_bytes(self.take(size), "little")
 
@@ -133,17 +138,11 @@ class _Machine:
 
     # Values on the stack.
 
-    def count(self) -> None:
+    def new(self, container: Any) -> None:
         self.containers += 1
         if self.containers > _MAX_CONTAINERS:
-            raise ValueError(f"more than {_MAX_CONTAINERS} lists, tuples, dicts and objects; save the state dict alone")
-
-    def new(self, container: Any) -> None:
-        self.count()
+            raise ValueError(_TOO_MANY)
         self.stack.append(container)
-
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
 
     def since_mark(self) -> list[Any]:
         values = self.stack
@@ -167,9 +166,10 @@ class _Machine:
             raise ValueError("a frame is longer than the pickle")
 
     def mark(self) -> None:
-        self.count()
         self.marked.append(self.stack)
         self.stack = []
+        if len(self.marked) > _MAX_MARKS:
+            raise ValueError(f"values nested deeper than {_MAX_MARKS}")
 
     def pop(self) -> None:
         self.stack.pop()
@@ -178,7 +178,7 @@ class _Machine:
         self.since_mark()
 
     def duplicate(self) -> None:
-        self.push(self.stack[-1])
+        self.stack.append(self.stack[-1])
 
     def integer(self, size: int) -> None:
         if size > _MAX_INTEGER:
@@ -198,7 +198,10 @@ class _Machine:
         self.stack.append(self.take(self.unsigned(length)))
 
     def short_tuple(self, length: int) -> None:
-        values = tuple(self.stack.pop() for _ in range(length))[::-1]
+        if len(self.stack) < length:
+            raise IndexError
+        values = tuple(self.stack[len(self.stack) - length :])
+        del self.stack[len(self.stack) - length :]
         self.new(values)
 
     def marked_tuple(self) -> None:
@@ -234,14 +237,17 @@ class _Machine:
     def memoize(self) -> None:
         self.memo[len(self.memo)] = self.stack[-1]
 
+    def short_put(self) -> None:
+        self.memo[self.octet()] = self.stack[-1]
+
+    def short_get(self) -> None:
+        self.stack.append(self.memo[self.octet()])
+
     def put(self, length: int) -> None:
         self.memo[self.unsigned(length)] = self.stack[-1]
 
     def get(self, length: int) -> None:
-        index = self.unsigned(length)
-        if index not in self.memo:
-            raise ValueError(f"nothing was memoized as {index}")
-        self.stack.append(self.memo[index])
+        self.stack.append(self.memo[self.unsigned(length)])
 
     def named_global(self) -> None:
         self.new(Global(self.line(), self.line()))
@@ -300,13 +306,13 @@ _METHODS: dict[int, Callable[[_Machine], None]] = {
     ord("0"): _Machine.pop,
     ord("1"): _Machine.pop_mark,
     ord("2"): _Machine.duplicate,
-    ord("N"): lambda machine: machine.push(None),
-    ord("\x88"): lambda machine: machine.push(True),
-    ord("\x89"): lambda machine: machine.push(False),
-    ord("K"): lambda machine: machine.push(machine.unsigned(1)),
-    ord("M"): lambda machine: machine.push(machine.unsigned(2)),
+    ord("N"): lambda machine: machine.stack.append(None),
+    ord("\x88"): lambda machine: machine.stack.append(True),
+    ord("\x89"): lambda machine: machine.stack.append(False),
+    ord("K"): lambda machine: machine.stack.append(machine.octet()),
+    ord("M"): lambda machine: machine.stack.append(machine.unsigned(2)),
     ord("J"): lambda machine: machine.integer(4),
-    ord("\x8a"): lambda machine: machine.integer(machine.unsigned(1)),
+    ord("\x8a"): lambda machine: machine.integer(machine.octet()),
     ord("\x8b"): lambda machine: machine.integer(machine.unsigned(4)),
     ord("G"): _Machine.real,
     ord("\x8c"): _with(_Machine.text, 1),
@@ -333,9 +339,9 @@ _METHODS: dict[int, Callable[[_Machine], None]] = {
     ord("s"): _Machine.set_item,
     ord("u"): _Machine.set_items,
     ord("\x94"): _Machine.memoize,
-    ord("q"): _with(_Machine.put, 1),
+    ord("q"): _Machine.short_put,
     ord("r"): _with(_Machine.put, 4),
-    ord("h"): _with(_Machine.get, 1),
+    ord("h"): _Machine.short_get,
     ord("j"): _with(_Machine.get, 4),
     ord("c"): _Machine.named_global,
     ord("\x93"): _Machine.stack_global,

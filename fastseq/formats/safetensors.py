@@ -166,8 +166,9 @@ class _Header:
             raise ValueError(f"{short(name)} has the data_offsets {short(offsets)}")
         itemsize = np.dtype(TYPES[STORED_TYPES[dtype]]).itemsize if dtype in STORED_TYPES else 1
         size = count_of(shape, itemsize) * itemsize
-        if dtype in STORED_TYPES and size != offsets[1] - offsets[0]:
-            raise ValueError(f"{short(name)} has {offsets[1] - offsets[0]} bytes for {dtype} of shape {short(shape)}")
+        given = offsets[1] - offsets[0]
+        if dtype in STORED_TYPES and size != given:
+            raise ValueError(f"{short(name)} has {short(given)} bytes for {dtype} of shape {short(shape)}")
         return Entry(dtype, tuple(shape), *offsets)
 
     def _string(self) -> str:
@@ -198,7 +199,7 @@ def _check_places(entries: dict[str, Entry], size: int) -> None:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end:
-            raise ValueError(f"{short(name)} begins at {entry.begin}, and what is before it ends at {end}")
+            raise ValueError(f"{short(name)} begins at {short(entry.begin)}, not at {short(end)} behind the one before")
         end = entry.end
     if end != size:
-        raise ValueError(f"the arrays end at {end} of {size} bytes")
+        raise ValueError(f"the arrays end at {short(end)} of {size} bytes")
