@@ -93,7 +93,7 @@ def entries(prefix: str, value: Any) -> Iterable[str]:
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
             yield from entries(f"{prefix}.{name}" if prefix else str(name), inner)
-    elif value not in (None, {}, []):
+    elif value not in (None, "", {}, []):
         text = printable(value if isinstance(value, str) else json.dumps(value))
         yield f"{printable(prefix)}: {text if len(text) <= 100 else text[:97] + '...'}"
 

@@ -125,7 +125,7 @@ def read(path: str | os.PathLike[str], *, key: str | None = None) -> Contents:
         {
             "key": place_of_dict,
             "byteorder": order,
-            "beside": _plain(content, chosen),
+            "beside": {} if chosen is content else _plain(content, chosen),
             "tensors": {name: {"type": tensor.type, "shape": tensor.shape} for name, tensor in tensors.items()},
         },
     )

@@ -42,7 +42,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], di
     expected = dict(files(folder, str(folder / "marker")))
     (folder / "list.json").write_text(json.dumps(list(expected)))
     command = [sys.executable, "-c", READER, str(folder / "list.json")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert run.returncode == 0 and not run.stderr, (run.stderr, lines[-1:])
     found = {lines[i]["path"]: lines[i + 1] for i in range(0, len(lines), 2)}
