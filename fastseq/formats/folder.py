@@ -17,7 +17,7 @@ from fastseq.formats import safetensors
 from fastseq.formats.contents import Contents
 from fastseq.formats.source import FormatError, LazyArrays, Source, listed, short
 
-_MAX_JSON = 2 << 20  # bytes; as Python's values they may be 24 times as large
+_MAX_JSON = 1 << 20  # bytes; as Python's values they may be 24 times as large
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER = "tokenizer.json"
 _OLD_WEIGHTS = ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack")
