@@ -1,4 +1,4 @@
-"""The command ``fastseq``: a model that pronounces, what is installed, smaller files, and a benchmark."""
+"""The command ``fastseq``: a model that pronounces, what is installed, what files hold, smaller files, a benchmark."""
 
 from __future__ import annotations
 
@@ -50,6 +50,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="parameters that stay float32, as '*attention*'; may be repeated",
     )
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a file holds: tensors, shapes, types",
+        description="Recognise a file or folder by its content, and list its tensors and what it says of itself. No "
+        "code of it runs.",
+    )
+    inspect.add_argument(
+        "file",
+        metavar="FILE",
+        help="of fastseq, safetensors, .npz, PyTorch, ONNX, Keras, or a folder of Hugging Face",
+    )
+    inspect.add_argument("--key", metavar="KEY", help="where in a checkpoint of PyTorch the state dict is")
+    inspect.add_argument("--json", metavar="FILE", help="write everything there, whole or not at all")
 
     bench = commands.add_parser(
         "bench",
@@ -135,6 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fastseq.cli import convert
 
             status = convert.run(options)
+        elif options.command == "inspect":
+            from fastseq.cli import inspect
+
+            status = inspect.run(options)
         else:
             from fastseq.cli import bench
 

@@ -21,6 +21,8 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
+from fastseq.formats import safetensors
+from fastseq.formats.source import FormatError
 from fastseq.narrow import TYPES, NarrowArray
 
 _FORMAT = "1"
@@ -207,10 +209,8 @@ def to_bytes(arrays: Mapping[str, Array], metadata: Mapping[str, str], bfloat16:
 
 def metadata_of_others(path: str | os.PathLike[str]) -> dict[str, str]:
     """What a file has in its metadata that fastseq did not write: the names of symbols, say."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        return {name: text for name, text in (file.metadata() or {}).items() if not name.startswith("fastseq.")}
+    metadata = safetensors.File(path).metadata
+    return {name: text for name, text in metadata.items() if not name.startswith("fastseq.")}
 
 
 def with_metadata(data: bytes, more: Mapping[str, str]) -> bytearray:
@@ -248,16 +248,6 @@ def _replace_header(data: bytearray, header: Mapping[str, Any]) -> None:
     data[:end] = len(text).to_bytes(8, "little") + text
 
 
-def _bits(path: str, name: str) -> Array:
-    """The bits of a BF16 array of a file that was looked at."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-        header, begin = _header(start + file.read(int.from_bytes(start, "little")))
-        first, last = header[name]["data_offsets"]
-        file.seek(begin + first)
-        return np.frombuffer(file.read(last - first), "<u2").astype(np.uint16).reshape(header[name]["shape"])
-
-
 def _place_of_checksum(header: bytes) -> int:
     """Where in a file with this header the digits of the checksum are; 0: nowhere."""
     key = f'"{CHECKSUM}":"'.encode()  # nothing that the header quotes can look like this
@@ -269,7 +259,9 @@ def check_whole(path: str) -> None:
     """Raise a `ValueError` where a file has a checksum, and not the one of its bytes."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = file.read(min(size, os.fstat(file.fileno()).st_size))
+        if size > min(safetensors.HEADER_LIMIT, os.fstat(file.fileno()).st_size):
+            return  # no safetensors file
+        header = file.read(size)
         place = _place_of_checksum(header)
         if not place:
             return
@@ -341,8 +333,6 @@ def load_into(
     """`load`, with the classes of `namespace`."""
     import json
 
-    from safetensors import SafetensorError, safe_open
-
     import fastseq
 
     name = checks.path("path", path)
@@ -351,20 +341,21 @@ def load_into(
     own = {**_registered, **_own_classes("classes", classes)}
     check_whole(name)  # a file that is missing or not ours to read raises Python's own error
     try:
-        with safe_open(name, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            class_name = _class_name(name, metadata, own)
-            stored = metadata.get(_WEIGHTS, "float32")
-            narrow = [_NARROW_DTYPES[stored]] if stored in _NARROW_DTYPES else []
-            arrays = arrays_of(file, name, [*_DTYPES, *narrow])
-    except SafetensorError as error:
-        raise ValueError(f"path: {name!r} is not a whole safetensors file: {error}{_foreign(name)}") from None
+        file = safetensors.File(name)
+        class_name = _class_name(name, file.metadata, own)
+        stored = file.metadata.get(_WEIGHTS, "float32")
+        narrow = [_NARROW_DTYPES[stored]] if stored in _NARROW_DTYPES else []
+        arrays = arrays_of(file, name, [*_DTYPES, *narrow])
+    except FormatError as error:
+        raise ValueError(
+            f"path: {name!r} is not a whole safetensors file: {error.place}: {error.what}{_foreign(name)}"
+        ) from None
     try:
         if class_name in _STATES:
             if weights is not None:
                 raise ValueError(f"it holds a {class_name}, which has no weights")
             return getattr(namespace, class_name)(**arrays)
-        layer = _made(class_name, json.loads(metadata["fastseq.config"]), namespace, own)
+        layer = _made(class_name, json.loads(file.metadata["fastseq.config"]), namespace, own)
         if stored == "float32":
             layer.load_state_dict(arrays)
         else:
@@ -378,19 +369,12 @@ def load_into(
     return layer.with_weights(weights)
 
 
-def arrays_of(file: Any, name: str, dtypes: Collection[str]) -> dict[str, Array]:
-    """All arrays of an open file, which may be of some dtypes, in the names of safetensors.
-
-    They are looked at before an array is read: what NumPy makes of others depends on what else is imported.
-    """
-    for key in file.keys():  # noqa: SIM118  the file is no mapping
-        dtype = file.get_slice(key).get_dtype()
-        if dtype not in dtypes:
-            raise ValueError(f"path: {name!r} is damaged: {key} is {dtype}")
-    return {
-        key: _bits(name, key) if file.get_slice(key).get_dtype() == "BF16" else file.get_tensor(key)
-        for key in file.keys()  # noqa: SIM118
-    }
+def arrays_of(file: safetensors.File, name: str, dtypes: Collection[str]) -> dict[str, Array]:
+    """All arrays of a file, which may be of some dtypes, in the names of safetensors, those of bfloat16 as bits."""
+    for key, entry in file.entries.items():
+        if entry.dtype not in dtypes:
+            raise ValueError(f"path: {name!r} is damaged: {key} is {entry.dtype}")
+    return {key: file.stored(key) for key in file.entries}
 
 
 _OF_TORCH = (

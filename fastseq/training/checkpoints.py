@@ -19,6 +19,8 @@ import numpy as np
 
 from fastseq import checks, io, state
 from fastseq.checks import Array
+from fastseq.formats import safetensors
+from fastseq.formats.source import FormatError
 from fastseq.io import write_whole
 
 _FORMAT = "1"
@@ -88,22 +90,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _read(name: str) -> dict[str, Any]:
     import json
 
-    from safetensors import SafetensorError, safe_open
-
     io.check_whole(name)  # a file that is missing or not ours to read raises Python's own error
     try:
-        with safe_open(name, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if "fastseq.class" in metadata:
-                raise ValueError(f"path: {name!r} is no checkpoint of fastseq, but what a save wrote: fastseq.load it")
-            if _CONTENT not in metadata or not (_OLD_CHECKSUM in metadata or io.CHECKSUM in metadata):
-                raise ValueError(f"path: {name!r} is a safetensors file, but no checkpoint of fastseq")
-            if metadata.get(_VERSION) != _FORMAT:
-                raise ValueError(f"path: {name!r} was written by another version of fastseq")
-            io.check_names(name, metadata, {_CONTENT, _VERSION, _OLD_CHECKSUM})
-            arrays = io.arrays_of(file, name, _STORED)
-    except SafetensorError as error:
-        raise ValueError(f"path: {name!r} is damaged: not a whole safetensors file: {error}") from None
+        file = safetensors.File(name)
+        metadata = file.metadata
+        if "fastseq.class" in metadata:
+            raise ValueError(f"path: {name!r} is no checkpoint of fastseq, but what a save wrote: fastseq.load it")
+        if _CONTENT not in metadata or not (_OLD_CHECKSUM in metadata or io.CHECKSUM in metadata):
+            raise ValueError(f"path: {name!r} is a safetensors file, but no checkpoint of fastseq")
+        if metadata.get(_VERSION) != _FORMAT:
+            raise ValueError(f"path: {name!r} was written by another version of fastseq")
+        io.check_names(name, metadata, {_CONTENT, _VERSION, _OLD_CHECKSUM})
+        arrays = io.arrays_of(file, name, _STORED)
+    except FormatError as error:
+        raise ValueError(
+            f"path: {name!r} is damaged: not a whole safetensors file: {error.place}: {error.what}"
+        ) from None
     if io.CHECKSUM not in metadata and _checksum(metadata[_CONTENT], arrays) != metadata[_OLD_CHECKSUM]:
         raise ValueError(f"path: {name!r} is damaged: its content does not have the checksum it was written with")
     try:

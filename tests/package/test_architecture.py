@@ -42,6 +42,7 @@ FLOORS = [
         "fastseq._transformer",
     ],
     ["fastseq.narrow"],
+    ["fastseq.formats"],
     [
         "fastseq.threads",
         "fastseq.plotting",
@@ -73,7 +74,7 @@ OUTSIDE = {
     "fastseq.io": {"safetensors"},
     "fastseq.layers": {"typing_extensions"},  # for type checkers alone, which know it without its being installed
     "fastseq.plotting": {"matplotlib"},
-    "fastseq.training": {"matplotlib", "safetensors", "tqdm"},
+    "fastseq.training": {"matplotlib", "tqdm"},
     "fastseq.cli": {"matplotlib", "safetensors"},
     "fastseq.bench": {
         "ctranslate2",
