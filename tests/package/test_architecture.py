@@ -61,7 +61,7 @@ FLOORS = [
     ["fastseq.backend", "fastseq.reference._attention", "fastseq.reference._losses", "fastseq.reference._decoding"],
     ["fastseq.state", "fastseq.losses", "fastseq.reference._transformer"],
     ["fastseq.layers"],
-    ["fastseq.training", "fastseq.init", "fastseq.convert.pytorch"],
+    ["fastseq.training", "fastseq.init", "fastseq.convert.pytorch", "fastseq.convert.keras"],
     ["fastseq.models"],
     ["fastseq.reference"],
     ["fastseq"],
@@ -73,6 +73,7 @@ FLOORS = [
 OUTSIDE = {
     "fastseq.io": {"safetensors"},
     "fastseq.layers": {"typing_extensions"},  # for type checkers alone, which know it without its being installed
+    "fastseq.formats": {"h5py", "onnx"},
     "fastseq.plotting": {"matplotlib"},
     "fastseq.training": {"matplotlib", "safetensors", "tqdm"},
     "fastseq.cli": {"matplotlib", "safetensors"},
