@@ -1,4 +1,4 @@
-"""Reverse, MergeDirections, LastOfDirections and ZeroPadded: both sets of operations, by hand, padded, trained, saved."""
+"""Reverse, MergeDirections, LastOfDirections, ZeroPadded: both sets of operations, by hand, padded, trained, saved."""
 
 import numpy as np
 import pytest
