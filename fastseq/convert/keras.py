@@ -538,8 +538,12 @@ def _add_bidirectional(chain: _Chain, entry: _Entry, place: _Place, depth: int) 
     sequences = _option(forward, "return_sequences", False, True)
     if swapped and sequences and chain.masked:
         raise _Fault("Bidirectional with go_backwards=True and return_sequences=True behind mask_zero=True")
-    places = [place.within(f"{part}_layer", f"{part}_") for part in ("forward", "backward")]
-    directions = [_direction(chain, one, at) for one, at in zip((forward, backward), places, strict=True)]
+    parts = {
+        "forward": forward,
+        "backward": backward,
+    }  # of two layers that were given the names are in the configuration
+    places = [place.within(f"{part}_layer", one.name if given else f"{part}_") for part, one in parts.items()]
+    directions = [_direction(chain, one, at) for one, at in zip(parts.values(), places, strict=True)]
     chain.put(*([layers.Reverse(dtype=chain.dtype)] if swapped else []), _recurrent_layer(directions, chain.dtype))
     if not sequences:
         chain.put(layers.LastOfDirections(dtype=chain.dtype))

@@ -39,7 +39,10 @@ def drawn(keras, rng):
             settings["go_backwards"] = draw(True, False, False) and not (masked and sequences)
             settings["dropout"] = draw(0.0, 0.3)
             one = getattr(layers, kind)(size(), **settings)
-            if not settings["go_backwards"] and draw(True, False):
+            if settings["go_backwards"] and draw(True, False):  # the layers of both directions, and they are exchanged
+                given = {**one.get_config(), "go_backwards": False, "name": f"{one.name}_other"}
+                one = layers.Bidirectional(one, backward_layer=type(one).from_config(given))
+            elif not settings["go_backwards"] and draw(True, False):
                 one = layers.Bidirectional(one, merge_mode=draw("concat", "sum", "mul", "ave"))
             made.append(one)
             timed = sequences

@@ -445,11 +445,11 @@ def test_other_files_are_refused(tmp_path):
         formats.read(tmp_path / "nowhere.h5")
 
 
-def damaged(data, rng):
-    """Yield a file cut at many places, and with changed bytes."""
-    for end in range(0, len(data), 7):
+def damaged(data, rng, step, count):
+    """Yield a file cut at every `step` bytes, and with changed bytes."""
+    for end in range(0, len(data), step):
         yield data[:end]
-    for _ in range(400):
+    for _ in range(count):
         changed = bytearray(data)
         for place in rng.integers(0, len(data), rng.integers(1, 4)):
             changed[place] = rng.integers(256)
@@ -474,12 +474,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
 
 
 @pytest.mark.parametrize("make", [small, archive])
-def test_damaged_files_end_in_errors_and_take_no_memory(make, tmp_path):
+@pytest.mark.parametrize(("step", "changes"), [(9, 300), pytest.param(1, 5000, marks=pytest.mark.slow)])
+def test_damaged_files_end_in_errors_and_take_no_memory(make, step, changes, tmp_path):
     """In a process of its own, since HDF5 is written in C; every error but a ValueError ends it."""
     path = make(tmp_path / "whole")
     data, folder = path.read_bytes(), tmp_path / "damaged"
     folder.mkdir()
-    for number, changed in enumerate(damaged(data, np.random.default_rng(0))):
+    for number, changed in enumerate(damaged(data, np.random.default_rng(0), step, changes)):
         (folder / str(number)).write_bytes(changed)
     root = str(Path(fs.__file__).parent.parent)
     command = [sys.executable, "-W", "error", "-c", CHILD, str(folder), root, str(path)]

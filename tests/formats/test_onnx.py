@@ -186,6 +186,19 @@ def test_tensors_that_overlap_in_another_file(tmp_path):
     refuse(write(tmp_path, model_of(twice)), "nothing twice")
 
 
+def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
+    (tmp_path / "data.bin").write_bytes(bytes(20))
+    path = write(tmp_path, model_of(outside()))
+    whole = os.fstat
+
+    def before(descriptor):  # what it was when it was looked at
+        about = whole(descriptor)
+        return os.stat_result([*about[:6], 24 if about.st_size == 20 else about.st_size, *about[7:10]])
+
+    monkeypatch.setattr(os, "fstat", before)
+    refuse(path, "'data.bin' ended while it was read")
+
+
 def proto(kind=1, dims=(2, 3), **fields):
     tensor = onnx.TensorProto(name="t", data_type=kind, dims=dims)
     for name, value in fields.items():
