@@ -277,6 +277,15 @@ class Pooling(Protocol):
     def pooling_backward(self, dy: Array, kept: Any, kind: str, /) -> Array:
         """The gradient of x."""
 
+    def reverse(self, x: Array, lengths: Array | None, /) -> Array:
+        """The steps of each row (B, T, ...) in reverse order; its own backward."""
+
+    def merge_forward(self, x: Array, mode: str, /) -> Array:
+        """y (..., H) of both directions (..., 2H)."""
+
+    def merge_backward(self, dy: Array, x: Array, mode: str, /) -> Array:
+        """dx (..., 2H)."""
+
 
 class Transformer(Protocol):
     """Stacks of Transformer blocks in inference, and the keys and values that they keep."""

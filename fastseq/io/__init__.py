@@ -46,6 +46,9 @@ _LAYERS = (
     "LastStep",
     "MeanOverTime",
     "MaxOverTime",
+    "LastOfDirections",
+    "MergeDirections",
+    "Reverse",
     "Dropout",
     "SinusoidalPositions",
     "LearnedPositions",
@@ -59,7 +62,9 @@ _LAYERS = (
     "TransformerDecoder",
     "Transformer",
     "Sequential",
+    "ZeroPadded",
 )
+_CONTAINERS = ("Sequential", "ZeroPadded")  # whose configuration is that of their layers
 _STATES = ("State", "LSTMState", "AttentionState", "Seq2SeqState")
 _MODELS = (
     "MarkovChain",
@@ -140,8 +145,8 @@ def _narrow(arrays: dict[str, Array], weights: str) -> dict[str, Any]:
 
 
 def _classes(class_name: str, config: Mapping[str, Any]) -> set[str]:
-    """A class, and those of the layers that a `Sequential` of this configuration is made of."""
-    children = config["layers"] if class_name == "Sequential" else ()
+    """A class, and those of the layers that a container of this configuration is made of."""
+    children = config["layers"] if class_name in _CONTAINERS else ()
     return {class_name}.union(*(_classes(child["class"], child["config"]) for child in children))
 
 
@@ -407,7 +412,7 @@ def _made(class_name: str, config: Mapping[str, Any], namespace: ModuleType, own
     if class_name not in _LAYERS + _MODELS:
         raise ValueError(_unknown(class_name))
     made = getattr(namespace.models if class_name in _MODELS else namespace, class_name)
-    if class_name != "Sequential":
+    if class_name not in _CONTAINERS:
         return made(**config)
     return made(*(_made(child["class"], child["config"], namespace, own) for child in config["layers"]))
 

@@ -7,6 +7,7 @@ from fastseq.layers.activation import GELU, ReLU, Sigmoid, SiLU, Softmax, Tanh
 from fastseq.layers.additive_attention import AdditiveAttention, MultiplicativeAttention
 from fastseq.layers.attention import MultiheadAttention
 from fastseq.layers.base import Layer
+from fastseq.layers.directions import LastOfDirections, MergeDirections, Reverse
 from fastseq.layers.dropout import Dropout
 from fastseq.layers.embedding import Embedding
 from fastseq.layers.linear import Linear
@@ -14,7 +15,7 @@ from fastseq.layers.norm import LayerNorm, RMSNorm
 from fastseq.layers.pooling import LastStep, MaxOverTime, MeanOverTime
 from fastseq.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 from fastseq.layers.recurrent import GRU, LSTM, RNN
-from fastseq.layers.sequential import Sequential
+from fastseq.layers.sequential import Sequential, ZeroPadded
 from fastseq.layers.transformer import (
     Transformer,
     TransformerDecoder,
@@ -31,6 +32,7 @@ __all__ = [
     "AdditiveAttention",
     "Dropout",
     "Embedding",
+    "LastOfDirections",
     "LastStep",
     "Layer",
     "LayerNorm",
@@ -38,10 +40,12 @@ __all__ = [
     "Linear",
     "MaxOverTime",
     "MeanOverTime",
+    "MergeDirections",
     "MultiheadAttention",
     "MultiplicativeAttention",
     "RMSNorm",
     "ReLU",
+    "Reverse",
     "RotaryPositions",
     "Sequential",
     "SiLU",
@@ -54,4 +58,5 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "ZeroPadded",
 ]

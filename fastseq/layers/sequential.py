@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fastseq import checks
 from fastseq.checks import Array
 from fastseq.layers.base import (
@@ -375,6 +377,35 @@ class Sequential(Composite):
 
     def _gives(self) -> int | None:
         return next((width for layer in reversed(self.layers) if (width := layer._gives()) is not None), None)
+
+
+class ZeroPadded(Sequential):
+    """Layers in order over symbols (B, T) of which 0 is padding, wherever it stands in a row.
+
+    A call, `run` and `forward` are those of `Sequential` with `lengths` counted from the symbols. Zeros before or
+    between others are taken out where a layer pools, so that it does not matter where they stand; where every step has
+    an output, they should stand at the end. `step` takes symbols that are not padding.
+
+    Parameters
+    ----------
+    *layers : layers
+        As of `Sequential`; the first takes symbols.
+    """
+
+    def _opened(self, x: Any, lengths: Any) -> tuple[Any, Array | None]:
+        x, given = super()._opened(x, lengths)
+        x = checks.as_array("x", x)
+        if x.ndim != 2:
+            raise ValueError(f"x should be symbols of shape (B, T), not {x.shape}")
+        real = x != 0
+        if given is not None:
+            real &= np.arange(x.shape[1]) < given[:, None]
+        counts = real.sum(axis=1, dtype=np.int64)
+        if (real[:, 1:] & ~real[:, :-1]).any() or not real[counts > 0, 0].all():
+            if self.time != POOLING:
+                raise ValueError("x should have its zeros at the end of rows, since every step has an output")
+            x = np.take_along_axis(x, np.argsort(~real, axis=1, kind="stable"), axis=1)
+        return x, counts
 
 
 def _not_a_layer(value: object) -> str:

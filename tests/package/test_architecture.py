@@ -48,6 +48,7 @@ FLOORS = [
         "fastseq.plotting",
         "fastseq.io",
         "fastseq.convert",
+        "fastseq.formats",
         "fastseq.over_time",
         "fastseq.splitmix",
         "fastseq.reference._recurrent",
@@ -61,7 +62,13 @@ FLOORS = [
     ["fastseq.backend", "fastseq.reference._attention", "fastseq.reference._losses", "fastseq.reference._decoding"],
     ["fastseq.state", "fastseq.losses", "fastseq.reference._transformer"],
     ["fastseq.layers"],
-    ["fastseq.training", "fastseq.init"],
+    [
+        "fastseq.training",
+        "fastseq.init",
+        "fastseq.convert.pytorch",
+        "fastseq.convert.keras",
+        "fastseq.convert.onnx_recurrent",
+    ],
     ["fastseq.models"],
     ["fastseq.reference"],
     ["fastseq"],
@@ -73,6 +80,7 @@ FLOORS = [
 OUTSIDE = {
     "fastseq.io": {"safetensors"},
     "fastseq.layers": {"typing_extensions"},  # for type checkers alone, which know it without its being installed
+    "fastseq.formats": {"h5py", "onnx"},
     "fastseq.plotting": {"matplotlib"},
     "fastseq.training": {"matplotlib", "tqdm"},
     "fastseq.cli": {"matplotlib", "safetensors"},
