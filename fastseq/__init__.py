@@ -16,6 +16,7 @@ from fastseq.layers import (
     LSTM,
     RNN,
     AdditiveAttention,
+    Conv1d,
     Dropout,
     Embedding,
     LastStep,
@@ -44,7 +45,7 @@ from fastseq.layers import (
 )
 from fastseq.layers.attention import attention, attention_backward, attention_forward
 from fastseq.reference import models as _reference_models  # noqa: F401  so that it is there
-from fastseq.state import AttentionState, LSTMState, Seq2SeqState, State
+from fastseq.state import AttentionState, ConvState, LSTMState, Seq2SeqState, State
 from fastseq.threads import get_num_threads, set_num_threads
 from fastseq.version import __version__
 
@@ -55,6 +56,8 @@ __all__ = [
     "RNN",
     "AdditiveAttention",
     "AttentionState",
+    "Conv1d",
+    "ConvState",
     "Dropout",
     "Embedding",
     "LSTMState",

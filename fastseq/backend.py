@@ -18,6 +18,7 @@ from fastseq import (
     _additive_attention,
     _attention,
     _autoregression,
+    _convolution,
     _decoding,
     _dense,
     _losses,
@@ -30,6 +31,7 @@ from fastseq import (
 )
 from fastseq.checks import Array
 from fastseq.narrow import Weight
+from fastseq.windows import Windows
 
 C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -182,6 +184,29 @@ class Dense(Protocol):
 
     def dropout(self, x: Array, p: float, seed: int, stream: int, n_threads: int, /) -> Array:
         """x / (1 - p), or 0 with probability p."""
+
+
+class Convolution(Protocol):
+    """Convolution over time."""
+
+    def conv_pack(self, weight: Weight, bias: Array | None, groups: int, /) -> Any:
+        """Weights in the form of `conv_forward` and `conv_backward`."""
+
+    def conv_forward(self, packed: Any, x: Array, windows: Windows, n_threads: int, /) -> Array:
+        """The outputs of all windows, zeros past those of a row."""
+
+    def conv_backward(
+        self,
+        packed: Any,
+        x: Array,
+        windows: Windows,
+        dy: Array,
+        dweight: Array,
+        dbias: Array | None,
+        n_threads: int,
+        /,
+    ) -> Array:
+        """The gradient of x."""
 
 
 class Attention(Protocol):
@@ -481,7 +506,7 @@ class Backend:
         For messages and for people.
     dtypes : tuple of str, or None
         The dtypes it takes; None: every floating dtype.
-    recurrent, dense, attention, additive_attention, pooling, transformer, losses, optimisers, decoding, \
+    recurrent, dense, convolution, attention, additive_attention, pooling, transformer, losses, optimisers, decoding, \
 autoregression, markov
         The operations, by subject.
     recurrent_decoder, transformer_decoder : optional
@@ -492,6 +517,7 @@ autoregression, markov
     dtypes: tuple[str, ...] | None
     recurrent: Recurrent
     dense: Dense
+    convolution: Convolution
     attention: Attention
     additive_attention: AdditiveAttention
     pooling: Pooling
@@ -556,6 +582,7 @@ COMPILED = Backend(
     dtypes=("float32", "float64"),
     recurrent=_recurrent,
     dense=_dense,
+    convolution=_convolution,
     attention=_attention,
     additive_attention=_additive_attention,
     pooling=over_time,

@@ -32,6 +32,7 @@ _LAYERS = (
     "LSTM",
     "GRU",
     "Linear",
+    "Conv1d",
     "Embedding",
     "LayerNorm",
     "RMSNorm",
@@ -58,7 +59,7 @@ _LAYERS = (
     "Transformer",
     "Sequential",
 )
-_STATES = ("State", "LSTMState", "AttentionState", "Seq2SeqState")
+_STATES = ("State", "LSTMState", "AttentionState", "Seq2SeqState", "ConvState")
 _MODELS = (
     "MarkovChain",
     "AutoRegressive",

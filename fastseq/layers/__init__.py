@@ -7,6 +7,7 @@ from fastseq.layers.activation import GELU, ReLU, Sigmoid, SiLU, Softmax, Tanh
 from fastseq.layers.additive_attention import AdditiveAttention, MultiplicativeAttention
 from fastseq.layers.attention import MultiheadAttention
 from fastseq.layers.base import Layer
+from fastseq.layers.conv import Conv1d
 from fastseq.layers.dropout import Dropout
 from fastseq.layers.embedding import Embedding
 from fastseq.layers.linear import Linear
@@ -29,6 +30,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "AdditiveAttention",
+    "Conv1d",
     "Dropout",
     "Embedding",
     "LastStep",
