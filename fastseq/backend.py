@@ -294,12 +294,18 @@ class AdditiveAttention(Protocol):
 
 
 class Pooling(Protocol):
-    """One vector of all steps of a row."""
+    """One vector of all steps of a row, or of each window of them."""
 
     def pooling_forward(self, x: Array, lengths: Array | None, kind: str, /) -> tuple[Array, Any]:
         """y (B, D), and what `pooling_backward` needs."""
 
     def pooling_backward(self, dy: Array, kept: Any, kind: str, /) -> Array:
+        """The gradient of x."""
+
+    def window_pooling_forward(self, x: Array, windows: Windows, kind: str, /) -> Array:
+        """y (B, outputs, C)."""
+
+    def window_pooling_backward(self, x: Array, windows: Windows, kind: str, dy: Array, /) -> Array:
         """The gradient of x."""
 
 

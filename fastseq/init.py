@@ -142,9 +142,9 @@ def initialise(
     ----------
     layer : layer or model
     weights : {"default", "xavier_uniform", "xavier_normal", "he_uniform", "he_normal", "orthogonal"}
-        How the matrices of linear, convolutional and recurrent layers and of attention are drawn, those of each gate, and of queries,
-        keys and values, on their own; their biases are 0 then. All else, as embeddings, positions, norms and the
-        outputs of models, and everything with "default", starts as it does when layer or model is made.
+        How the matrices of linear, convolutional and recurrent layers and of attention are drawn, those of each gate,
+        and of queries, keys and values, on their own; their biases are 0 then. All else, as embeddings, positions,
+        norms and the outputs of models, and everything with "default", starts as it does when layer or model is made.
     forget_bias : float, optional
         The bias of the forget gates of LSTMs [1]_: `bias_ih` has it, `bias_hh` 0.
     seed : int, optional

@@ -45,6 +45,8 @@ _LAYERS = (
     "LastStep",
     "MeanOverTime",
     "MaxOverTime",
+    "MaxPool1d",
+    "AvgPool1d",
     "Dropout",
     "SinusoidalPositions",
     "LearnedPositions",
@@ -130,7 +132,7 @@ def _narrow(arrays: dict[str, Array], weights: str) -> dict[str, Any]:
         if array.dtype.name not in ("uint16", "int8"):
             continue
         scales = made.pop(name + _SCALE, None) if weights == "int8" else None
-        if array.ndim != 2 or (weights == "int8") != (array.dtype == np.int8):
+        if array.ndim < 2 or (weights == "int8") != (array.dtype == np.int8):
             raise ValueError(f"{name} is no matrix of {weights}")
         if weights == "int8" and (scales is None or scales.shape != array.shape[:1] or scales.dtype != np.float32):
             raise ValueError(f"{name}{_SCALE} should be {len(array)} scales of float32, one for each row")

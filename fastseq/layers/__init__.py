@@ -12,7 +12,7 @@ from fastseq.layers.dropout import Dropout
 from fastseq.layers.embedding import Embedding
 from fastseq.layers.linear import Linear
 from fastseq.layers.norm import LayerNorm, RMSNorm
-from fastseq.layers.pooling import LastStep, MaxOverTime, MeanOverTime
+from fastseq.layers.pooling import AvgPool1d, LastStep, MaxOverTime, MaxPool1d, MeanOverTime
 from fastseq.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 from fastseq.layers.recurrent import GRU, LSTM, RNN
 from fastseq.layers.sequential import Sequential
@@ -30,6 +30,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "AdditiveAttention",
+    "AvgPool1d",
     "Conv1d",
     "Dropout",
     "Embedding",
@@ -39,6 +40,7 @@ __all__ = [
     "LearnedPositions",
     "Linear",
     "MaxOverTime",
+    "MaxPool1d",
     "MeanOverTime",
     "MultiheadAttention",
     "MultiplicativeAttention",

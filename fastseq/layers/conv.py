@@ -18,15 +18,17 @@ from fastseq.windows import Windows
 
 
 class Conv1d(Windowed, Configured):
-    """Convolution over time: y_t = b + the sum over j of W_j x_(t stride - left + j dilation), x (B, T, C), y (B, T', O).
+    """Convolution over time: y_t = b + sum over j of W_j x_(t stride - left + j dilation); x (B, T, C), y (B, T', O).
 
-    W_j is ``weight[:, :, j]``; `left` is the number of zeros before the first frame. As in PyTorch, frames are not
-    mirrored, and the parameters are the same; but the axis of channels is the last one here.
+    W_j is ``weight[:, :, j]``; `left` is the number of zeros before the first frame. The parameters are those of
+    PyTorch's layer, whose axis of channels comes before that of time; here it is the last one.
 
-    With padding "causal" or "valid", or a pair (left, 0) with left at most dilation (kernel_size - 1), no output takes a
-    later frame than the one it ends at, and the layer runs on streams: `run` takes a chunk of any number of frames,
+    With padding "causal" or "valid", or a pair (left, 0) with left at most dilation (kernel_size - 1), no output takes
+    a later frame than the one it ends at, and the layer runs on streams: `run` takes a chunk of any number of frames,
     `step` one frame.
     """
+
+    _products = ("weight",)
 
     in_channels: int = size(doc="C.")
     out_channels: int = size(doc="O.")
@@ -35,22 +37,20 @@ class Conv1d(Windowed, Configured):
     stride: int = window_size(default=1, doc="Frames from one output to the next.")
     padding: int | tuple[int, int] | str = padding(
         doc="Frames of zeros on both sides, or on the left and on the right of each row. "
-        '"valid" is none. "causal" is dilation (kernel_size - 1) on the left, so that an output takes its own frame and '
-        'those before it. "same" gives T outputs, or of a stride ceil(T / stride), T the length of the row, and where '
+        '"valid" is none. "causal" is dilation (kernel_size - 1) on the left, so that an output takes its own frame '
+        'and those before it. "same" gives T outputs, with a stride ceil(T / stride), T the length of the row; where '
         "the number of zeros is odd, the right has one more."
     )
     dilation: int = window_size(default=1, doc="Frames from one that an output takes to the next.")
     groups: int = size(
         default=1,
         limit=LIMIT,
-        doc="Into how many parts channels are divided: outputs of a part take inputs of that part. Divides both numbers "
-        "of channels. `weight` is of shape (O, C / groups, K).",
+        doc="Into how many parts channels are divided: outputs of a part take inputs of that part. Divides both "
+        "numbers of channels. `weight` is of shape (O, C / groups, K).",
     )
     bias: bool = flag(default=True, doc="Whether there is b, the parameter `bias` (O,).")
     dtype: Dtype = floating(default="float32")
-    seed: int | None = random_seed(
-        default=None, doc="Fixes the initial parameters, uniform in ±1/sqrt(K C / groups)."
-    )
+    seed: int | None = random_seed(default=None, doc="Fixes the initial parameters, uniform in ±1/sqrt(K C / groups).")
 
     def _resolve(self) -> None:
         for name in ("in_channels", "out_channels"):
@@ -146,7 +146,7 @@ class Conv1d(Windowed, Configured):
         Returns
         -------
         y : ndarray of shape (B, T', O), or (T', O)
-            The outputs that the chunk completes: maybe none, where the stride is more than 1 or padding is not "causal".
+            The outputs that the chunk completes; with a stride, or padding that is not "causal", there may be none.
         state : ConvState, or None
             After the last real frame of each row; None of a layer that does not run on streams, which takes x as a
             whole.
@@ -217,9 +217,7 @@ class Conv1d(Windowed, Configured):
         counts: Array = self._counts(lengths) if state is None else _completed(lengths, state.wait, self.stride)
         return counts
 
-    def _continued(
-        self, x: Array, state: Any, lengths: Array | None, resets: Any
-    ) -> tuple[Array, Windows, ConvState]:
+    def _continued(self, x: Array, state: Any, lengths: Array | None, resets: Any) -> tuple[Array, Windows, ConvState]:
         """The frames of a chunk behind those of the state, the windows that they complete, and the state at the end."""
         if resets is not None:
             raise ValueError(f"resets should be None: {self._making()} does not forget within a chunk")
@@ -229,9 +227,7 @@ class Conv1d(Windowed, Configured):
         frames = np.full(batch, time, np.int64) if lengths is None else lengths
         counts = _completed(frames, wait, self.stride)
         outputs = int(_completed(time, wait[:1].max(initial=0), self.stride))
-        windows = Windows(
-            self.kernel_size, self.stride, self.dilation, frames + self._reach, -wait, counts, outputs
-        )
+        windows = Windows(self.kernel_size, self.stride, self.dilation, frames + self._reach, -wait, counts, outputs)
         if lengths is None:
             last = whole[:, time:].copy()
         else:
@@ -243,7 +239,8 @@ class Conv1d(Windowed, Configured):
         state = self.initial_state(batch) if state is None else state
         if not isinstance(state, ConvState):
             raise TypeError(f"state should be a ConvState, not {checks.describe(state)}")
-        frames, wanted = checks.real_array("state.frames", state.frames, self.dtype), (batch, self._reach, self.in_channels)
+        frames = checks.real_array("state.frames", state.frames, self.dtype)
+        wanted = (batch, self._reach, self.in_channels)
         if frames.shape != wanted:
             raise ValueError(f"state.frames should be of shape {wanted}, not {frames.shape}")
         if batch and (state.wait != state.wait[0]).any():

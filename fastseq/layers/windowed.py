@@ -11,22 +11,22 @@ import numpy as np
 from fastseq import checks
 from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Layer, Tape
-from fastseq.layers.settings import checked, size
+from fastseq.layers.settings import REQUIRED, checked, size
 from fastseq.windows import Windows
 
 LIMIT = (1 << 31) - 1  # of a setting of windows, so that no sum of a few of them leaves 64 bits
 PADDINGS = ("same", "valid", "causal")
 
 
-def window_size(*, doc: str, default: Any = ..., optional: bool = False) -> Any:
-    """Declare a number of frames: at least 1."""
+def window_size(*, doc: str, default: Any = REQUIRED, optional: bool = False, before: str = "") -> Any:
+    """Declare a number of frames, at least 1; or None by default."""
     if optional:
 
         def check(name: str, value: Any) -> int:
             return _frames(name, value, 1)
 
         return checked(check, default=None, takes="int", form="int", doc=doc)
-    return size(least=1, limit=LIMIT, doc=doc, **({} if default is ... else {"default": default}))
+    return size(default=default, limit=LIMIT, doc=doc, before=before)
 
 
 def padding(*, doc: str) -> Any:
@@ -139,7 +139,7 @@ class Windowed(Layer):
             Naming the argument, what it was and what it should be.
         """
         x, lengths, batched = self._opened(x, lengths)
-        y, _ = self._compute(x, self._windows(*x.shape[:2], lengths))
+        y, _ = self._compute(x, self._windows(len(x), x.shape[1], lengths))
         return y if batched else y[0]
 
     def forward(self, x: Any, *, lengths: Any = None, seed: int | None = None) -> tuple[Array, Tape]:
@@ -159,7 +159,7 @@ class Windowed(Layer):
         """
         checks.seed("seed", seed)
         x, lengths, batched = self._opened(x, lengths)
-        y, kept = self._compute(x, self._windows(*x.shape[:2], lengths))
+        y, kept = self._compute(x, self._windows(len(x), x.shape[1], lengths))
         return (y if batched else y[0]), Tape(self, (y.shape, batched, 0, kept))
 
     def backward(self, dy: Any, tape: Tape, *, grads: Mapping[str, Array] | None = None) -> Array:

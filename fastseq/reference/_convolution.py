@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastseq.checks import Array
+from fastseq.narrow import NarrowArray
 from fastseq.windows import Windows
 
 
@@ -28,8 +29,13 @@ class Packed(NamedTuple):
         parts = []
         for group in range(self.groups):
             own = slice(group * outputs, (group + 1) * outputs)
-            parts.append((slice(group * inputs, (group + 1) * inputs), own, self.weight[own].reshape(outputs, -1)))
+            parts.append((slice(group * inputs, (group + 1) * inputs), own, matrix(self.weight[own])))
         return parts
+
+
+def matrix(weight: Any) -> Any:
+    """Weights (outputs, inputs, size) as (outputs, inputs * size)."""
+    return weight.matrix(0, 1, 2) if isinstance(weight, NarrowArray) else weight.reshape(len(weight), -1)
 
 
 def conv_pack(weight: Any, bias: Array | None, groups: int) -> Packed:

@@ -213,7 +213,7 @@ class Seq2SeqState(State):
                 return False
         return True
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}={array.shape}" for name, array in self._arrays().items())

@@ -192,16 +192,21 @@ cdef class PackedConvolution:
         return packed
 
 
-def conv_pack(cnp.ndarray weight not None, cnp.ndarray bias, Py_ssize_t groups):
-    """Pack the weights of a convolution; returns a `PackedConvolution`."""
+def conv_pack(weight not None, cnp.ndarray bias, Py_ssize_t groups):
+    """Pack the weights of a convolution, an ndarray or a `NarrowArray`; returns a `PackedConvolution`."""
     cdef PackedConvolution packed = PackedConvolution.__new__(PackedConvolution)
-    packed.weight = weight
+    cdef Py_ssize_t group, each = weight.shape[0] // groups
+    packed.weight = weight if isinstance(weight, np.ndarray) else None
     packed.outputs, packed.inputs = weight.shape[0], weight.shape[1]
     packed.groups, packed.transposed = [], {}
-    biases = [None] * groups if bias is None else np.split(bias, groups)
-    for part, own in zip(np.split(weight, groups), biases):
-        flat = np.ascontiguousarray(part.transpose(0, 2, 1)).reshape(packed.outputs // groups, -1)
-        packed.groups.append(pack_linear(None, flat, own))
+    for group in range(groups):
+        own = slice(group * each, (group + 1) * each)
+        part = weight[own]
+        if isinstance(part, np.ndarray):
+            part = np.ascontiguousarray(part.transpose(0, 2, 1)).reshape(each, -1)
+        else:
+            part = part.matrix(0, 2, 1)
+        packed.groups.append(pack_linear(None, part, None if bias is None else bias[own]))
     return packed
 
 
