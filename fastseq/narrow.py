@@ -85,7 +85,8 @@ class NarrowArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """Outputs, inputs, and of convolutions the size of windows."""
-        return self.values.shape
+        shape: tuple[int, ...] = self.values.shape
+        return shape
 
     @property
     def size(self) -> int:

@@ -114,7 +114,8 @@ def fold(arrays: Mapping[str, Any], norms: Mapping[str, str], *, eps: float) -> 
     Returns
     -------
     arrays : dict from str to array
-        Those of the layers have a bias afterwards, where they had none; what is not of a norm or its layer is as it was.
+        Those of the layers have a bias afterwards, where they had none; all that is not of a norm or its layer is as
+        it was.
 
     Raises
     ------

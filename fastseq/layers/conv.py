@@ -75,6 +75,10 @@ class Conv1d(Windowed, Configured):
     def _takes(self) -> int:
         return self.in_channels
 
+    def _product_groups(self, prefix: str) -> list[tuple[str, ...]]:
+        """Where every channel is a group of its own, there is no product that narrow weights could be of."""
+        return [] if self.in_channels == self.out_channels == self.groups else super()._product_groups(prefix)
+
     def _weights(self) -> Any:
         """The weights as the operations want them."""
         return self._packed.get(self._arrays, self._pack)
