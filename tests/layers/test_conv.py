@@ -131,6 +131,7 @@ def test_by_hand(module: Any) -> None:
     np.testing.assert_array_equal(layer.grads["bias"], [3.0])
 
 
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths")
 def test_against_pytorch() -> None:
     torch = pytest.importorskip("torch", reason="PyTorch (the extra `peers`) is not installed")
     for case, (inner, outer, size, settings) in CASES.items():
