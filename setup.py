@@ -168,6 +168,7 @@ ROOMS = {
     "runtime": ["_simd", "_parallel"],
     "packing": ["_packing"],
     "dense": ["_weight_gradient", "_dense"],
+    "convolution": ["_convolution"],
     "recurrent": ["_cells", "_bptt", "_recurrent"],
     "attention": ["_attention", "_additive_attention"],
     "transformer": ["_schedule", "_kv_pages", "_transformer"],

@@ -16,6 +16,8 @@ from fastseq.layers import (
     LSTM,
     RNN,
     AdditiveAttention,
+    AvgPool1d,
+    Conv1d,
     Dropout,
     Embedding,
     LastOfDirections,
@@ -25,6 +27,7 @@ from fastseq.layers import (
     LearnedPositions,
     Linear,
     MaxOverTime,
+    MaxPool1d,
     MeanOverTime,
     MergeDirections,
     MultiheadAttention,
@@ -48,7 +51,7 @@ from fastseq.layers import (
 )
 from fastseq.layers.attention import attention, attention_backward, attention_forward
 from fastseq.reference import models as _reference_models  # noqa: F401  so that it is there
-from fastseq.state import AttentionState, LSTMState, Seq2SeqState, State
+from fastseq.state import AttentionState, ConvState, LSTMState, Seq2SeqState, State
 from fastseq.threads import get_num_threads, set_num_threads
 from fastseq.version import __version__
 
@@ -59,6 +62,9 @@ __all__ = [
     "RNN",
     "AdditiveAttention",
     "AttentionState",
+    "AvgPool1d",
+    "Conv1d",
+    "ConvState",
     "Dropout",
     "Embedding",
     "LSTMState",
@@ -69,6 +75,7 @@ __all__ = [
     "LearnedPositions",
     "Linear",
     "MaxOverTime",
+    "MaxPool1d",
     "MeanOverTime",
     "MergeDirections",
     "MultiheadAttention",

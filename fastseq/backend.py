@@ -18,6 +18,7 @@ from fastseq import (
     _additive_attention,
     _attention,
     _autoregression,
+    _convolution,
     _decoding,
     _dense,
     _losses,
@@ -30,6 +31,7 @@ from fastseq import (
 )
 from fastseq.checks import Array
 from fastseq.narrow import Weight
+from fastseq.windows import Windows
 
 C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -184,6 +186,29 @@ class Dense(Protocol):
         """x / (1 - p), or 0 with probability p."""
 
 
+class Convolution(Protocol):
+    """Convolution over time."""
+
+    def conv_pack(self, weight: Weight, bias: Array | None, groups: int, /) -> Any:
+        """Weights in the form of `conv_forward` and `conv_backward`."""
+
+    def conv_forward(self, packed: Any, x: Array, windows: Windows, n_threads: int, /) -> Array:
+        """The outputs of all windows, zeros past those of a row."""
+
+    def conv_backward(
+        self,
+        packed: Any,
+        x: Array,
+        windows: Windows,
+        dy: Array,
+        dweight: Array,
+        dbias: Array | None,
+        n_threads: int,
+        /,
+    ) -> Array:
+        """The gradient of x."""
+
+
 class Attention(Protocol):
     """Softmax attention over heads, and rotary positions."""
 
@@ -269,7 +294,7 @@ class AdditiveAttention(Protocol):
 
 
 class Pooling(Protocol):
-    """One vector of all steps of a row."""
+    """One vector of all steps of a row, or of each window of them."""
 
     def pooling_forward(self, x: Array, lengths: Array | None, kind: str, /) -> tuple[Array, Any]:
         """y (B, D), and what `pooling_backward` needs."""
@@ -285,6 +310,12 @@ class Pooling(Protocol):
 
     def merge_backward(self, dy: Array, x: Array, mode: str, /) -> Array:
         """dx (..., 2H)."""
+
+    def window_pooling_forward(self, x: Array, windows: Windows, kind: str, /) -> Array:
+        """y (B, outputs, C)."""
+
+    def window_pooling_backward(self, x: Array, windows: Windows, kind: str, dy: Array, /) -> Array:
+        """The gradient of x."""
 
 
 class Transformer(Protocol):
@@ -490,7 +521,7 @@ class Backend:
         For messages and for people.
     dtypes : tuple of str, or None
         The dtypes it takes; None: every floating dtype.
-    recurrent, dense, attention, additive_attention, pooling, transformer, losses, optimisers, decoding, \
+    recurrent, dense, convolution, attention, additive_attention, pooling, transformer, losses, optimisers, decoding, \
 autoregression, markov
         The operations, by subject.
     recurrent_decoder, transformer_decoder : optional
@@ -501,6 +532,7 @@ autoregression, markov
     dtypes: tuple[str, ...] | None
     recurrent: Recurrent
     dense: Dense
+    convolution: Convolution
     attention: Attention
     additive_attention: AdditiveAttention
     pooling: Pooling
@@ -565,6 +597,7 @@ COMPILED = Backend(
     dtypes=("float32", "float64"),
     recurrent=_recurrent,
     dense=_dense,
+    convolution=_convolution,
     attention=_attention,
     additive_attention=_additive_attention,
     pooling=over_time,

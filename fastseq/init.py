@@ -18,7 +18,7 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
-from fastseq.layers import LSTM, Linear, MultiheadAttention, Sequential, inside
+from fastseq.layers import LSTM, Conv1d, Linear, MultiheadAttention, Sequential, inside
 from fastseq.layers.base import Composite, Layer, child_seed
 from fastseq.layers.recurrent import Recurrent
 
@@ -142,9 +142,9 @@ def initialise(
     ----------
     layer : layer or model
     weights : {"default", "xavier_uniform", "xavier_normal", "he_uniform", "he_normal", "orthogonal"}
-        How the matrices of linear and recurrent layers and of attention are drawn, those of each gate, and of queries,
-        keys and values, on their own; their biases are 0 then. All else, as embeddings, positions, norms and the
-        outputs of models, and everything with "default", starts as it does when layer or model is made.
+        How the matrices of linear, convolutional and recurrent layers and of attention are drawn, those of each gate,
+        and of queries, keys and values, on their own; their biases are 0 then. All else, as embeddings, positions,
+        norms and the outputs of models, and everything with "default", starts as it does when layer or model is made.
     forget_bias : float, optional
         The bias of the forget gates of LSTMs [1]_: `bias_ih` has it, `bias_hh` 0.
     seed : int, optional
@@ -199,7 +199,7 @@ def _draw_matrices(layer: Layer, weights: str, seed: int | None) -> None:
     if isinstance(layer, Composite):
         for place, child in inside.drawn_children(layer):
             _draw_matrices(child, weights, None if seed is None else child_seed(seed, place))
-    elif isinstance(layer, Linear | Recurrent | MultiheadAttention):
+    elif isinstance(layer, Linear | Conv1d | Recurrent | MultiheadAttention):
         rng = np.random.default_rng(seed)
         arrays = inside.arrays(layer)
         own = inside.norm_parameters(layer)  # start as in a new layer
@@ -223,7 +223,7 @@ def _matrices(layer: Layer, name: str, shape: tuple[int, ...], scheme: str, rng:
         return np.zeros(shape)
     gain = math.sqrt(2) if scheme.startswith("he_") else 1.0
     blocks = inside.row_blocks(layer, name)
-    return np.concatenate([_draw(scheme, (count, shape[1]), gain, rng) for count in blocks])
+    return np.concatenate([_draw(scheme, (count, *shape[1:]), gain, rng) for count in blocks])
 
 
 def _drawn(scheme: str, shape: Any, gain: Any, seed: Any, dtype: Any) -> Array:

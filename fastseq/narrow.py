@@ -51,12 +51,12 @@ def quantize(x: Array) -> tuple[npt.NDArray[np.int8], Array]:
 
 
 class NarrowArray:
-    """A matrix of narrow weights, (outputs, inputs). Immutable.
+    """A matrix of narrow weights, (outputs, inputs), or of convolutions (outputs, inputs, size). Immutable.
 
     Attributes
     ----------
     type : {"bfloat16", "int8"}
-    values : ndarray of uint16 or int8, (outputs, inputs)
+    values : ndarray of uint16 or int8, (outputs, ...)
     scales : ndarray of float32, (outputs,), or None
         int8: what the numbers of each row are multiplied by.
     factor : float
@@ -76,13 +76,17 @@ class NarrowArray:
 
     dtype = np.dtype(np.float32)
     itemsize = 4
-    ndim = 2
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Outputs and inputs."""
-        outputs, inputs = self.values.shape
-        return outputs, inputs
+    def ndim(self) -> int:
+        """How many axes."""
+        return self.values.ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Outputs, inputs, and of convolutions the size of windows."""
+        shape: tuple[int, ...] = self.values.shape
+        return shape
 
     @property
     def size(self) -> int:
@@ -110,7 +114,13 @@ class NarrowArray:
         """Some rows as float32: vectors of symbols."""
         if self.scales is None:
             return from_bfloat16(self.values[ids]) * np.float32(self.factor)
-        return self.values[ids].astype(np.float32) * self.scales[ids][:, None] * np.float32(self.factor)
+        scales = self.scales[ids].reshape(-1, *[1] * (self.ndim - 1))
+        return self.values[ids].astype(np.float32) * scales * np.float32(self.factor)
+
+    def matrix(self, *axes: int) -> NarrowArray:
+        """The same weights as (outputs, inputs), of more axes in the order `axes`."""
+        values = np.ascontiguousarray(self.values.transpose(axes)).reshape(len(self), -1)
+        return NarrowArray(self.type, values, self.scales, self.factor)
 
     def real(self) -> Array:
         """All weights as float32."""
@@ -167,10 +177,11 @@ Weight = Array | NarrowArray  # what packers and tables take
 
 
 def narrowed(weight: Array, type: str) -> NarrowArray:
-    """A float32 matrix (outputs, inputs) as one of "bfloat16" or "int8"."""
+    """A float32 matrix (outputs, inputs), or (outputs, inputs, size), as one of "bfloat16" or "int8"."""
     if type == "bfloat16":
         return NarrowArray(type, to_bfloat16(weight))
-    return NarrowArray(type, *quantize(weight))
+    values, scales = quantize(weight.reshape(len(weight), -1))
+    return NarrowArray(type, values.reshape(weight.shape), scales)
 
 
 def scaled(table: Any, factor: float) -> Any:

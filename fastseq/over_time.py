@@ -1,4 +1,4 @@
-"""What a row of a batch makes of all its steps: the last, the mean, the maximum, the reverse; vectorised.
+"""What a row of a batch makes of all its steps, or of windows of them: last, mean, maximum, reverse; vectorised.
 
 `fastseq.reference._pooling` has the same row by row. Arrays are (B, T, D), `lengths` (B,) int64 or None: no
 step past them is read into a result. Sums go from the first step to the last, so that neither the padding nor the rows
@@ -7,11 +7,13 @@ beside a row change a bit of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from fastseq.checks import Array
+from fastseq.windows import Windows
 
 
 def pooling_forward(x: Array, lengths: Array | None, kind: str) -> tuple[Array, Any]:
@@ -95,3 +97,64 @@ def _sums(x: Array, lengths: Array | None) -> Array:
         where = True if lengths is None else (lengths > t)[:, None]
         np.add(total, x[:, t], out=total, where=where)
     return total
+
+
+def window_pooling_forward(x: Array, windows: Windows, kind: str) -> Array:
+    """y (B, outputs, C): "max" or "mean" of the real frames of each window; or "sum", over the size of windows."""
+    shape = (len(x), windows.outputs, x.shape[2])
+    real = np.zeros(shape[:2], np.int64)
+    y = np.full(shape, -np.inf, x.dtype) if kind == "max" else np.zeros(shape, np.promote_types(x.dtype, np.float64))
+    for rows, steps, frames, where in _met(windows, x.shape[1]):
+        real[rows, steps] += True if where is None else where
+        taken = True if where is None else where[..., None]
+        (np.maximum if kind == "max" else np.add)(y[rows, steps], x[rows, frames], out=y[rows, steps], where=taken)
+    if kind == "max":
+        return y if real.all() else np.where(real[..., None] > 0, y, x.dtype.type(0))
+    return (y / (windows.size if kind == "sum" else np.maximum(real, 1)[..., None])).astype(x.dtype)
+
+
+def window_pooling_backward(x: Array, windows: Windows, kind: str, dy: Array) -> Array:
+    """The gradient of x; of equal maxima the first has it."""
+    dx, real = np.zeros_like(x), np.zeros(dy.shape[:2], np.int64)
+    if kind == "max":
+        y, left = window_pooling_forward(x, windows, kind), np.ones(dy.shape, bool)
+        for rows, steps, frames, where in _met(windows, x.shape[1]):
+            value, own = x[rows, frames], y[rows, steps]
+            hit = left[rows, steps] & ((value == own) | (np.isnan(value) & np.isnan(own)))
+            hit = hit if where is None else hit & where[..., None]
+            left[rows, steps] &= ~hit
+            dx[rows, frames] += np.where(hit, dy[rows, steps], x.dtype.type(0))
+        return dx
+    for rows, steps, _, where in _met(windows, x.shape[1]):
+        real[rows, steps] += True if where is None else where
+    share = dy / (x.dtype.type(windows.size) if kind == "sum" else np.maximum(real, 1)[..., None].astype(x.dtype))
+    for rows, steps, frames, where in _met(windows, x.shape[1]):
+        np.add(
+            dx[rows, frames],
+            share[rows, steps],
+            out=dx[rows, frames],
+            where=True if where is None else where[..., None],
+        )
+    return dx
+
+
+def _met(windows: Windows, time: int) -> Iterator[tuple[slice, slice, slice, Array | None]]:
+    """For each place in windows: rows of the batch, windows, the frames there, and where these are real."""
+    batch, lefts, stride = len(windows.lefts), windows.lefts, windows.stride
+    if not batch or not windows.outputs:
+        return
+    alike = bool((lefts == lefts[0]).all())
+    for rows, left in (
+        [(slice(None), int(lefts[0]))] if alike else [(slice(b, b + 1), int(lefts[b])) for b in range(batch)]
+    ):
+        lengths, counts = windows.lengths[rows, None], windows.counts[rows, None]
+        whole = bool((lengths == time).all() and (counts == windows.outputs).all())
+        first = max(0, -((windows.outputs - 1) * stride - left) // windows.dilation)
+        for place in range(first, min(windows.size, (time - 1 + left) // windows.dilation + 1)):
+            shift = place * windows.dilation - left
+            start, end = max(0, -(shift // stride)), min(windows.outputs, -((shift - time) // stride))
+            if start < end:
+                frames = slice(start * stride + shift, (end - 1) * stride + shift + 1, stride)
+                t = np.arange(start, end)
+                where = None if whole else (t * stride + shift < lengths) & (t < counts)
+                yield rows, slice(start, end), frames, where

@@ -34,6 +34,7 @@ _LAYERS = (
     "LSTM",
     "GRU",
     "Linear",
+    "Conv1d",
     "Embedding",
     "LayerNorm",
     "RMSNorm",
@@ -49,6 +50,8 @@ _LAYERS = (
     "LastOfDirections",
     "MergeDirections",
     "Reverse",
+    "MaxPool1d",
+    "AvgPool1d",
     "Dropout",
     "SinusoidalPositions",
     "LearnedPositions",
@@ -65,7 +68,7 @@ _LAYERS = (
     "ZeroPadded",
 )
 _CONTAINERS = ("Sequential", "ZeroPadded")  # whose configuration is that of their layers
-_STATES = ("State", "LSTMState", "AttentionState", "Seq2SeqState")
+_STATES = ("State", "LSTMState", "AttentionState", "Seq2SeqState", "ConvState")
 _MODELS = (
     "MarkovChain",
     "AutoRegressive",
@@ -136,7 +139,7 @@ def _narrow(arrays: dict[str, Array], weights: str) -> dict[str, Any]:
         if array.dtype.name not in ("uint16", "int8"):
             continue
         scales = made.pop(name + _SCALE, None) if weights == "int8" else None
-        if array.ndim != 2 or (weights == "int8") != (array.dtype == np.int8):
+        if array.ndim < 2 or (weights == "int8") != (array.dtype == np.int8):
             raise ValueError(f"{name} is no matrix of {weights}")
         if weights == "int8" and (scales is None or scales.shape != array.shape[:1] or scales.dtype != np.float32):
             raise ValueError(f"{name}{_SCALE} should be {len(array)} scales of float32, one for each row")

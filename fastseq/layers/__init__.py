@@ -7,12 +7,13 @@ from fastseq.layers.activation import GELU, ReLU, Sigmoid, SiLU, Softmax, Tanh
 from fastseq.layers.additive_attention import AdditiveAttention, MultiplicativeAttention
 from fastseq.layers.attention import MultiheadAttention
 from fastseq.layers.base import Layer
+from fastseq.layers.conv import Conv1d
 from fastseq.layers.directions import LastOfDirections, MergeDirections, Reverse
 from fastseq.layers.dropout import Dropout
 from fastseq.layers.embedding import Embedding
 from fastseq.layers.linear import Linear
 from fastseq.layers.norm import LayerNorm, RMSNorm
-from fastseq.layers.pooling import LastStep, MaxOverTime, MeanOverTime
+from fastseq.layers.pooling import AvgPool1d, LastStep, MaxOverTime, MaxPool1d, MeanOverTime
 from fastseq.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 from fastseq.layers.recurrent import GRU, LSTM, RNN
 from fastseq.layers.sequential import Sequential, ZeroPadded
@@ -30,6 +31,8 @@ __all__ = [
     "LSTM",
     "RNN",
     "AdditiveAttention",
+    "AvgPool1d",
+    "Conv1d",
     "Dropout",
     "Embedding",
     "LastOfDirections",
@@ -39,6 +42,7 @@ __all__ = [
     "LearnedPositions",
     "Linear",
     "MaxOverTime",
+    "MaxPool1d",
     "MeanOverTime",
     "MergeDirections",
     "MultiheadAttention",

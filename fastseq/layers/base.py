@@ -163,12 +163,14 @@ class Layer(Narrowable, metaclass=LayerType):
     time : {"pointwise", "sequence", "pooling"}
         How the layer treats the axis of time, axis 1 of x (B, T, ...). "pointwise": each step is computed by itself,
         without lengths; a container sets outputs in the padding to 0. "sequence": there is an output for each step,
-        which may depend on other steps; call and `forward` take ``lengths``, and outputs past them are 0. "pooling":
+        which may depend on other steps, or one for every few (`output_lengths`); call and `forward` take ``lengths``,
+        and outputs past those of a row are 0. "pooling":
         call and `forward` take ``lengths``, and return one output for each row, without an axis of time.
     carries_state : bool
         Whether call and `forward` take a state and return it, as recurrent layers do:
         ``y, state = layer(x, state, lengths=lengths, resets=resets)``, and the same with a tape from ``forward``; then
-        `backward` takes ``truncate`` and returns the gradients of x and of the state.
+        `backward` takes ``truncate`` and returns the gradients of x and of the state. Of convolutions, whose call takes
+        whole sequences, `run` and `forward_carrying` take and return it.
     """
 
     time: str = POINTWISE
@@ -321,6 +323,34 @@ class Layer(Narrowable, metaclass=LayerType):
         result = me.backward(dy, tape, grads=grads, **_some(truncate=truncate))
         dx = result[0] if isinstance(result, tuple) else result
         return dx if isinstance(dx, np.ndarray) else None
+
+    def output_lengths(self, lengths: Any) -> Array:
+        """Return how many steps of outputs there are, of rows of so many steps of inputs.
+
+        Parameters
+        ----------
+        lengths : int or array of integers
+            Each 0 or more.
+
+        Returns
+        -------
+        lengths : ndarray of int64, of the same shape
+
+        Raises
+        ------
+        ValueError
+            Also where the layer pools, and outputs have no axis of time.
+        """
+        given = checks.integers("lengths", lengths)
+        if given.size and given.min() < 0:
+            raise ValueError(f"lengths should be 0 or more, not {given.min()}")
+        if self.time == POOLING:
+            raise ValueError(f"{self._making()} gives one output for all steps, which has no length")
+        return np.asarray(self._lengths_after(given.astype(np.int64)), np.int64)
+
+    def _lengths_after(self, lengths: Array, state: Any = None) -> Array:
+        """Return the lengths of outputs, of rows that start from a state; without checks."""
+        return lengths
 
     def unstreamable(self) -> str | None:
         """Return why the layer cannot be trained on consecutive chunks of streams; None where it can."""

@@ -1,7 +1,11 @@
-"""LastStep, MeanOverTime and MaxOverTime: one vector of all steps of a row. The arithmetic is in their operations."""
+"""Pooling: LastStep, MeanOverTime and MaxOverTime of all steps of a row, MaxPool1d and AvgPool1d of windows of them.
+
+The arithmetic is in their operations.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,7 +14,9 @@ import numpy as np
 from fastseq import checks
 from fastseq.checks import Array
 from fastseq.layers.base import POOLING, Configured, Tape
-from fastseq.layers.settings import KW_ONLY, Dtype, floating
+from fastseq.layers.settings import KW_ONLY, Dtype, Resolved, flag, floating
+from fastseq.layers.windowed import Windowed, padding, window_size
+from fastseq.windows import Windows
 
 
 class Pooling(Configured):
@@ -127,3 +133,71 @@ class MaxOverTime(Pooling):
     """The largest value of each element over the real steps of a row; of equals the first has the gradient."""
 
     _kind = "max"
+
+
+class WindowPooling(Windowed, Configured):
+    """What the poolings over windows share."""
+
+    _keeps_width: ClassVar[bool] = True
+
+    kernel_size: int = window_size(doc="Frames that an output is made of.")
+    stride: Resolved[int | None, int] = window_size(
+        optional=True, doc="Frames from one output to the next; by default `kernel_size`."
+    )
+    _: KW_ONLY
+    padding: int | tuple[int, int] | str = padding(
+        doc="Frames of padding on both sides, or on the left and on the right of each row. "
+        '"valid" is none. "same" gives ceil(T / stride) outputs, T the length of the row; where the number of frames '
+        'is odd, the right has one more. "causal" has all on the left, so that an output is made of its own frame '
+        "and those before it."
+    )
+    dtype: Dtype = floating(default="float32", of="outputs")
+
+    @abstractmethod
+    def _function(self) -> str:
+        """The name that operations have for what is made of a window."""
+
+    def _resolve(self) -> None:
+        self.stride = self.stride or self.kernel_size
+        self._set_ends()
+
+    def _compute(self, x: Array, windows: Windows) -> tuple[Array, Any]:
+        return self._backend.pooling.window_pooling_forward(x, windows, self._function()), (x, windows)
+
+    def _backward(self, dy: Array, kept: Any, targets: Mapping[str, Array]) -> Array:
+        x, windows = kept
+        return self._backend.pooling.window_pooling_backward(x, windows, self._function(), dy)
+
+    def _stepless(self) -> str:
+        return f"{self._brief()} needs all frames of a window at once"
+
+
+class MaxPool1d(WindowPooling):
+    """The largest value of each channel over windows of time, x (B, T, C), y (B, T', C).
+
+    Padding and what is past the length of a row do not count; a window of nothing else gives 0. Of equals the first has
+    the gradient.
+    """
+
+    _: KW_ONLY
+    dilation: int = window_size(default=1, before="dtype", doc="Frames from one that an output is made of to the next.")
+
+    def _function(self) -> str:
+        return "max"
+
+
+class AvgPool1d(WindowPooling):
+    """The mean of each channel over windows of time, x (B, T, C), y (B, T', C)."""
+
+    dilation = 1
+
+    _: KW_ONLY
+    count_include_pad: bool = flag(
+        default=True,
+        before="dtype",
+        doc="Whether padding, and what is past the length of a row, counts as zeros; else the mean is of real frames "
+        "alone, and 0 where a window has none.",
+    )
+
+    def _function(self) -> str:
+        return "sum" if self.count_include_pad else "mean"

@@ -152,11 +152,11 @@ class Sequential(Composite):
             except (TypeError, ValueError) as error:
                 _locate(error, place, layer)
                 raise
-            x, lengths = self._passed_on(layer, x, lengths)
+            x, lengths = self._passed_on(layer, x, lengths, start)
             ends.append(end)
         return x, (tuple(ends) if self.carries_state else None)
 
-    def step(self, x_t: Any, state: Any = None) -> tuple[Array, Any]:
+    def step(self, x_t: Any, state: Any = None) -> tuple[Array | None, Any]:
         """Run one time step, for streams; the bits are those of a call over all steps.
 
         Parameters
@@ -168,8 +168,9 @@ class Sequential(Composite):
 
         Returns
         -------
-        y_t : ndarray of shape (B, ...)
-            Outputs of the last layer at this step.
+        y_t : ndarray of shape (B, ...), or None
+            Outputs of the last layer at this step. None where a layer has none at this step, as a convolution with a
+            stride may, see `Conv1d.step`; the layers after it stay as they are.
         state : tuple, or None
             The argument `state` of the next step, as `run` returns it.
 
@@ -185,17 +186,18 @@ class Sequential(Composite):
         x_t = checks.as_array("x_t", x_t)
         if not x_t.ndim:
             raise ValueError("x_t should be of shape (B, ...), one step of each row, not ()")
-        ends = []
-        for place, (layer, start) in enumerate(zip(self, self._states(state, None), strict=True)):
+        ends = list(self._states(state, None))
+        for place, layer in enumerate(self):
             try:
-                x_t, end = layer._step_on(x_t, start)
+                x_t, ends[place] = layer._step_on(x_t, ends[place])
             except (TypeError, ValueError) as error:
                 _locate(error, place, layer)
                 raise
-            ends.append(end)
+            if x_t is None:
+                break
         return x_t, (tuple(ends) if self.carries_state else None)
 
-    def _step_on(self, x_t: Array, state: Any) -> tuple[Array, Any]:
+    def _step_on(self, x_t: Array, state: Any) -> tuple[Any, Any]:
         return self.step(x_t, state)
 
     def _stepless(self) -> str | None:
@@ -240,8 +242,9 @@ class Sequential(Composite):
             except (TypeError, ValueError) as error:
                 _locate(error, place, layer)
                 raise
-            kept.append((tape, lengths))
-            x, lengths = self._passed_on(layer, x, lengths)
+            before = lengths
+            x, lengths = self._passed_on(layer, x, lengths, start)
+            kept.append((tape, before, lengths))
             ends.append(end)
         return x, (tuple(ends) if self.carries_state else None), Tape(self, (tuple(kept), x.shape))
 
@@ -271,8 +274,8 @@ class Sequential(Composite):
             raise ValueError("truncate should be None where no layer carries a state")
         gradient: Array | None = checks.like("dy", dy, self.dtype, shape)
         targets = self._child_targets(grads)
-        for (name, layer), (own, lengths) in zip(reversed(self._children.items()), reversed(kept), strict=True):
-            if layer.time != POOLING and gradient is not None:
+        for (name, layer), (own, _, lengths) in zip(reversed(self._children.items()), reversed(kept), strict=True):
+            if gradient is not None:
                 gradient = cleared(gradient, lengths)
             cut = truncate if layer.carries_state else None
             gradient = layer.backward_carrying(gradient, own, truncate=cut, grads=targets[name])
@@ -321,11 +324,17 @@ class Sequential(Composite):
             raise ValueError(f"x should be of shape (B, T, ...) where lengths are given, not {x.shape}")
         return x, checks.lengths(lengths, *x.shape[:2])
 
-    def _passed_on(self, layer: Layer, y: Array, lengths: Array | None) -> tuple[Array, Array | None]:
-        """Return the inputs of the next layer, from the outputs of one, and their lengths."""
+    def _passed_on(self, layer: Layer, y: Array, lengths: Array | None, state: Any) -> tuple[Array, Array | None]:
+        """Return the inputs of the next layer, from the outputs of one that started from a state, and their lengths."""
         if layer.time == POOLING or lengths is None:
             return y, None
-        return cleared(y, lengths), lengths
+        after = layer._lengths_after(lengths, state)
+        return cleared(y, after), after
+
+    def _lengths_after(self, lengths: Array, state: Any = None) -> Array:
+        for layer, start in zip(self, self._states(state, None), strict=True):
+            lengths = layer._lengths_after(lengths, start)
+        return lengths
 
     def _saved_parts(self) -> list[Layer]:
         return [self, *(part for layer in self for part in layer._saved_parts())]

@@ -17,7 +17,7 @@ from fastseq.layers import Layer
 from fastseq.layers import attention as _layers_attention
 from fastseq.reference import losses
 from fastseq.reference._backend import NUMPY
-from fastseq.state import AttentionState, LSTMState, Seq2SeqState, State
+from fastseq.state import AttentionState, ConvState, LSTMState, Seq2SeqState, State
 
 if TYPE_CHECKING:  # each class here is a subclass of the one it is made from, and has its type
     from fastseq.layers import (
@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # each class here is a subclass of the one it is made from, a
         LSTM,
         RNN,
         AdditiveAttention,
+        AvgPool1d,
+        Conv1d,
         Dropout,
         Embedding,
         LastOfDirections,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:  # each class here is a subclass of the one it is made from, a
         LearnedPositions,
         Linear,
         MaxOverTime,
+        MaxPool1d,
         MeanOverTime,
         MergeDirections,
         MultiheadAttention,
@@ -63,6 +66,9 @@ __all__ = [
     "RNN",
     "AdditiveAttention",
     "AttentionState",
+    "AvgPool1d",
+    "Conv1d",
+    "ConvState",
     "Dropout",
     "Embedding",
     "LSTMState",
@@ -73,6 +79,7 @@ __all__ = [
     "LearnedPositions",
     "Linear",
     "MaxOverTime",
+    "MaxPool1d",
     "MeanOverTime",
     "MergeDirections",
     "MultiheadAttention",

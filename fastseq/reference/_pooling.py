@@ -1,6 +1,7 @@
-"""The last step, the mean, the maximum and the reverse of each row, one row after another.
+"""The last step, the mean, the maximum and the reverse of each row, or those of windows of it, row after row.
 
-Nothing here is shared with `fastseq.over_time`, which has the same functions. x is (B, T, D), y is (B, D).
+Nothing here is shared with `fastseq.over_time`, which has the same functions. x is (B, T, D), y is (B, D), or of
+windows (B, outputs, D).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastseq.checks import Array
+from fastseq.windows import Windows
 
 
 def pooling_forward(x: Array, lengths: Array | None, kind: str) -> tuple[Array, Any]:
@@ -84,3 +86,39 @@ def merge_backward(dy: Array, x: Array, mode: str) -> Array:
     half = dy * x.dtype.type(0.5)
     df, dr = {"sum": (dy, dy), "mul": (dy * r, dy * f), "ave": (half, half)}[mode]
     return np.concatenate([df, dr], axis=-1)
+
+
+def frames_of(windows: Windows, b: int, t: int) -> Array:
+    """The real frames of a window, in order."""
+    frames = t * windows.stride - windows.lefts[b] + np.arange(windows.size) * windows.dilation
+    return frames[(frames >= 0) & (frames < windows.lengths[b])]
+
+
+def window_pooling_forward(x: Array, windows: Windows, kind: str) -> Array:
+    """max: y_t = max of the real frames of window t;  mean: their mean;  sum: their sum / size;  0 where none is"""
+    y = np.zeros((len(x), windows.outputs, x.shape[2]), x.dtype)
+    for b in range(len(x)):
+        for t in range(windows.counts[b]):
+            taken = x[b, frames_of(windows, b, t)]
+            if len(taken):
+                total = sum(taken[1:].astype(np.promote_types(x.dtype, np.float64)), taken[0])
+                y[b, t] = (
+                    taken.max(axis=0) if kind == "max" else total / (windows.size if kind == "sum" else len(taken))
+                )
+    return y
+
+
+def window_pooling_backward(x: Array, windows: Windows, kind: str, dy: Array) -> Array:
+    """max: dx gets dy_t at the first frame with x = y_t;  mean, sum: every frame gets its share"""
+    dx = np.zeros_like(x)
+    for b in range(len(x)):
+        for t in range(windows.counts[b]):
+            frames = frames_of(windows, b, t)
+            if kind == "max" and len(frames):
+                for d in range(x.shape[2]):
+                    column = x[b, frames, d]
+                    at = np.isnan(column) if np.isnan(column).any() else column == column.max()
+                    dx[b, frames[np.flatnonzero(at)[0]], d] += dy[b, t, d]
+            elif kind != "max":
+                dx[b, frames] += dy[b, t] / x.dtype.type(windows.size if kind == "sum" else max(1, len(frames)))
+    return dx

@@ -26,7 +26,8 @@ from fastseq.io import write_whole
 _FORMAT = "1"
 _CONTENT, _VERSION = "fastseq.checkpoint", "fastseq.format"
 _OLD_CHECKSUM = "fastseq.checksum"  # of the content, in files of older versions, which have none over all their bytes
-_STATES = {kind.__name__: kind for kind in (state.State, state.LSTMState, state.Seq2SeqState, state.AttentionState)}
+_STATE_CLASSES = (state.State, state.LSTMState, state.Seq2SeqState, state.AttentionState, state.ConvState)
+_STATES = {kind.__name__: kind for kind in _STATE_CLASSES}
 _DTYPES = ("bool", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64")
 _STORED = ("BOOL", *(f"{u}{bits}" for u in "IU" for bits in (8, 16, 32, 64)), "F16", "F32", "F64")  # the same in a file
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")

@@ -13,7 +13,7 @@ from fastseq.checks import Array
 from fastseq.layers import Sequential, Sigmoid, Softmax, inside
 from fastseq.layers.base import POOLING, Layer
 from fastseq.losses import counting
-from fastseq.state import State
+from fastseq.state import ArrayState
 from fastseq.training import arguments
 from fastseq.training.data import Batch, Listed, PaddedBatches, PairedBatches, Streams
 
@@ -104,7 +104,10 @@ class Learner:
 
     def _lengths(self, batch: Batch) -> Array | None:
         """Lengths of the outputs; None where there are none, or no axis of time."""
-        return None if self.model.time == POOLING else batch.lengths
+        if self.model.time == POOLING or batch.lengths is None:
+            return None
+        lengths: Array = self.model.output_lengths(batch.lengths)
+        return lengths
 
     def _measured(self, outputs: Array, batch: Batch) -> dict[str, tuple[float, int]]:
         """The metrics of a batch."""
@@ -128,7 +131,8 @@ class Learner:
         assert batch.targets is not None
         if self.model.time == POOLING:
             return len(batch.targets)
-        return int(np.prod(batch.targets.shape[:2]) if batch.lengths is None else batch.lengths.sum())
+        lengths = self._lengths(batch)
+        return int(np.prod(batch.targets.shape[:2]) if lengths is None else lengths.sum())
 
 
 class LayerLearner(Learner):
@@ -209,7 +213,7 @@ class LayerLearner(Learner):
         options = {}
         if lengths is not None and self._loss_takes_lengths:
             options["lengths"] = lengths
-        elif lengths is not None and (lengths < batch.inputs.shape[1]).any():
+        elif lengths is not None and (lengths < y.shape[1]).any():
             raise ValueError("loss should take lengths where data gives padded batches")
         with counting() as counts:
             result = self._loss(y, targets, **options)
@@ -278,7 +282,7 @@ def renewed(state: Any, fresh: Array) -> Any:
     """A state in which the fresh rows are zero; states, arrays, and tuples, lists and dicts of them."""
     if state is None or not fresh.any():
         return state
-    if isinstance(state, State):
+    if isinstance(state, ArrayState):
         return type(state)(*(renewed(array, fresh) for array in state))
     if isinstance(state, np.ndarray):
         if len(state) != len(fresh):

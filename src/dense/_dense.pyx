@@ -157,13 +157,14 @@ cdef struct Gradient:
     const void **dy_rows
     const void **x_rows
     char *pointers       # of each thread, GRADIENT_ROWS
+    char *room           # for rows that have to be copied together
     # What is done now:
     Py_ssize_t rows
     int part             # of the outputs, where there are several parts
     int parts
 
 
-cdef void lay_out(Gradient *job, Py_ssize_t rows, int threads, Scratch *scratch) noexcept nogil:
+cdef void lay_out(Gradient *job, Py_ssize_t rows, Py_ssize_t room_row, int threads, Scratch *scratch) noexcept nogil:
     """Give the scratch arrays their places."""
     cdef Py_ssize_t pointer = sizeof(void *)
     job.bias = scratch_array(scratch, job.gradient.a[0].columns * job.kernels.item_size)
@@ -173,6 +174,7 @@ cdef void lay_out(Gradient *job, Py_ssize_t rows, int threads, Scratch *scratch)
     job.dy_rows = <const void **> scratch_array(scratch, rows * pointer)
     job.x_rows = <const void **> scratch_array(scratch, rows * pointer)
     job.pointers = scratch_array(scratch, threads * GRADIENT_ROWS * pointer)
+    job.room = scratch_array(scratch, rows * room_row)
 
 
 cdef void gradient_share(void *gradient, int thread, int team, fs_barrier *barrier) noexcept nogil:
@@ -192,20 +194,30 @@ cdef void gradient_share(void *gradient, int thread, int team, fs_barrier *barri
         multiply_share(&job.gradient.products[0], job.kernels, rows, job.part * team + thread, job.parts * team)
 
 
-cdef int add_weight_gradient(
-    cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dweight, cnp.ndarray dbias, int n_threads,
+cdef int add_products(
+    const fs_kernels *kernels, gradient_rows rows_of, const void *source, Py_ssize_t total, Py_ssize_t room_row,
+    Py_ssize_t units, Py_ssize_t k, char *dweight, char *dbias, int n_threads,
 ) except -1:
-    """dweight += dy^T x;  dbias += the sum over the rows of dy"""
+    """dweight += dy^T x;  dbias += the sum over the rows of dy
+
+    Parameters
+    ----------
+    rows_of, source
+        Where the rows are, `total` of them: dy of `units` reals, x of k.
+    room_row : int
+        Bytes of a row of x, where rows of x may have to be copied; else 0.
+    dweight, dbias : pointers to reals, (units, k) and (units,)
+        `dbias` may be NULL.
+    """
     cdef Gradient job
-    cdef Py_ssize_t total = cnp.PyArray_DIM(x, 0), units = cnp.PyArray_DIM(dweight, 0), k = cnp.PyArray_DIM(dweight, 1)
-    cdef Py_ssize_t block, first, i
+    cdef Py_ssize_t block, first
     cdef Scratch scratch
     cdef unsigned long long before
-    cdef char *bias = NULL if dbias is None else cnp.PyArray_BYTES(dbias)
-    job.kernels = kernels_of(x)
+    job.kernels = kernels
     cdef double work = <double> units * k
     # Few enough rows that Ctrl-C is seen in time; and where that would be too few, some of the outputs at a time.
-    block = min(total, max(GRADIENT_ROWS, <Py_ssize_t> min(8.0 * GRADIENT_ROWS, SIGNAL_WORK / work)))
+    cdef Py_ssize_t limit = GRADIENT_ROWS if room_row else 8 * GRADIENT_ROWS
+    block = min(total, max(GRADIENT_ROWS, <Py_ssize_t> min(<double> limit, SIGNAL_WORK / work)))
     job.parts = <int> min(<double> units, ceil(block * work / SIGNAL_WORK)) if block <= GRADIENT_ROWS else 1
     cdef int threads = threads_for(units, total * <double> k, n_threads)
     if total == 0:
@@ -213,11 +225,11 @@ cdef int add_weight_gradient(
     job.gradient.n_a = job.gradient.n_b = job.gradient.n_products = 1
     set_factor(&job.gradient.a[0], NULL, 0, units)
     set_factor(&job.gradient.b[0], NULL, 0, k)
-    set_product(&job.gradient.products[0], &job.gradient.a[0], &job.gradient.b[0], cnp.PyArray_BYTES(dweight))
+    set_product(&job.gradient.products[0], &job.gradient.a[0], &job.gradient.b[0], dweight)
     memset(&scratch, 0, sizeof(scratch))
-    lay_out(&job, block, threads, &scratch)
+    lay_out(&job, block, room_row, threads, &scratch)
     scratch_open(&scratch)
-    lay_out(&job, block, threads, &scratch)
+    lay_out(&job, block, room_row, threads, &scratch)
     with nogil:
         memset(job.bias, 0, job.zero_bytes)
     job.gradient.a[0].rows = job.dy_rows
@@ -225,9 +237,8 @@ cdef int add_weight_gradient(
     try:
         for first in range(0, total, block):
             job.rows = min(block, total - first)
-            for i in range(job.rows):
-                job.dy_rows[i] = cnp.PyArray_BYTES(dy) + (first + i) * cnp.PyArray_STRIDE(dy, 0)
-                job.x_rows[i] = cnp.PyArray_BYTES(x) + (first + i) * cnp.PyArray_STRIDE(x, 0)
+            with nogil:
+                rows_of(source, first, job.rows, job.dy_rows, job.x_rows, job.room)
             for job.part in range(job.parts):
                 with nogil:
                     run_team(gradient_share, &job, threads, n_threads)
@@ -235,12 +246,44 @@ cdef int add_weight_gradient(
         with nogil:
             before = fs_flush_denormals()
             take_sums(&job.gradient, job.kernels)
-            if bias != NULL:
-                add_row(job.kernels, job.bias, units, bias)
+            if dbias != NULL:
+                add_row(job.kernels, job.bias, units, dbias)
             fs_restore_denormals(before)
     finally:
         scratch_close(&scratch)
     return 0
+
+
+cdef struct Factors:
+    const char *dy
+    Py_ssize_t dy_row
+    const char *x
+    Py_ssize_t x_row
+
+
+cdef void rows_of_arrays(
+    const void *source, Py_ssize_t first, Py_ssize_t n, const void **dy, const void **x, char *room,
+) noexcept nogil:
+    """Rows of two arrays; a `gradient_rows`."""
+    cdef const Factors *factors = <const Factors *> source
+    cdef Py_ssize_t i
+    for i in range(n):
+        dy[i] = factors.dy + (first + i) * factors.dy_row
+        x[i] = factors.x + (first + i) * factors.x_row
+
+
+cdef int add_weight_gradient(
+    cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dweight, cnp.ndarray dbias, int n_threads,
+) except -1:
+    """dweight += dy^T x;  dbias += the sum over the rows of dy"""
+    cdef Factors factors
+    factors.dy, factors.dy_row = cnp.PyArray_BYTES(dy), cnp.PyArray_STRIDE(dy, 0)
+    factors.x, factors.x_row = cnp.PyArray_BYTES(x), cnp.PyArray_STRIDE(x, 0)
+    return add_products(
+        kernels_of(x), rows_of_arrays, &factors, cnp.PyArray_DIM(x, 0), 0, cnp.PyArray_DIM(dweight, 0),
+        cnp.PyArray_DIM(dweight, 1), cnp.PyArray_BYTES(dweight),
+        NULL if dbias is None else cnp.PyArray_BYTES(dbias), n_threads,
+    )
 
 
 def linear_backward(

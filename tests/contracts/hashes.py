@@ -96,6 +96,15 @@ def dense() -> Iterator[tuple[str, Case]]:
         "LastStep": lambda dtype: fs.LastStep(dtype=dtype),
         "MeanOverTime": lambda dtype: fs.MeanOverTime(dtype=dtype),
         "MaxOverTime": lambda dtype: fs.MaxOverTime(dtype=dtype),
+        "Conv1d": lambda dtype: fs.Conv1d(40, 75, 3, padding=1, dtype=dtype, seed=1),
+        "Conv1d with a stride": lambda dtype: fs.Conv1d(
+            40, 24, 5, stride=3, dilation=2, padding="causal", groups=2, bias=False, dtype=dtype, seed=1
+        ),
+        "Conv1d of each channel": lambda dtype: fs.Conv1d(
+            40, 40, 3, stride=2, padding="same", groups=40, dtype=dtype, seed=1
+        ),
+        "MaxPool1d": lambda dtype: fs.MaxPool1d(3, 2, padding=1, dtype=dtype),
+        "AvgPool1d": lambda dtype: fs.AvgPool1d(4, 3, padding="same", count_include_pad=False, dtype=dtype),
         "Sequential": lambda dtype: fs.Sequential(
             fs.Linear(40, 24, dtype=dtype, seed=1),
             fs.GRU(24, 33, dtype=dtype, seed=2),
@@ -112,7 +121,8 @@ def dense() -> Iterator[tuple[str, Case]]:
 
 
 def _takes_lengths(name: str) -> bool:
-    return name in ("LastStep", "MeanOverTime", "MaxOverTime", "Sequential")
+    over_time = ("LastStep", "MeanOverTime", "MaxOverTime", "MaxPool1d", "AvgPool1d", "Sequential")
+    return name in over_time or name.startswith("Conv1d")
 
 
 def _of_dense(make_layer: Callable[[str], Any], with_lengths: bool) -> Case:

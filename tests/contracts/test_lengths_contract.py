@@ -660,6 +660,12 @@ CHAINS: dict[str, Callable[[Any, str], list[Any]]] = {
         root.LayerNorm(8, dtype=dtype),
     ],
     "pointwise": lambda root, dtype: [of_symbols(root, dtype), root.Linear(8, 8, dtype=dtype, seed=2)],
+    "windows": lambda root, dtype: [
+        of_symbols(root, dtype),
+        root.Conv1d(8, 8, 3, padding=1, dtype=dtype, seed=2),
+        root.MaxPool1d(3, 1, padding="same", dtype=dtype),
+        root.Conv1d(8, 8, 2, padding="same", dilation=3, dtype=dtype, seed=3),
+    ],
 }
 
 
@@ -812,6 +818,46 @@ def _over_time_trained(root: Any, dtype: str, name: str) -> Case:
     return Case({"x": values(COUNTS, 3, dtype)}, {"lengths": "x"}, run, whole)
 
 
+WINDOWS: dict[str, Callable[[Any, str], Any]] = {
+    "Conv1d": lambda root, dtype: root.Conv1d(3, 3, 3, padding=(1, 1), dtype=dtype, seed=0),
+    "MaxPool1d": lambda root, dtype: root.MaxPool1d(3, 1, padding=1, dtype=dtype),
+    "AvgPool1d": lambda root, dtype: root.AvgPool1d(3, 1, padding=1, dtype=dtype),
+}
+
+
+@contract(*(f"{name}.__call__" for name in WINDOWS))
+def _windows(root: Any, dtype: str, name: str) -> Case:
+    layer = alive(WINDOWS[name.split(".")[0]](root, dtype))
+    return Case(
+        {"x": values(COUNTS, 3, dtype)},
+        {"lengths": "x"},
+        lambda x, lengths=None: {"y": Steps(layer(x, lengths=lengths), "x")},
+    )
+
+
+@contract(*(f"{name}.forward" for name in WINDOWS))
+def _windows_trained(root: Any, dtype: str, name: str) -> Case:
+    layer = alive(WINDOWS[name.split(".")[0]](root, dtype))
+
+    def run(x: Any, dy: Any, lengths: Any = None) -> dict[str, Any]:
+        y, dx, grads = trained(layer, dy, x, lengths=lengths)
+        return {"y": Steps(y, "x"), "dx": Steps(dx, "x"), "grads": Summed(grads)}
+
+    return Case({"x": values(COUNTS, 3, dtype), "dy": values(COUNTS, 3, dtype, 1)}, {"lengths": "x"}, run)
+
+
+@contract("Conv1d.run", "Conv1d.forward_carrying")
+def _windows_carried(root: Any, dtype: str, name: str) -> Case:
+    layer = alive(root.Conv1d(3, 3, 3, padding="causal", dtype=dtype, seed=0))
+    begun = layer.run(np.stack(values((4,) * ROWS, 3, dtype, 2)))[1]
+
+    def run(x: Any, state: Any, lengths: Any = None) -> dict[str, Any]:
+        y, end, *_ = getattr(layer, name.split(".")[1])(x, state, lengths=lengths)
+        return {"y": Steps(y, "x"), "state": Each(end)}
+
+    return Case({"x": values(COUNTS, 3, dtype)}, {"lengths": "x"}, run, {"state": begun})
+
+
 # The one form that every layer has, which containers and the trainer use: here it is asked of layers of each kind. What
 # a pointwise layer makes of 0 is not 0, and so its outputs have to be cleared.
 
@@ -825,6 +871,9 @@ EVERY: dict[str, tuple[int | None, int | None, Callable[[Any, str], Any]]] = {  
     "self_attention": (8, 8, lambda root, dtype: root.MultiheadAttention(8, 2, dtype=dtype, seed=0)),
     "encoder": (8, 8, lambda root, dtype: root.TransformerEncoder(1, 8, 2, 12, dropout=0.0, dtype=dtype, seed=0)),
     "over_time": (3, None, lambda root, dtype: root.MeanOverTime(dtype=dtype)),
+    "convolution": (3, 8, lambda root, dtype: root.Conv1d(3, 8, 3, padding=1, dtype=dtype, seed=0)),
+    "causal convolution": (3, 8, lambda root, dtype: root.Conv1d(3, 8, 3, padding="causal", dtype=dtype, seed=0)),
+    "average": (4, 4, lambda root, dtype: root.AvgPool1d(3, 1, padding=1, dtype=dtype)),
     "model": (None, 8, encoder_of_tokens),
 }
 
@@ -1619,8 +1668,8 @@ for _model, _variants in PAIRS.items():
     by_batch(f"models.{_model}", **{variant: variant for variant in _variants})(_of_pair_model)
 
 
-# Without lengths to take: batches of a perceptron are windows, all of one length.
-WITHOUT = {"models.AutoRegressive.training_forward"}
+# Without lengths to take: batches of a perceptron are windows, all of one length. And lengths that no rows belong to.
+WITHOUT = {"models.AutoRegressive.training_forward", "Layer.output_lengths"}
 
 
 # What there is.

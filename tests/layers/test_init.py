@@ -249,6 +249,7 @@ WHOLE: dict[str, Any] = {
     "LSTM": lambda m, s: m.LSTM(3, 4, 2, bidirectional=True, proj_size=2, seed=s),
     "GRU": lambda m, s: m.GRU(3, 4, seed=s),
     "Linear": lambda m, s: m.Linear(3, 4, seed=s),
+    "Conv1d": lambda m, s: m.Conv1d(4, 6, 3, groups=2, seed=s),
     "Embedding": lambda m, s: m.Embedding(9, 4, padding_idx=2, seed=s),
     "LayerNorm": lambda m, s: m.LayerNorm(4),
     "RMSNorm": lambda m, s: m.RMSNorm(4),
@@ -316,7 +317,7 @@ def test_every_public_class_with_parameters_is_tried() -> None:
     public = {name for name in fs.layers.__all__ if name not in ("Layer", "Sequential", "ZeroPadded")}
     public |= {name for name in fs.models.__all__ if isinstance(getattr(fs.models, name), type)}
     none = {"Dropout", "GELU", "LastStep", "MaxOverTime", "MeanOverTime", "ReLU", "RotaryPositions", "SiLU", "Sigmoid"}
-    none |= {"SinusoidalPositions", "Softmax", "Tanh", "MarkovChain", "AutoRegressive"}
+    none |= {"SinusoidalPositions", "Softmax", "Tanh", "MarkovChain", "AutoRegressive", "MaxPool1d", "AvgPool1d"}
     none |= {"LastOfDirections", "MergeDirections", "Reverse"}
     assert public - none == {kind.split()[0] for kind in WHOLE}
 

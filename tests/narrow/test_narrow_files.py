@@ -19,6 +19,7 @@ from fastseq.io import CHECKSUM
 SOME = [
     "lstm_proj, both ways",
     "Linear",
+    "Conv1d in groups",
     "Embedding",
     "MultiheadAttention, other keys",
     "AdditiveAttention",

@@ -32,6 +32,7 @@ def neighbours(x: Any) -> Any:
 
 BESIDE: dict[str, Any] = {
     "Linear": lambda: fs.Linear(SIZE, 70, seed=1),
+    "Conv1d": lambda: fs.Conv1d(SIZE, 70, 3, padding=1, seed=1),
     "LSTM": lambda: make("lstm", SIZE, 21, num_layers=2),
     "LSTM both ways": lambda: make("lstm_proj", SIZE, 21, bidirectional=True),
     "GRU": lambda: make("gru_after", SIZE, 21),

@@ -22,6 +22,7 @@ SOME = [
     "lstm_proj, both ways",
     "gru_before, one",
     "Linear",
+    "Conv1d",
     "Embedding",
     "MultiheadAttention, other keys",
     "AdditiveAttention",

@@ -119,6 +119,20 @@ def _layers() -> Iterator[tuple[str, Case]]:
     x = inputs((BATCH, TIME, SIZE))
     yield "Linear", Case(lambda m: m.Linear(SIZE, 75, seed=1), lambda layer: [layer(x)])
     yield "Linear without bias", Case(lambda m: m.Linear(SIZE, 5, bias=False, seed=1), lambda layer: [layer(x)])
+    yield (
+        "Conv1d",
+        Case(
+            lambda m: m.Conv1d(SIZE, 75, 3, padding="causal", seed=1),
+            lambda layer: [layer(x), layer(x, lengths=lengths_of()), layer.step(x[:, 0])[0]],
+        ),
+    )
+    yield (
+        "Conv1d in groups",
+        Case(
+            lambda m: m.Conv1d(SIZE, 8, 4, stride=2, dilation=2, padding=3, groups=2, seed=1),
+            lambda layer: [layer(x), layer(x, lengths=lengths_of())],
+        ),
+    )
     yield "Embedding", Case(lambda m: m.Embedding(13, SIZE, seed=1), lambda layer: [layer(ids_of(13))])
     for name, given in {
         "plain": {},
