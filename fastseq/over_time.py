@@ -25,7 +25,7 @@ def pooling_forward(x: Array, lengths: Array | None, kind: str) -> tuple[Array, 
     places = None
     if kind == "last":
         y[some] = x[some, counts[some] - 1]
-    elif kind == "last_of_directions":
+    elif kind == "last_of_directions" and len(some):
         y[some, : width // 2] = x[some, counts[some] - 1, : width // 2]
         y[some, width // 2 :] = x[some, 0, width // 2 :]
     elif kind == "mean":
@@ -45,7 +45,7 @@ def pooling_backward(dy: Array, kept: Any, kind: str) -> Array:
     dx = np.zeros((batch, time, width), dy.dtype)
     if kind == "last":
         dx[some, counts[some] - 1] = dy[some]
-    elif kind == "last_of_directions":
+    elif kind == "last_of_directions" and len(some):
         dx[some, counts[some] - 1, : width // 2] = dy[some, : width // 2]
         dx[some, 0, width // 2 :] = dy[some, width // 2 :]
     elif kind == "mean":

@@ -846,6 +846,41 @@ def _windows_trained(root: Any, dtype: str, name: str) -> Case:
     return Case({"x": values(COUNTS, 3, dtype), "dy": values(COUNTS, 3, dtype, 1)}, {"lengths": "x"}, run)
 
 
+@contract("LastOfDirections.__call__")
+def _last_of_directions(root: Any, dtype: str, name: str) -> Case:
+    layer = root.LastOfDirections(dtype=dtype)
+    return Case(
+        {"x": values(COUNTS, 4, dtype)},
+        {"lengths": "x"},
+        lambda x, lengths=None: {"y": Each(layer(x, lengths=lengths))},
+    )
+
+
+@contract("LastOfDirections.forward")
+def _last_of_directions_trained(root: Any, dtype: str, name: str) -> Case:
+    layer = root.LastOfDirections(dtype=dtype)
+
+    def run(x: Any, dy: Any, lengths: Any = None) -> dict[str, Any]:
+        y, dx, _ = trained(layer, dy, x, lengths=lengths)
+        return {"y": Each(y), "dx": Steps(dx, "x")}
+
+    whole = {"dy": np.stack(values((1,) * ROWS, 4, dtype, 1))[:, 0]}
+    return Case({"x": values(COUNTS, 4, dtype)}, {"lengths": "x"}, run, whole)
+
+
+@contract("Reverse.__call__", "Reverse.forward")
+def _reverse(root: Any, dtype: str, name: str) -> Case:
+    layer = root.Reverse(dtype=dtype)
+
+    def run(x: Any, dy: Any, lengths: Any = None) -> dict[str, Any]:
+        if name == "Reverse.__call__":
+            return {"y": Steps(layer(x, lengths=lengths), "x")}
+        y, dx, _ = trained(layer, dy, x, lengths=lengths)
+        return {"y": Steps(y, "x"), "dx": Steps(dx, "x")}
+
+    return Case({"x": values(COUNTS, 3, dtype), "dy": values(COUNTS, 3, dtype, 1)}, {"lengths": "x"}, run)
+
+
 @contract("Conv1d.run", "Conv1d.forward_carrying")
 def _windows_carried(root: Any, dtype: str, name: str) -> Case:
     layer = alive(root.Conv1d(3, 3, 3, padding="causal", dtype=dtype, seed=0))
@@ -856,6 +891,18 @@ def _windows_carried(root: Any, dtype: str, name: str) -> Case:
         return {"y": Steps(y, "x"), "state": Each(end)}
 
     return Case({"x": values(COUNTS, 3, dtype)}, {"lengths": "x"}, run, {"state": begun})
+
+
+@contract(*(f"ZeroPadded.{verb}" for verb in ("__call__", "run", "forward", "forward_carrying")))
+def _zero_padded(root: Any, dtype: str, name: str) -> Case:
+    layer = alive(root.ZeroPadded(of_symbols(root, dtype), root.GRU(8, 4, bidirectional=True, dtype=dtype, seed=2)))
+    verb = getattr(layer, name.partition(".")[2])
+
+    def run(x: Any, lengths: Any = None) -> dict[str, Any]:
+        found = verb(x, lengths=lengths)
+        return {"y": Steps(found[0] if isinstance(found, tuple) else found, "x")}
+
+    return Case({"x": [np.maximum(row, 1) for row in ids(COUNTS, SYMBOLS)]}, {"lengths": "x"}, run)
 
 
 # The one form that every layer has, which containers and the trainer use: here it is asked of layers of each kind. What

@@ -65,6 +65,8 @@ def drawn(keras, rng):
             made.append(draw(layers.GlobalAveragePooling1D, layers.GlobalMaxPooling1D)())
             timed = False
         ends = not timed
+    if all(isinstance(one, layers.SpatialDropout1D) for one in made):
+        made.append(layers.Dense(size()))  # something is to be computed
     batch, time = int(rng.integers(1, 5)), int(rng.integers(1, 8))
     if symbols:
         x = rng.integers(1, 9, (batch, time)).astype("int32")
