@@ -56,7 +56,12 @@ _LAYERS = (
     "TransformerDecoderLayer",
     "TransformerDecoder",
     "Transformer",
+    "Add",
+    "Multiply",
+    "Concatenate",
+    "Slice",
     "Sequential",
+    "Graph",
 )
 _STATES = ("State", "LSTMState", "AttentionState", "Seq2SeqState")
 _MODELS = (
@@ -70,6 +75,7 @@ _MODELS = (
     "Seq2Seq",
 )
 _CLASSES = _LAYERS + _STATES + _MODELS
+_PARTS = {"Sequential": "layers", "Graph": "nodes"}  # containers, and where their configuration has their layers
 _registered: dict[str, Any] = {}  # classes of layers that are not ours, by name
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}
 _NARROW_DTYPES = {"bfloat16": "BF16", "int8": "I8"}
@@ -138,8 +144,8 @@ def _narrow(arrays: dict[str, Array], weights: str) -> dict[str, Any]:
 
 
 def _classes(class_name: str, config: Mapping[str, Any]) -> set[str]:
-    """A class, and those of the layers that a `Sequential` of this configuration is made of."""
-    children = config["layers"] if class_name == "Sequential" else ()
+    """A class, and those of the layers that a container of this configuration is made of."""
+    children = config[_PARTS[class_name]] if class_name in _PARTS else ()
     return {class_name}.union(*(_classes(child["class"], child["config"]) for child in children))
 
 
@@ -423,9 +429,14 @@ def _made(class_name: str, config: Mapping[str, Any], namespace: ModuleType, own
     if class_name not in _LAYERS + _MODELS:
         raise ValueError(_unknown(class_name))
     made = getattr(namespace.models if class_name in _MODELS else namespace, class_name)
-    if class_name != "Sequential":
+    if class_name not in _PARTS:
         return made(**config)
-    return made(*(_made(child["class"], child["config"], namespace, own) for child in config["layers"]))
+    parts = config[_PARTS[class_name]]
+    layers = [_made(child["class"], child["config"], namespace, own) for child in parts]
+    if class_name == "Sequential":
+        return made(*layers)
+    nodes = [(part["name"], (layer, *part["inputs"])) for part, layer in zip(parts, layers, strict=True)]
+    return made(config["inputs"], nodes, config["outputs"], without_time=config["without_time"])
 
 
 def _unknown(class_name: Any) -> str:

@@ -9,6 +9,8 @@ from fastseq.layers.attention import MultiheadAttention
 from fastseq.layers.base import Layer
 from fastseq.layers.dropout import Dropout
 from fastseq.layers.embedding import Embedding
+from fastseq.layers.graph import Graph
+from fastseq.layers.joining import Add, Concatenate, Multiply, Slice
 from fastseq.layers.linear import Linear
 from fastseq.layers.norm import LayerNorm, RMSNorm
 from fastseq.layers.pooling import LastStep, MaxOverTime, MeanOverTime
@@ -28,9 +30,12 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Add",
     "AdditiveAttention",
+    "Concatenate",
     "Dropout",
     "Embedding",
+    "Graph",
     "LastStep",
     "Layer",
     "LayerNorm",
@@ -40,6 +45,7 @@ __all__ = [
     "MeanOverTime",
     "MultiheadAttention",
     "MultiplicativeAttention",
+    "Multiply",
     "RMSNorm",
     "ReLU",
     "RotaryPositions",
@@ -47,6 +53,7 @@ __all__ = [
     "SiLU",
     "Sigmoid",
     "SinusoidalPositions",
+    "Slice",
     "Softmax",
     "Tanh",
     "Transformer",
