@@ -1,7 +1,7 @@
 """What a graph asks of the layers at its nodes.
 
 A node reads one or more arrays and gives one or more values. Most layers give one, their outputs, whose name is "". A
-recurrent layer also gives the arrays of its last state, "h" and "c". A graph at a node gives its outputs by name.
+recurrent layer also gives the states after the last step, "h" and "c". A graph at a node gives its outputs by name.
 """
 
 from __future__ import annotations

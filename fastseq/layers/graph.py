@@ -33,10 +33,11 @@ class Graph(Container):
     inputs : str or tuple of str
         Names of the inputs.
     nodes : mapping from str to tuple
-        By name ``(layer, *names)``: the layer, and what it reads, in the order of its arguments. A recurrent node gives
-        its outputs by its name and its last state (B, num_layers * D, H) as ``<node>.h`` and, of an LSTM, ``<node>.c``;
-        a graph with several outputs gives them as ``<node>.<output>``. Names have no dots. Every layer is there once,
-        all are of one dtype, and an output depends on each.
+        By name ``(layer, *names)``: the layer, and what it reads, in the order of its arguments. The outputs of a node
+        have its name. A recurrent node also gives the state after the last step of its last layer, directions side by
+        side, (B, D * H), as ``<node>.h`` and, of an LSTM, ``<node>.c``. A graph at a node gives its outputs, if it has
+        several, as ``<node>.<output>``. Names of nodes have no dots. Every layer is there once, all are of one dtype,
+        and an output depends on each.
     outputs : str, tuple of str, or mapping from str to str
         Names of the nodes whose values are outputs; a mapping gives outputs names of their own.
     without_time : str or tuple of str
@@ -601,6 +602,7 @@ class Graph(Container):
         for name, (layer, names) in self._wiring.nodes.items():
             own = f"{prefix}.{name}" if prefix else name
             if isinstance(layer, Container):
+                rows.append((own, f"{', '.join(names)} -> {type(layer).__name__} of", "", 0))
                 rows += layer._summary_rows(own, True, widths[names[0]] if names else None)
                 continue
             has_time = timed and self._wiring.timed[name] is not False

@@ -107,7 +107,8 @@ class Wiring:
     def _unknown(self) -> list[str]:
         """Return the faults of names that nothing has."""
         known = [*self.inputs, *(value for node in self.nodes for value in self.given(node))]
-        there, faults = set(known), []
+        there = set(known)
+        faults: list[str] = []
         reads = [(f"nodes[{name!r}] reads", value) for name, node in self.nodes.items() for value in node.inputs]
         for who, value in [*reads, *((f"outputs: {name!r} is", value) for name, value in self.outputs.items())]:
             if value not in there:
@@ -225,8 +226,7 @@ class Wiring:
 
 
 def _a(layer: Layer) -> str:
-    kind = type(layer).__name__
-    return f"{'an' if kind[:1] in 'AEIO' else 'a'} {kind}"
+    return f"a {type(layer).__name__}"
 
 
 def _cycle(start: str, before: Mapping[str, Sequence[str]], left: set[str]) -> list[str]:

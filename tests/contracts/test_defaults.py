@@ -14,6 +14,7 @@ DEFAULTS = {
     "AdditiveAttention": "bias=True",
     "AttentionState": "window=0",
     "Dropout": "p=0.5",
+    "Graph": "without_time=()",
     "GELU": "approximate='none'",
     "GRU": "num_layers=1, reset_after=True, bias=True, dropout=0.0, bidirectional=False",
     "LSTM": "num_layers=1, proj_size=0, layer_norm=False, bias=True, dropout=0.0, bidirectional=False",
