@@ -6,6 +6,7 @@ recurrent layer also gives the states after the last step, "h" and "c". A graph 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -40,10 +41,9 @@ class Connectable:
         """Return why the layer cannot read `count` arrays; None where it can."""
         if not callable(self):
             return "cannot be called"
-        try:
-            inspect.signature(self).bind(*[None] * count)
-        except TypeError as error:
-            return f"cannot be called with {count} input{'s' * (count != 1)}: {error}"
+        fault = _call_fault(type(self).__call__, count)
+        if fault is not None:
+            return f"cannot be called with {count} input{'s' * (count != 1)}: {fault}"
         return "carries a state and takes one input" if self.carries_state and count != 1 else None
 
     def _times_after(self, timed: Sequence[Timed]) -> dict[str, Timed]:
@@ -121,3 +121,13 @@ class Connectable:
     def _length_options(self, lengths: Array | None) -> dict[str, Array]:
         """Return the lengths by the names that a call with several arrays has for them."""
         return {} if lengths is None or self.time == "pointwise" else dict.fromkeys(self._length_names, lengths)
+
+
+@functools.lru_cache(maxsize=256)
+def _call_fault(call: Any, count: int) -> str | None:
+    """Return why a ``__call__`` cannot take `count` arrays; None where it can. Graphs of many nodes ask it often."""
+    try:
+        inspect.signature(call).bind(*[None] * (1 + count))
+    except TypeError as error:
+        return str(error)
+    return None

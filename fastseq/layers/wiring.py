@@ -12,6 +12,7 @@ from fastseq.layers.base import TIMES, Layer
 from fastseq.layers.connectable import OUTPUT, Timed
 from fastseq.layers.containers import declares_widths, found_twice
 
+HINTS = 10  # names that others like them are looked for
 FAULTS_SHOWN = 30  # faults in a message, at most; and cycles that are looked for
 
 
@@ -112,7 +113,7 @@ class Wiring:
         reads = [(f"nodes[{name!r}] reads", value) for name, node in self.nodes.items() for value in node.inputs]
         for who, value in [*reads, *((f"outputs: {name!r} is", value) for name, value in self.outputs.items())]:
             if value not in there:
-                hint = self._hint(value, known) if len(faults) < FAULTS_SHOWN else "is not there"
+                hint = self._hint(value, known) if len(faults) < HINTS else "is not there"
                 faults.append(f"{who} {value!r}, which {hint}")
         faults += [
             f"outputs: {value!r} is an input and not of a node"
@@ -127,7 +128,7 @@ class Wiring:
         if node in self.nodes:
             given = " or ".join(map(repr, self.given(node)))
             return f"there is not: {_a(self.nodes[node].layer)} gives {given}"
-        near = difflib.get_close_matches(value, known[:1000], 1)
+        near = difflib.get_close_matches(value, known[: HINTS * 100], 1)
         return "is no input and no node" + (f"; {near[0]!r} may be meant" if near else "")
 
     def _before(self) -> dict[str, list[str]]:

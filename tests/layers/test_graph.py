@@ -944,7 +944,7 @@ def test_deep_and_wide_configurations(tmp_path: Path) -> None:
     write(tmp_path / "deep", config)
     with pytest.raises(ValueError, match="is damaged"):
         fs.load(tmp_path / "deep")
-    many = 4000
+    many = 1000
     tanh = {"class": "Tanh", "config": {}}
     circle = [{"name": f"n{i}", **tanh, "inputs": [f"n{(i + 1) % many}"]} for i in range(many)]
     write(tmp_path / "circle", changed("nodes", value=circle))
