@@ -577,6 +577,80 @@ def test_training_on_streams_carries_the_state() -> None:
         assert_same_bits(np.asarray(graph.parameters[name]), np.asarray(sequence.parameters[other]))
 
 
+def heads(**of: Any) -> Any:
+    return fs.Graph(
+        ("ids", "v"),
+        {
+            "embedded": (fs.Embedding(7, 6, seed=1, **of), "ids"),
+            "joined": (fs.Concatenate(**of), "embedded", "v"),
+            "hidden": (fs.GRU(8, 8, seed=2, **of), "joined"),
+            "tags": (fs.Linear(8, 7, seed=3, **of), "hidden"),
+            "score": (fs.Linear(8, 1, seed=4, **of), "hidden.h"),
+        },
+        ("tags", "score"),
+        without_time="v",
+    )
+
+
+def heads_data(dtype: str) -> list[Any]:
+    rng, batches = np.random.default_rng(0), []
+    for counts in ([5, 3, 1, 4], [2, 5, 5, 3]):
+        ids, v = rng.integers(0, 7, (4, 5)), rng.normal(size=(4, 2)).astype(dtype)
+        targets = {"score": v.sum(axis=1), "tags": (ids + 1) % 7}
+        batches.append(fs.training.Batch({"ids": ids, "v": v}, targets, np.array(counts)))
+    return batches
+
+
+def test_training_of_several_outputs() -> None:
+    """The loss is the sum of those of the outputs, each with lengths if it has an axis of time."""
+    data, losses = heads_data("float64"), {"score": "mean_squared_error", "tags": "cross_entropy"}
+    graph, twin = heads(dtype="float64"), heads(dtype="float64")
+    history = fs.training.fit(
+        graph, data, loss=losses, optimiser=fs.training.SGD(graph, 0.1), epochs=1, validation=data, progress=False
+    )
+    assert data[0].tokens == 13
+    for batch, loss in zip(data, history.loss, strict=True):
+        y, tape = twin.forward(batch.inputs, lengths=batch.lengths)
+        one, dtags = fs.losses.softmax_cross_entropy(y["tags"], batch.targets["tags"], lengths=batch.lengths)
+        other, dscore = fs.losses.mean_squared_error(y["score"], batch.targets["score"][:, None])
+        assert loss == pytest.approx(one + other, rel=1e-12)
+        twin.zero_grad()
+        twin.backward({"tags": dtags, "score": dscore}, tape)
+        twin.load_state_dict({name: array - 0.1 * twin.grads[name] for name, array in twin.parameters.items()})
+    for name, array in twin.parameters.items():
+        assert_close(np.asarray(graph.parameters[name]), np.asarray(array), 1e-12, name)
+    history = fs.training.fit(graph, data, loss=losses, lr=0.02, epochs=30, validation=data, progress=False)
+    assert history.loss[-1] < 0.5 * history.loss[0] and history.validation_loss[-1] < history.validation_loss[0]
+    before = graph.state_dict()
+    tags = [batch._replace(targets={"tags": batch.targets["tags"]}) for batch in data]
+    fs.training.fit(graph, tags, loss={"tags": "cross_entropy"}, optimiser="sgd", lr=0.1, epochs=1, progress=False)
+    assert np.array_equal(graph.parameters["score.bias"], before["score.bias"])
+    assert not np.array_equal(graph.parameters["tags.bias"], before["tags.bias"])
+
+
+def test_what_training_of_several_outputs_refuses() -> None:
+    graph, data = heads(), heads_data("float32")
+    for loss, message in (
+        ("cross_entropy", "loss should be a mapping from 'tags', 'score' to losses where a graph has several outputs"),
+        ({"tag": "cross_entropy"}, "loss should have losses of the outputs 'tags', 'score': 'tag' is unknown"),
+        ({}, "loss should have losses of the outputs 'tags', 'score': it is empty"),
+        ({"tags": "cross_entropy"}, "data should give batches whose targets are a mapping from 'tags' to arrays, not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fs.training.fit(graph, data, loss=loss, progress=False)
+    with pytest.raises(TypeError, match="loss should be a mapping only where model is a Graph"):
+        fs.training.fit(fs.Linear(2, 2), data, loss={"y": "huber"}, progress=False)
+    both = {"tags": "cross_entropy", "score": "huber"}
+    with pytest.raises(ValueError, match="metrics should be left out where loss is a mapping"):
+        fs.training.fit(graph, data, loss=both, metrics=["accuracy"], validation=data, progress=False)
+    ended = fs.Graph(
+        "x", {"a": (fs.Linear(2, 2), "x"), "b": (fs.Softmax(), "a"), "c": (fs.Linear(2, 1), "a")}, ("c", "b")
+    )
+    batch = fs.training.Batch(np.zeros((2, 3, 2), "f4"), {"b": np.zeros((2, 3), int)})
+    with pytest.warns(UserWarning, match="model should end in logits with the loss cross-entropy"):
+        fs.training.fit(ended, [batch], loss={"b": "cross_entropy"}, epochs=1, progress=False)
+
+
 @BOTH
 def test_initial_parameters(module: Any) -> None:
     graph = chain(module)
