@@ -46,9 +46,11 @@ from fastseq.layers import (
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
+    operators,
 )
 from fastseq.layers.attention import attention, attention_backward, attention_forward
 from fastseq.reference import models as _reference_models  # noqa: F401  so that it is there
+from fastseq.reference import operators as _reference_operators  # noqa: F401
 from fastseq.state import AttentionState, LSTMState, Seq2SeqState, State
 from fastseq.threads import get_num_threads, set_num_threads
 from fastseq.version import __version__
@@ -102,6 +104,7 @@ __all__ = [
     "load",
     "losses",
     "models",
+    "operators",
     "plotting",
     "reference",
     "register",

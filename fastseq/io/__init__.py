@@ -74,7 +74,26 @@ _MODELS = (
     "TransformerSeq2Seq",
     "Seq2Seq",
 )
-_CLASSES = _LAYERS + _STATES + _MODELS
+_OPERATORS = (
+    "Apply",
+    "ArgReduce",
+    "Cast",
+    "ConcatAxis",
+    "Constant",
+    "Expand",
+    "Flatten",
+    "Gather",
+    "MatMul",
+    "Reduce",
+    "Reshape",
+    "Shape",
+    "SliceAxes",
+    "SoftmaxAxis",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+)
+_CLASSES = _LAYERS + _STATES + _MODELS + _OPERATORS
 _PARTS = {"Sequential": "layers", "Graph": "nodes"}  # containers, and where their configuration has their layers
 _registered: dict[str, Any] = {}  # classes of layers that are not ours, by name
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}
@@ -426,9 +445,10 @@ def _made(class_name: str, config: Mapping[str, Any], namespace: ModuleType, own
     """A layer from its configuration; one made of layers has theirs in it."""
     if class_name in own:
         return own[class_name](**config)
-    if class_name not in _LAYERS + _MODELS:
+    if class_name not in _LAYERS + _MODELS + _OPERATORS:
         raise ValueError(_unknown(class_name))
-    made = getattr(namespace.models if class_name in _MODELS else namespace, class_name)
+    home = {**dict.fromkeys(_MODELS, "models"), **dict.fromkeys(_OPERATORS, "operators")}.get(class_name)
+    made = getattr(namespace if home is None else getattr(namespace, home), class_name)
     if class_name not in _PARTS:
         return made(**config)
     parts = config[_PARTS[class_name]]
