@@ -64,8 +64,12 @@ class Graph(Container):
             "without_time": [name for name in wiring.inputs if not wiring.timed[name]],
         }
         self._stateful = tuple(name for name in wiring.order if self._children[name].carries_state)
+        self._read = frozenset(value for node in wiring.nodes.values() for value in node.inputs)
         self._time = self._time_of_all()
         self._again = {name: self._repeated(node) for name, node in wiring.nodes.items()}
+        self._given = {
+            name: {part: wiring.value(name, part) for part in self._children[name]._values()} for name in wiring.order
+        }
         self._become_twin_of_twins()
 
     @property
@@ -231,8 +235,9 @@ class Graph(Container):
             given, ends[name], tapes[name] = node.layer._forward_values(
                 arrays, states.get(name), own, again, seeds[name]
             )
-            forms.update({self._wiring.value(name, value): (a.shape, a.dtype.kind) for value, a in given.items()})
-            return {value: _read_only(array) for value, array in given.items()}  # others have it on their tapes
+            names = self._given[name]
+            forms.update({names[part]: (array.shape, array.dtype.kind) for part, array in given.items()})
+            return {part: _read_only(array) if names[part] in self._read else array for part, array in given.items()}
 
         self._run_nodes(values, lengths, compute)
         return self._result(values), self._ends(ends), Tape(self, (tapes, forms, lengths))
@@ -425,22 +430,22 @@ class Graph(Container):
         time.
         """
         timed = self._wiring.timed
-        for name in self._wiring.order:
-            node = self._wiring.nodes[name]
+        for name, names in self._given.items():
+            node, again = self._wiring.nodes[name], self._again[name]
             arrays = [values[value] for value in node.inputs]
-            if not one_step and True in self._again[name]:
-                arrays = [
-                    array[:, None] if again else array for array, again in zip(arrays, self._again[name], strict=True)
-                ]
-            own = lengths if any(timed[value] is not False for value in node.inputs) else None
+            if not one_step and True in again:
+                arrays = [array[:, None] if one else array for array, one in zip(arrays, again, strict=True)]
+            own = lengths
+            if lengths is not None and all(timed[value] is False for value in node.inputs):
+                own = None
             try:
                 given = compute(name, node, arrays, own)
             except (TypeError, ValueError) as error:
                 locate(error, f"nodes[{name!r}]", node.layer)
                 raise
             for part, array in given.items():
-                value = self._wiring.value(name, part)
-                values[value] = cleared(array, lengths) if timed[value] else array
+                value = names[part]
+                values[value] = array if lengths is None or not timed[value] else cleared(array, lengths)
             for value in self._wiring.spent[name]:
                 del values[value]
 
@@ -472,12 +477,11 @@ class Graph(Container):
     def _gradients_of(self, node: str, gradients: Values, forms: Mapping[str, Any], lengths: Array | None) -> Values:
         """Take the gradients of the values that a node gives, by their names in its layer; empty without any."""
         dvalues: Values = {}
-        for name in self._children[node]._values():
-            value = self._wiring.value(node, name)
+        for name, value in self._given[node].items():
             if value in gradients:
                 array = gradients.pop(value)
                 dvalues[name] = cleared(array, lengths) if self._wiring.timed[value] else array
-        if dvalues and OUTPUT not in dvalues and OUTPUT in self._children[node]._values():
+        if dvalues and OUTPUT not in dvalues and OUTPUT in self._given[node]:
             dvalues[OUTPUT] = np.zeros(forms[node][0], self.dtype)
         return dvalues
 

@@ -477,7 +477,8 @@ def _log_sum_exp(x: Array, axis: Any, keepdims: bool) -> Array:
     largest = np.max(x, axis=axis, keepdims=True, initial=-np.inf)
     shift = np.where(np.isfinite(largest), largest, x.dtype.type(0))
     total = np.log(np.sum(np.exp(x - shift), axis=axis, keepdims=True)) + shift
-    return total if keepdims else np.squeeze(total, axis)
+    result: Array = total if keepdims else np.squeeze(total, axis)
+    return result
 
 
 _REDUCTIONS: dict[str, Callable[..., Any]] = {

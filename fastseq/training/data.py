@@ -50,15 +50,9 @@ class Batch(NamedTuple):
         more = 0 if self.target_lengths is None else int(self.target_lengths.sum())
         if self.lengths is not None:
             return int(self.lengths.sum()) + more
-        return int(np.prod(self._steps)) + more
-
-    @property
-    def _steps(self) -> tuple[int, int]:
-        """The shape (B, T) of the inputs: of several, of those with the most steps."""
-        arrays = self.inputs.values() if isinstance(self.inputs, Mapping) else [self.inputs]
-        timed = [array for array in arrays if array.ndim > 2 or array.dtype.kind in "iu"] or list(arrays)
-        shapes = [array.shape[:2] for array in timed]
-        return max(shapes, key=lambda shape: shape[-1])
+        arrays = list(self.inputs.values()) if isinstance(self.inputs, Mapping) else [self.inputs]
+        timed = [array for array in arrays if array.ndim > 2 or array.dtype.kind in "iu"]  # not a vector for each row
+        return max(int(np.prod(array.shape[:2])) for array in timed or arrays) + more
 
 
 class Data(ABC):
@@ -654,7 +648,7 @@ class Listed(Data):
                 raise TypeError(f"{name}[{i}] should be a Batch, not {checks.describe(batch)}{_AS_TUPLE}")
             made = Batch(*batch)
             arrays = {field: _arrays(f"{name}[{i}].{field}", value) for field, value in made._asdict().items()}
-            self._made.append(Batch(**arrays))  # type: ignore[arg-type]
+            self._made.append(Batch(**arrays))
 
     def __len__(self) -> int:
         return len(self._made)
