@@ -355,14 +355,16 @@ class Graph(Container):
                     ragged = own
         values = {name: checks.as_array(self._argument("x", name), value) for name, value in given.items()}
         lengths = lengths if ragged is None else ragged
-        if lengths is None:
-            return values, None
         for name, array in values.items():
-            if timed[name] and array.ndim < 2:
+            if lengths is not None and timed[name] and array.ndim < 2:
                 raise ValueError(
                     f"{self._argument('x', name)} should be of shape (B, T, ...) where lengths are given, not"
                     f" {array.shape}"
                 )
+        if None not in timed.values():  # no operator on whole arrays, in which the batch may be another axis
+            self._check_agree("x", {name: array.shape[:1] for name, array in values.items()}, "(B, ...)")
+        if lengths is None:
+            return values, None
         moving = {name: array.shape[:2] for name, array in values.items() if timed[name]}
         if not moving:
             raise ValueError("lengths should be None: no input has an axis of time")

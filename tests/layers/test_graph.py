@@ -854,6 +854,8 @@ def test_what_a_call_refuses(module: Any) -> None:
             verb({**x, "features": x["features"][:, :5]}, lengths=LENGTHS)
         with pytest.raises(ValueError, match=r"x\['tokens'\] should be of shape \(B, T, ...\) where lengths are given"):
             verb({**x, "tokens": x["tokens"][0]}, lengths=LENGTHS)
+        with pytest.raises(ValueError, match=r"x should have inputs \(B, ...\) that agree.*'speaker' \(1,\)"):
+            verb({**x, "speaker": x["speaker"][:1]})
         with pytest.raises(ValueError, match="lengths should be in 0..6"):
             verb(x, lengths=[7, 1, 1, 1])
         for state in (3, (None,) * 3, [None]):
@@ -890,19 +892,19 @@ def test_what_a_call_refuses(module: Any) -> None:
 @BOTH
 def test_errors_say_of_which_node_they_are(module: Any) -> None:
     graph = module.Graph(("x", "v"), {"inner": (inner(module, "float32"), "x", "v")}, "inner.second", without_time="v")
-    x = {"x": np.zeros((2, 3, 9), "f4"), "v": np.zeros((3, 2), "f4")}
+    x = {"x": np.zeros((2, 3, 9), "f4"), "v": np.zeros((2, 3, 2), "f4")}
     with pytest.raises(
-        ValueError, match=r"^nodes\['inner'\], a Graph: nodes\['b'\], a Concatenate: arrays should agree"
+        ValueError, match=r"^nodes\['inner'\], a Graph: nodes\['b'\], a Concatenate: arrays\[1\] should be of"
     ):
         graph(x)
     with pytest.raises(
         ValueError, match=r"^nodes\['inner'\], a Graph: nodes\['a'\], a Sequential: layers\[0\], a GRU: x"
     ):
-        graph.step((np.zeros((2, 4), "f4"), x["v"][:2]))
+        graph.step((np.zeros((2, 4), "f4"), x["v"][:, 0]))
     with pytest.raises(
         ValueError, match=r"^x_t should have inputs \(B, ...\) that agree in the first axes, not 'x' \(2,\), "
     ):
-        graph.step((x["x"][:, 0], x["v"]))
+        graph.step((x["x"][:, 0], np.zeros((3, 2), "f4")))
 
 
 def test_layers_of_ones_own() -> None:
