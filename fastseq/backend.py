@@ -7,7 +7,7 @@ A `Backend` names an implementation of every operation: `COMPILED` is defined he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, Protocol, TypeVar, cast
@@ -27,6 +27,7 @@ from fastseq import (
     _recurrent,
     _recurrent_decoder,
     _transformer,
+    joining,
     over_time,
 )
 from fastseq.checks import Array
@@ -318,6 +319,16 @@ class Pooling(Protocol):
         """The gradient of x."""
 
 
+class Joining(Protocol):
+    """One array of several of the same number of axes, "add", "multiply" or "concatenate"."""
+
+    def join_forward(self, arrays: Sequence[Array], kind: str, /) -> tuple[Array, Any]:
+        """y, and what `join_backward` needs."""
+
+    def join_backward(self, dy: Array, kept: Any, kind: str, /) -> list[Array]:
+        """The gradient of each array."""
+
+
 class Transformer(Protocol):
     """Stacks of Transformer blocks in inference, and the keys and values that they keep."""
 
@@ -521,8 +532,8 @@ class Backend:
         For messages and for people.
     dtypes : tuple of str, or None
         The dtypes it takes; None: every floating dtype.
-    recurrent, dense, convolution, attention, additive_attention, pooling, transformer, losses, optimisers, decoding, \
-autoregression, markov
+    recurrent, dense, convolution, attention, additive_attention, pooling, joining, transformer, losses, \
+optimisers, decoding, autoregression, markov
         The operations, by subject.
     recurrent_decoder, transformer_decoder : optional
         Decoders that `decoding` drives without Python; None: models are decoded by their `step`.
@@ -536,6 +547,7 @@ autoregression, markov
     attention: Attention
     additive_attention: AdditiveAttention
     pooling: Pooling
+    joining: Joining
     transformer: Transformer
     losses: Losses
     optimisers: Optimisers
@@ -601,6 +613,7 @@ COMPILED = Backend(
     attention=_attention,
     additive_attention=_additive_attention,
     pooling=over_time,
+    joining=joining,
     transformer=_transformer,
     losses=_losses,
     optimisers=_optimisers,

@@ -18,7 +18,7 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
-from fastseq.layers import LSTM, Conv1d, Linear, MultiheadAttention, Sequential, inside
+from fastseq.layers import LSTM, Conv1d, Graph, Linear, MultiheadAttention, Sequential, inside
 from fastseq.layers.base import Composite, Layer, child_seed
 from fastseq.layers.recurrent import Recurrent
 
@@ -149,7 +149,7 @@ def initialise(
         The bias of the forget gates of LSTMs [1]_: `bias_ih` has it, `bias_hh` 0.
     seed : int, optional
         Fixes the numbers. With "default" they are those of a layer or model made with this seed; the layers of a
-        `Sequential` have each a seed of their own that follows from it.
+        `Sequential` or `Graph` have each a seed of their own that follows from it.
 
     Raises
     ------
@@ -187,8 +187,8 @@ def _leaves(layer: Layer) -> list[Layer]:
 
 def _renew(layer: Layer, seed: int | None) -> None:
     """The parameters of one that is made anew."""
-    if isinstance(layer, Sequential):
-        for place, child in enumerate(layer):
+    if isinstance(layer, Sequential | Graph):
+        for place, child in enumerate(inside.children(layer).values()):
             _renew(child, None if seed is None else child_seed(seed, place))
         return
     inside.copy_parameters(layer, inside.initial_arrays(layer, seed))

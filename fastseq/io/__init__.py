@@ -64,10 +64,14 @@ _LAYERS = (
     "TransformerDecoderLayer",
     "TransformerDecoder",
     "Transformer",
+    "Add",
+    "Multiply",
+    "Concatenate",
+    "Slice",
     "Sequential",
     "ZeroPadded",
+    "Graph",
 )
-_CONTAINERS = ("Sequential", "ZeroPadded")  # whose configuration is that of their layers
 _STATES = ("State", "LSTMState", "AttentionState", "Seq2SeqState", "ConvState")
 _MODELS = (
     "MarkovChain",
@@ -79,7 +83,28 @@ _MODELS = (
     "TransformerSeq2Seq",
     "Seq2Seq",
 )
-_CLASSES = _LAYERS + _STATES + _MODELS
+_OPERATORS = (
+    "Apply",
+    "ArgReduce",
+    "Cast",
+    "ConcatAxis",
+    "Constant",
+    "Expand",
+    "Flatten",
+    "Gather",
+    "MatMul",
+    "Reduce",
+    "Reshape",
+    "Shape",
+    "SliceAxes",
+    "SoftmaxAxis",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+)
+_CLASSES = _LAYERS + _STATES + _MODELS + _OPERATORS
+# Containers, and where their configuration has their layers.
+_PARTS = {"Sequential": "layers", "ZeroPadded": "layers", "Graph": "nodes"}
 _registered: dict[str, Any] = {}  # classes of layers that are not ours, by name
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}
 _NARROW_DTYPES = {"bfloat16": "BF16", "int8": "I8"}
@@ -149,7 +174,7 @@ def _narrow(arrays: dict[str, Array], weights: str) -> dict[str, Any]:
 
 def _classes(class_name: str, config: Mapping[str, Any]) -> set[str]:
     """A class, and those of the layers that a container of this configuration is made of."""
-    children = config["layers"] if class_name in _CONTAINERS else ()
+    children = config[_PARTS[class_name]] if class_name in _PARTS else ()
     return {class_name}.union(*(_classes(child["class"], child["config"]) for child in children))
 
 
@@ -412,12 +437,18 @@ def _made(class_name: str, config: Mapping[str, Any], namespace: ModuleType, own
     """A layer from its configuration; one made of layers has theirs in it."""
     if class_name in own:
         return own[class_name](**config)
-    if class_name not in _LAYERS + _MODELS:
+    if class_name not in _LAYERS + _MODELS + _OPERATORS:
         raise ValueError(_unknown(class_name))
-    made = getattr(namespace.models if class_name in _MODELS else namespace, class_name)
-    if class_name not in _CONTAINERS:
+    home = {**dict.fromkeys(_MODELS, "models"), **dict.fromkeys(_OPERATORS, "operators")}.get(class_name)
+    made = getattr(namespace if home is None else getattr(namespace, home), class_name)
+    if class_name not in _PARTS:
         return made(**config)
-    return made(*(_made(child["class"], child["config"], namespace, own) for child in config["layers"]))
+    parts = config[_PARTS[class_name]]
+    layers = [_made(child["class"], child["config"], namespace, own) for child in parts]
+    if class_name != "Graph":
+        return made(*layers)
+    nodes = [(part["name"], (layer, *part["inputs"])) for part, layer in zip(parts, layers, strict=True)]
+    return made(config["inputs"], nodes, config["outputs"], without_time=config["without_time"])
 
 
 def _unknown(class_name: Any) -> str:

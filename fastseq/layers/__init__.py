@@ -11,6 +11,8 @@ from fastseq.layers.conv import Conv1d
 from fastseq.layers.directions import LastOfDirections, MergeDirections, Reverse
 from fastseq.layers.dropout import Dropout
 from fastseq.layers.embedding import Embedding
+from fastseq.layers.graph import Graph
+from fastseq.layers.joining import Add, Concatenate, Multiply, Slice
 from fastseq.layers.linear import Linear
 from fastseq.layers.norm import LayerNorm, RMSNorm
 from fastseq.layers.pooling import AvgPool1d, LastStep, MaxOverTime, MaxPool1d, MeanOverTime
@@ -30,11 +32,14 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Add",
     "AdditiveAttention",
     "AvgPool1d",
+    "Concatenate",
     "Conv1d",
     "Dropout",
     "Embedding",
+    "Graph",
     "LastOfDirections",
     "LastStep",
     "Layer",
@@ -47,6 +52,7 @@ __all__ = [
     "MergeDirections",
     "MultiheadAttention",
     "MultiplicativeAttention",
+    "Multiply",
     "RMSNorm",
     "ReLU",
     "Reverse",
@@ -55,6 +61,7 @@ __all__ = [
     "SiLU",
     "Sigmoid",
     "SinusoidalPositions",
+    "Slice",
     "Softmax",
     "Tanh",
     "Transformer",

@@ -18,6 +18,7 @@ from fastseq import checks, elsewhere, io
 from fastseq.backend import COMPILED, Backend
 from fastseq.checks import Array
 from fastseq.layers import settings
+from fastseq.layers.connectable import Connectable
 from fastseq.layers.narrowing import Narrowable, real
 from fastseq.layers.rows import cleared
 from fastseq.layers.settings import Dtype
@@ -142,7 +143,7 @@ class LayerType(ABCMeta):
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-class Layer(Narrowable, metaclass=LayerType):
+class Layer(Narrowable, Connectable, metaclass=LayerType):
     """A set of named parameters and a configuration; the base of all layers, and of your own.
 
     A layer holds no activations: `forward` returns what `backward` needs, on a tape. A class of your own has an

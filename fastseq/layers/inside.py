@@ -20,10 +20,12 @@ from fastseq.checks import Array
 from fastseq.layers.additive_attention import AdditiveAttention, Alignment, AttentionSteps
 from fastseq.layers.attention import Frame
 from fastseq.layers.base import Composite, Layer, Tape
+from fastseq.layers.graph import Graph
 from fastseq.layers.linear import Linear, TiedOutput
 from fastseq.layers.positions import LearnedPositions, SinusoidalPositions
 from fastseq.layers.recurrent import Recurrent
 from fastseq.layers.rows import Rows
+from fastseq.layers.sequential import Sequential
 from fastseq.layers.transformer.block import Context, Runs
 from fastseq.layers.transformer.decoder import Decodes
 from fastseq.state import AttentionState, State, adopt
@@ -54,6 +56,7 @@ __all__ = [
     "forward_rows",
     "initial_arrays",
     "input_table",
+    "last_layers",
     "memory_state",
     "norm_parameters",
     "packed",
@@ -66,6 +69,7 @@ __all__ = [
     "run_symbols",
     "split_cells",
     "start_state",
+    "timed_outputs",
 ]
 
 
@@ -139,6 +143,24 @@ def norm_parameters(layer: Layer) -> set[str]:
 def row_blocks(layer: Layer, name: str) -> list[int]:
     """Return how the rows of a matrix divide into matrices of their own: of each gate, or of q, k and v."""
     return layer._row_blocks(name)
+
+
+# Containers.
+
+
+def last_layers(layer: Layer) -> list[Layer]:
+    """Return the layer that gives each output, of the innermost containers."""
+    if isinstance(layer, Sequential):
+        return last_layers(layer[-1])
+    if isinstance(layer, Graph):
+        nodes = [layer.nodes[layer._wiring.source(value)].layer for value in layer._wiring.outputs.values()]
+        return [node if isinstance(node, Graph) and len(node.outputs) > 1 else last_layers(node)[0] for node in nodes]
+    return [layer]
+
+
+def timed_outputs(graph: Graph) -> dict[str, bool]:
+    """Return which outputs of a graph have an axis of time, by name."""
+    return {name: graph._wiring.timed[value] is not False for name, value in graph._wiring.outputs.items()}
 
 
 # Packed weights.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from fastseq import checks, elsewhere, threads
 from fastseq.checks import Array
 from fastseq.layers.base import SEQUENCE, Configured, Tape, mask_seed
+from fastseq.layers.connectable import OUTPUT, Timed, Values
 from fastseq.layers.derived import Derived
 from fastseq.layers.settings import KW_ONLY, Dtype, choice, flag, floating, fraction, random_seed, size
 from fastseq.state import LSTMState, State, adopt
@@ -448,6 +449,47 @@ class Recurrent(Configured):
 
     def _step_on(self, x_t: Array, state: Any) -> tuple[Array, State]:
         return self.step(x_t, state)
+
+    def _last_states(self, state: State) -> Values:
+        """Return the arrays of a state in the last layer, directions side by side: (B, D * H)."""
+        last = {name: array[:, -self._directions :] for name, array in zip(state._fields, state, strict=True)}
+        return {name: array.reshape(len(array), self._directions * array.shape[2]) for name, array in last.items()}
+
+    def _values(self) -> tuple[str, ...]:
+        return OUTPUT, *self._state_class._fields
+
+    def _times_after(self, timed: Sequence[Timed]) -> dict[str, Timed]:
+        return super()._times_after(timed) | dict.fromkeys(self._state_class._fields, False)
+
+    def _widths_through(self, widths: Sequence[int | None]) -> tuple[dict[str, int | None], str | None]:
+        after, fault = super()._widths_through(widths)
+        sizes = {"h": self._directions * self._output_size, "c": self._directions * self.hidden_size}
+        return after | {name: sizes[name] for name in self._state_class._fields}, fault
+
+    def _run_values(
+        self, arrays: Sequence[Array], state: Any, lengths: Array | None, resets: Any
+    ) -> tuple[Values, State]:
+        values, end = super()._run_values(arrays, state, lengths, resets)
+        return values | self._last_states(end), end
+
+    def _forward_values(
+        self, arrays: Sequence[Array], state: Any, lengths: Array | None, resets: Any, seed: int
+    ) -> tuple[Values, State, Tape]:
+        values, end, tape = super()._forward_values(arrays, state, lengths, resets, seed)
+        return values | self._last_states(end), end, tape
+
+    def _backward_values(
+        self, dvalues: Mapping[str, Array], tape: Tape, count: int, truncate: int | None, grads: Any
+    ) -> tuple[Array | None, ...]:
+        if len(dvalues) == 1:
+            return super()._backward_values(dvalues, tape, count, truncate, grads)
+        batch = len(dvalues[OUTPUT])
+        arrays = [array for array in self._zeros(batch) if array is not None]
+        for name, array in zip(self._state_class._fields, arrays, strict=True):
+            if name in dvalues:
+                array[:, -self._directions :] = dvalues[name].reshape(batch, self._directions, array.shape[2])
+        dstate = self._state_class(*arrays)
+        return (self.backward(dvalues[OUTPUT], tape, dstate=dstate, truncate=truncate, grads=grads)[0],)
 
     def _check_step(self, x_t: Any, state: Any, out: Any) -> tuple[Array, Array, Array | None]:
         """The arguments of a step as the operations want them; what is wrong with them, if anything."""

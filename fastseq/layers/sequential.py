@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,20 +15,26 @@ from fastseq.layers.base import (
     POOLING,
     SEQUENCE,
     TIMES,
-    Composite,
     Layer,
     Tape,
     child_seed,
-    is_ours,
     mask_seed,
     under,
 )
+from fastseq.layers.connectable import OUTPUT
+from fastseq.layers.containers import (
+    Container,
+    check_takes,
+    declares_widths,
+    describe_no_layer,
+    found_twice,
+    locate,
+    shortened,
+)
 from fastseq.layers.rows import cleared
 
-SHOWN_WIDTH = 80  # characters of layers in a `repr`, at most
 
-
-class Sequential(Composite):
+class Sequential(Container):
     """Layers in order: the outputs of each are the inputs of the next.
 
     `lengths` are passed to every layer whose `time` is not "pointwise", up to the first that pools; outputs of
@@ -49,32 +54,29 @@ class Sequential(Composite):
         pooled = None
         for place, layer in enumerate(layers):
             if not isinstance(layer, Layer):
-                raise TypeError(f"layers[{place}] should be a layer, not {_not_a_layer(layer)}")
+                raise TypeError(f"layers[{place}] should be a layer, not {describe_no_layer(layer)}")
             if layer.dtype != layers[0].dtype:
                 raise ValueError(
                     f"layers should be of one dtype, not {layers[0].dtype} and, layers[{place}], {layer.dtype}"
                 )
             checks.choice(f"layers[{place}].time", layer.time, TIMES)
-            _check_one_input(f"layers[{place}]", layer)
+            check_takes(f"layers[{place}]", layer, 1)
+            if layer._arity_fault(1) is not None or OUTPUT not in layer._values():
+                raise TypeError(f"layers[{place}] should take one input and give one output, not as {layer!r} does")
             if pooled is not None and layer.time != POINTWISE:
                 raise ValueError(
                     f"layers[{place}], a {type(layer).__name__}, should stand before layers[{pooled}], a"
                     f" {type(layers[pooled]).__name__}, which leaves no axis of time"
                 )
             pooled = place if layer.time == POOLING else pooled
-        parts = [part for layer in layers for part in _parts(layer)]
-        twice = next((part for place, part in enumerate(parts) if any(part is other for other in parts[:place])), None)
+        twice = found_twice(layers)
         if twice is not None:
             raise ValueError(f"layers should hold every layer once, but {twice!r} is there twice")
         _check_widths(layers)
         self.dtype = layers[0].dtype
         self._children = {str(place): layer for place, layer in enumerate(layers)}
         self._config = {"layers": [{"class": type(layer).__name__, "config": layer._config} for layer in layers]}
-        types = sorted({layer._weight_type for layer in layers} - {"float32"})
-        if len(types) > 1:
-            raise ValueError(f"layers should have narrow weights of one type, not of {' and '.join(types)}")
-        if types:
-            Layer._become_twin(self, types[0])
+        self._become_twin_of_twins()
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -86,11 +88,6 @@ class Sequential(Composite):
         """How the layers together treat the axis of time: "pooling", "sequence" or "pointwise"."""
         times = {layer.time for layer in self}
         return next(time for time in (POOLING, SEQUENCE, POINTWISE) if time in times)
-
-    @property
-    def carries_state(self) -> bool:  # type: ignore[override]
-        """Whether one of the layers carries a state."""
-        return any(layer.carries_state for layer in self)
 
     def __len__(self) -> int:
         return len(self._children)
@@ -150,7 +147,7 @@ class Sequential(Composite):
             try:
                 x, end = layer.run(x, start, lengths=lengths, resets=resets if layer.carries_state else None)
             except (TypeError, ValueError) as error:
-                _locate(error, place, layer)
+                locate(error, f"layers[{place}]", layer)
                 raise
             x, lengths = self._passed_on(layer, x, lengths, start)
             ends.append(end)
@@ -191,7 +188,7 @@ class Sequential(Composite):
             try:
                 x_t, ends[place] = layer._step_on(x_t, ends[place])
             except (TypeError, ValueError) as error:
-                _locate(error, place, layer)
+                locate(error, f"layers[{place}]", layer)
                 raise
             if x_t is None:
                 break
@@ -240,7 +237,7 @@ class Sequential(Composite):
                     x, start, lengths=lengths, resets=own, seed=child_seed(seed, place)
                 )
             except (TypeError, ValueError) as error:
-                _locate(error, place, layer)
+                locate(error, f"layers[{place}]", layer)
                 raise
             before = lengths
             x, lengths = self._passed_on(layer, x, lengths, start)
@@ -295,10 +292,6 @@ class Sequential(Composite):
         children: Iterator[Any] = iter(self)
         return tuple(layer.initial_state(count) if layer.carries_state else None for layer in children)
 
-    def unstreamable(self) -> str | None:
-        """Return why the layers cannot be trained on consecutive chunks of streams; None where they can."""
-        return next((why for layer in self if (why := layer.unstreamable()) is not None), None)
-
     def _states(self, state: Any, resets: Any) -> tuple[Any, ...]:
         """Check the states, and return one for each layer, None for zeros."""
         if not self.carries_state:
@@ -336,9 +329,6 @@ class Sequential(Composite):
             lengths = layer._lengths_after(lengths, start)
         return lengths
 
-    def _saved_parts(self) -> list[Layer]:
-        return [self, *(part for layer in self for part in layer._saved_parts())]
-
     def _restored(self, arrays: Mapping[str, Any], weight_type: str) -> Sequential:
         children = self._children.items()
         return type(self)(*(layer._restored(under(name, arrays), weight_type) for name, layer in children))
@@ -354,12 +344,7 @@ class Sequential(Composite):
         return type(self)(*(copy.copy(layer) for layer in self))
 
     def _brief(self) -> str:
-        made = [layer._brief() for layer in self]
-        shown = len(made)
-        while shown > 1 and sum(len(text) + 2 for text in made[:shown]) > SHOWN_WIDTH:
-            shown -= 1
-        more = [f"... {len(made) - shown} more"] if shown < len(made) else []
-        return f"{type(self).__name__}({', '.join([*made[:shown], *more])})"
+        return f"{type(self).__name__}({', '.join(shortened([layer._brief() for layer in self]))})"
 
     def _summary_rows(
         self, prefix: str, timed: bool = True, width: int | None = None
@@ -367,7 +352,7 @@ class Sequential(Composite):
         rows = []
         for name, layer in self._children.items():
             own = f"{prefix}.{name}" if prefix else name
-            if isinstance(layer, Sequential):
+            if isinstance(layer, Container):
                 rows += layer._summary_rows(own, timed, width)
             else:
                 rows.append((own, layer._brief(), layer._output_form(timed, width), layer._count()))
@@ -377,11 +362,11 @@ class Sequential(Composite):
 
     def _takes(self) -> int | None:
         first = self[0]
-        return first._takes() if _declares_widths(first) else None
+        return first._takes() if declares_widths(first) else None
 
     def _width_after(self, width: int | None) -> int | None:
         for layer in self:
-            width = layer._width_after(width) if _declares_widths(layer) else None
+            width = layer._width_after(width) if declares_widths(layer) else None
         return width
 
     def _gives(self) -> int | None:
@@ -417,17 +402,11 @@ class ZeroPadded(Sequential):
         return x, counts
 
 
-def _not_a_layer(value: object) -> str:
-    """Describe a value that should be a layer, with a hint where it is a list."""
-    hint = "; layers are given one by one: Sequential(*layers)" if isinstance(value, list | tuple) else ""
-    return f"{checks.describe(value)}{hint}"
-
-
 def _check_widths(layers: Sequence[Layer]) -> None:
     """Raise an error where the sizes of outputs and of the next inputs are known and differ."""
     width, source = None, 0  # of the outputs of the layer before; the layer that determines it
     for place, layer in enumerate(layers):
-        if not _declares_widths(layer):
+        if not declares_widths(layer):
             width = None
             continue
         takes = layer._takes()
@@ -437,32 +416,3 @@ def _check_widths(layers: Sequence[Layer]) -> None:
                 f" gives, but {layer._brief()} takes vectors of {takes}"
             )
         width, source = layer._width_after(width), place if layer._gives() is not None else source
-
-
-def _declares_widths(layer: Layer) -> bool:
-    """Return whether the sizes that a layer declares hold: not where a user's subclass has its own ``__call__``."""
-    return is_ours(type(layer).__call__)
-
-
-def _locate(error: Exception, place: int, layer: Layer) -> None:
-    """Add to the message of an error in which layer it occurred."""
-    if len(error.args) == 1 and isinstance(error.args[0], str):
-        error.args = (f"layers[{place}], a {type(layer).__name__}: {error.args[0]}",)
-
-
-def _parts(layer: Layer) -> Iterator[Layer]:
-    """Yield a layer and, recursively, its children."""
-    yield layer
-    if isinstance(layer, Composite):
-        for child in layer._children.values():
-            yield from _parts(child)
-
-
-def _check_one_input(name: str, layer: Layer) -> None:
-    """Raise an error for a layer that cannot be called with one input."""
-    if not callable(layer):
-        raise TypeError(f"{name} should be a layer that can be called, not {layer!r}")
-    try:
-        inspect.signature(layer).bind(None)
-    except TypeError as error:
-        raise TypeError(f"{name} should take one input, not as a {type(layer).__name__} does: {error}") from None

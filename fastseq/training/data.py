@@ -24,11 +24,11 @@ class Batch(NamedTuple):
 
     Attributes
     ----------
-    inputs : ndarray of shape (B, T) or (B, T, I)
-        Ids, or values.
-    targets : ndarray or None
+    inputs : ndarray of shape (B, T) or (B, T, I), or dict of ndarray
+        Ids, or values; of a graph with several inputs by name.
+    targets : ndarray, dict of ndarray, or None
         What should come out: with a time axis as `inputs`, or (B,), one for each sequence; with one of its own where
-        there are `target_lengths`. None where the model knows by itself.
+        there are `target_lengths`; of a graph with several outputs by name. None where the model knows by itself.
     lengths : ndarray of shape (B,) or None
         The real steps of each row; None: all of them.
     fresh : ndarray of shape (B,), bool, or None
@@ -38,8 +38,8 @@ class Batch(NamedTuple):
         The real steps of each row of targets, where those are sequences of other lengths than the inputs.
     """
 
-    inputs: Array
-    targets: Array | None = None
+    inputs: Any
+    targets: Any = None
     lengths: Array | None = None
     fresh: Array | None = None
     target_lengths: Array | None = None
@@ -50,7 +50,9 @@ class Batch(NamedTuple):
         more = 0 if self.target_lengths is None else int(self.target_lengths.sum())
         if self.lengths is not None:
             return int(self.lengths.sum()) + more
-        return int(np.prod(self.inputs.shape[:2])) + more
+        arrays = list(self.inputs.values()) if isinstance(self.inputs, Mapping) else [self.inputs]
+        timed = [array for array in arrays if array.ndim > 2 or array.dtype.kind in "iu"]  # not a vector for each row
+        return max(int(np.prod(array.shape[:2])) for array in timed or arrays) + more
 
 
 class Data(ABC):
@@ -645,17 +647,21 @@ class Listed(Data):
             if not isinstance(batch, tuple) or not 1 <= len(batch) <= len(Batch._fields):
                 raise TypeError(f"{name}[{i}] should be a Batch, not {checks.describe(batch)}{_AS_TUPLE}")
             made = Batch(*batch)
-            arrays = {
-                field: None if value is None else checks.as_array(f"{name}[{i}].{field}", value)
-                for field, value in made._asdict().items()
-            }
-            self._made.append(Batch(**arrays))  # type: ignore[arg-type]
+            arrays = {field: _arrays(f"{name}[{i}].{field}", value) for field, value in made._asdict().items()}
+            self._made.append(Batch(**arrays))
 
     def __len__(self) -> int:
         return len(self._made)
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         yield from self._made[start:]
+
+
+def _arrays(name: str, value: Any) -> Any:
+    """An array, or arrays by name; None stays None."""
+    if isinstance(value, Mapping):
+        return {key: checks.as_array(f"{name}[{key!r}]", one) for key, one in value.items()}
+    return None if value is None else checks.as_array(name, value)
 
 
 _AS_TUPLE = "; x and y are given as a tuple (x, y) of arrays or lists of rows"

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastseq import checks
 from fastseq.checks import Array
-from fastseq.layers import Sequential, Sigmoid, Softmax, inside
+from fastseq.layers import Graph, Sigmoid, Softmax, inside
 from fastseq.layers.base import POOLING, Layer
 from fastseq.losses import counting
 from fastseq.state import ArrayState
@@ -125,14 +125,9 @@ class Learner:
         return result
 
     def _count(self, counts: list[int], batch: Batch) -> int:
-        """Over how many elements a mean was taken: as reported, where that is one number, else the real steps."""
-        if counts and min(counts) == max(counts):
-            return counts[0]
+        """Over how many elements a mean was taken."""
         assert batch.targets is not None
-        if self.model.time == POOLING:
-            return len(batch.targets)
-        lengths = self._lengths(batch)
-        return int(np.prod(batch.targets.shape[:2]) if lengths is None else lengths.sum())
+        return _counted(counts, batch.targets, self._lengths(batch), self.model.time != POOLING)
 
 
 class LayerLearner(Learner):
@@ -142,18 +137,14 @@ class LayerLearner(Learner):
         self, layer: Any, loss: arguments.Loss, truncate: int | None, metrics: Mapping[str, Callable[..., Any]]
     ) -> None:
         super().__init__(layer, truncate, {}, metrics)
-        self._loss, self.label = loss.function, loss.label
+        self._loss, self.label = loss, loss.label
         self.unit = self.unit or loss.unit
-        self._check_logits(layer)
-        self._loss_takes_lengths = takes(loss.function, "lengths")
+        self._check_logits(inside.last_layers(layer)[0], loss)
 
-    def _check_logits(self, layer: Any) -> None:
+    def _check_logits(self, last: Any, loss: arguments.Loss) -> None:
         """Warn of a last layer whose outputs are no logits, which the loss takes them for."""
-        last = layer
-        while isinstance(last, Sequential):
-            last = last[-1]
         for kind, label in ((Softmax, "cross-entropy"), (Sigmoid, "binary cross-entropy")):
-            if isinstance(last, kind) and self.label == label:
+            if isinstance(last, kind) and loss.label == label:
                 checks.warn(
                     f"model should end in logits with the loss {label}, which takes the {kind.__name__.lower()} itself,"
                     f" not in {inside.constructor_call(last)}: leave that layer out"
@@ -201,28 +192,39 @@ class LayerLearner(Learner):
             self._check_carries("data")
         return {"lengths": batch.lengths} if state is None else {"state": state, "lengths": batch.lengths}
 
-    def _loss_of(self, y: Array, batch: Batch) -> tuple[float, int, Array]:
-        targets, lengths = batch.targets, self._lengths(batch)
-        if targets is None:
+    def _loss_of(self, y: Any, batch: Batch) -> tuple[float, int, Any]:
+        if batch.targets is None:
             raise ValueError("data should give batches with targets where a layer is trained with a loss")
-        if self.model.time != POOLING and targets.ndim == 1 and y.ndim > 2:
+        if isinstance(y, dict):
+            raise ValueError(
+                f"loss should be a mapping from {', '.join(map(repr, y))} to losses where a graph has several outputs"
+            )
+        return self._loss_between(self._loss, y, batch.targets, self.model.time != POOLING, batch)
+
+    def _loss_between(
+        self, loss: arguments.Loss, y: Array, targets: Array, timed: bool, batch: Batch
+    ) -> tuple[float, int, Array]:
+        """The loss of one output, over how many elements it is a mean, and its gradient."""
+        lengths = batch.lengths if timed else None
+        if timed and targets.ndim == 1 and y.ndim > 2:
             raise ValueError(
                 f"targets should have an axis of time as the outputs {y.shape} have, not the shape {targets.shape}; for"
                 " one target a row put fastseq.LastStep(), MeanOverTime() or MaxOverTime() where time should end"
             )
         options = {}
-        if lengths is not None and self._loss_takes_lengths:
+        if lengths is not None and takes(loss.function, "lengths"):
             options["lengths"] = lengths
         elif lengths is not None and (lengths < y.shape[1]).any():
             raise ValueError("loss should take lengths where data gives padded batches")
         with counting() as counts:
-            result = self._loss(y, targets, **options)
+            result = loss.function(y, targets, **options)
         if not isinstance(result, tuple) or len(result) not in (2, 3):
             raise TypeError(
                 f"loss should return (mean, gradient) or (mean, gradient, count), not {checks.describe(result)}"
             )
         value, gradient, *told = result
-        return float(value), checks.size("the count of loss", *told) if told else self._count(counts, batch), gradient
+        count = checks.size("the count of loss", *told) if told else _counted(counts, targets, lengths, timed)
+        return float(value), count, gradient
 
     def forward(self, batch: Batch, state: Any, seed: int) -> tuple[float, int, Any, Any]:  # noqa: D102
         y, state, tape = self.model.forward_carrying(batch.inputs, seed=seed, **self._options(batch, state))
@@ -237,6 +239,57 @@ class LayerLearner(Learner):
         y, state = self.model.run(batch.inputs, **self._options(batch, state))
         value, count, _ = self._loss_of(y, batch)
         return Evaluation(value, count, state, self._measured(y, batch))
+
+
+class HeadsLearner(LayerLearner):
+    """A graph with several outputs and a loss for some of them: their sum."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        losses: Mapping[str, arguments.Loss],
+        truncate: int | None,
+        metrics: Mapping[str, Callable[..., Any]],
+    ) -> None:
+        Learner.__init__(self, graph, truncate, {}, metrics)
+        unknown = checks.are((repr(name) for name in losses if name not in graph.outputs), "unknown")
+        if unknown or not losses:
+            outputs = ", ".join(map(repr, graph.outputs))
+            raise ValueError(
+                f"loss should have losses of the outputs {outputs}: {unknown[0] if unknown else 'it is empty'}"
+            )
+        if metrics:
+            raise ValueError("metrics should be left out where loss is a mapping, with a loss for each output")
+        self._losses = dict(losses)
+        self._timed = inside.timed_outputs(graph)
+        for name, last in zip(graph.outputs, inside.last_layers(graph), strict=True):
+            if name in losses:
+                self._check_logits(last, losses[name])
+
+    def _loss_of(self, y: Any, batch: Batch) -> tuple[float, int, Any]:
+        """The sum of all losses; it counts as often as the first of them does."""
+        y = y if isinstance(y, dict) else dict.fromkeys(self._losses, y)
+        targets = batch.targets
+        if not isinstance(targets, Mapping) or set(targets) != set(self._losses):
+            raise ValueError(
+                f"data should give batches whose targets are a mapping from {', '.join(map(repr, self._losses))} to"
+                f" arrays, not {checks.describe(targets)}"
+            )
+        total, counts, gradients = 0.0, [], {}
+        for name, loss in self._losses.items():
+            value, count, gradients[name] = self._loss_between(loss, y[name], targets[name], self._timed[name], batch)
+            total += value
+            counts.append(count)
+        return total, counts[0], gradients
+
+
+def _counted(counts: list[int], targets: Array, lengths: Array | None, timed: bool) -> int:
+    """Over how many elements a mean was taken: as reported, where that is one number, else the real steps."""
+    if counts and min(counts) == max(counts):
+        return counts[0]
+    if not timed:
+        return len(targets)
+    return int(np.prod(targets.shape[:2]) if lengths is None else lengths.sum())
 
 
 def takes(function: Any, name: str) -> bool:
@@ -268,6 +321,11 @@ def learner_of(model: Any, loss: Any, truncate: Any, options: Any, metrics: Mapp
         if loss is not None:
             raise ValueError(f"loss should be None where the model has its own: {model!r}")
         return Learner(model, truncate, given, metrics)
+    if isinstance(loss, Mapping):
+        if not isinstance(model, Graph):
+            raise TypeError(f"loss should be a mapping only where model is a Graph, not {model!r}")
+        losses = {name: arguments.loss_of(one, model.dtype) for name, one in checks.mapping("loss", loss).items()}
+        return HeadsLearner(model, losses, truncate, metrics)
     return LayerLearner(model, arguments.loss_of(loss, model.dtype), truncate, metrics)
 
 

@@ -121,7 +121,7 @@ def fit(
     model: Layer,
     data: Any,
     *,
-    loss: Callable[..., tuple[float, Array]] | str | None = None,
+    loss: Callable[..., tuple[float, Array]] | str | Mapping[str, Any] | None = None,
     optimiser: Optimiser | str | None = None,
     lr: float | None = None,
     schedule: Any = None,
@@ -156,11 +156,13 @@ def fit(
         A tuple is ``(x, y)`` or ``(x, y, lengths)``: sequences and the target of each, or of each of its steps. They
         are arrays whose first axis is that of the sequences, or lists of rows, which may be of unequal lengths; they
         become `PaddedBatches`. Data may also be anything with ``batches(epoch, start)`` and a length.
-    loss : callable or str, optional
+    loss : callable, str, or mapping from str, optional
         For a layer: ``loss(outputs, targets) -> (mean, gradient)``, see `fastseq.losses`, or "cross_entropy",
         "mean_squared_error", "binary_cross_entropy" or "huber". It gets ``lengths`` where the batch has them and the
         outputs an axis of time. A third result says over how many elements the mean is taken, by which batches are
         weighted in the means over an epoch and the validation data; losses of this package say it by themselves.
+        For a graph with several outputs a mapping from their names to losses, whose sum is the loss; data is a list of
+        `Batch`, whose targets are a mapping, too.
     optimiser : Optimiser or str, optional
         Or "sgd", "rmsprop", "adam" or "adamw". ``AdamW(model)`` by default.
     lr : float, optional

@@ -105,6 +105,8 @@ def dense() -> Iterator[tuple[str, Case]]:
         ),
         "MaxPool1d": lambda dtype: fs.MaxPool1d(3, 2, padding=1, dtype=dtype),
         "AvgPool1d": lambda dtype: fs.AvgPool1d(4, 3, padding="same", count_include_pad=False, dtype=dtype),
+        "Slice": lambda dtype: fs.Slice(3, 20, dtype=dtype),
+        "Graph": _graph,
         "Sequential": lambda dtype: fs.Sequential(
             fs.Linear(40, 24, dtype=dtype, seed=1),
             fs.GRU(24, 33, dtype=dtype, seed=2),
@@ -118,10 +120,45 @@ def dense() -> Iterator[tuple[str, Case]]:
     for name, make_layer in layers.items():
         yield name, _of_dense(make_layer, _takes_lengths(name))
     yield "Embedding", _embedding
+    joining: dict[str, Callable[[str], Any]] = {
+        "Add": lambda dtype: fs.Add(dtype=dtype),
+        "Multiply": lambda dtype: fs.Multiply(dtype=dtype),
+        "Concatenate": lambda dtype: fs.Concatenate(dtype=dtype),
+    }
+    for name, make_layer in joining.items():
+        yield name, _of_joining(make_layer)
+
+
+def _graph(dtype: str) -> Any:
+    return fs.Graph(
+        "x",
+        {
+            "hidden": (fs.GRU(40, 33, dtype=dtype, seed=1), "x"),
+            "gate": (fs.Linear(40, 33, dtype=dtype, seed=2), "x"),
+            "gated": (fs.Multiply(dtype=dtype), "hidden", "gate", "dropped"),
+            "dropped": (fs.Dropout(0.1, dtype=dtype), "hidden"),
+            "mean": (fs.MeanOverTime(dtype=dtype), "gated"),
+            "end": (fs.Sequential(fs.Slice(4, 24, dtype=dtype)), "mean"),
+            "both": (fs.Concatenate(dtype=dtype), "gated", "end"),
+            "skip": (fs.Add(dtype=dtype), "both", "wide"),
+            "wide": (fs.Linear(40, 53, dtype=dtype, seed=3), "x"),
+        },
+        "skip",
+    )
+
+
+def _of_joining(make_layer: Callable[[str], Any]) -> Case:
+    def case(dtype: str) -> Any:
+        layer = make_layer(dtype)
+        arrays = [inputs(shape, dtype, 3 + i) for i, shape in enumerate(((5, 9, 14), (5, 1, 14), (1, 9, 14)))]
+        y, tape = layer.forward(*arrays)
+        return [layer(*arrays), y, layer.backward(inputs(y.shape, dtype, 9), tape)]
+
+    return case
 
 
 def _takes_lengths(name: str) -> bool:
-    over_time = ("LastStep", "MeanOverTime", "MaxOverTime", "MaxPool1d", "AvgPool1d", "Sequential")
+    over_time = ("LastStep", "MeanOverTime", "MaxOverTime", "MaxPool1d", "AvgPool1d", "Sequential", "Graph")
     return name in over_time or name.startswith("Conv1d")
 
 

@@ -16,6 +16,7 @@ DEFAULTS = {
     "AvgPool1d": "padding=0, count_include_pad=True",
     "Conv1d": "stride=1, padding=0, dilation=1, groups=1, bias=True",
     "Dropout": "p=0.5",
+    "Graph": "without_time=()",
     "GELU": "approximate='none'",
     "GRU": "num_layers=1, reset_after=True, bias=True, dropout=0.0, bidirectional=False",
     "LSTM": "num_layers=1, proj_size=0, layer_norm=False, bias=True, dropout=0.0, bidirectional=False",

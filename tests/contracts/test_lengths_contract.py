@@ -791,6 +791,86 @@ def _chain_of_values(root: Any, dtype: str, name: str, setting: dict[str, Any]) 
     return Case({"x": values(COUNTS, 3, dtype), "dy": values(COUNTS, 2, dtype, 1)}, {"lengths": "x"}, run)
 
 
+# Layers that read each other's outputs: with an axis of time, without, and both joined.
+
+
+def graph(root: Any, dtype: str, pooled: bool) -> Any:
+    of = {"dtype": dtype}
+    nodes = {
+        "embedded": (of_symbols(root, dtype), "ids"),
+        "joined": (root.Concatenate(**of), "embedded", "x", "speaker"),
+        "hidden": (root.GRU(13, 6, seed=2, **of), "joined"),
+        "gate": (root.Sigmoid(**of), "skip"),
+        "skip": (root.Linear(13, 6, seed=3, **of), "joined"),
+        "gated": (root.Multiply(**of), "hidden", "gate"),
+        "inner": (
+            root.Graph("a", {"b": (root.MultiheadAttention(6, 2, seed=4, **of), "a")}, "b"),
+            "gated",
+        ),
+        "mean": (root.MeanOverTime(**of), "inner"),
+        "steps": (root.Add(**of), "mean", "gated", "inner"),
+        "row": (root.Linear(6, 4, seed=5, **of), "mean"),
+    }
+    outputs = {"end": "row"} if pooled else {"steps": "steps", "row": "row"}
+    if pooled:
+        del nodes["steps"]
+    return alive(root.Graph(("ids", "x", "speaker"), nodes, outputs, without_time="speaker"))
+
+
+def graph_case(root: Any, dtype: str, pooled: bool, run: Callable[..., Any]) -> Case:
+    layer = graph(root, dtype, pooled)
+
+    def run_all(ids: Any, x: Any, speaker: Any, lengths: Any = None, **more: Any) -> dict[str, Any]:
+        return dict(run(layer, {"ids": ids, "x": x, "speaker": speaker}, lengths, **more))
+
+    whole = {"speaker": np.stack(values((1,) * ROWS, 2, dtype, 7))[:, 0]}
+    if run is graph_trained:
+        whole["drow"] = np.stack(values((1,) * ROWS, 4, dtype, 8))[:, 0]
+    rows = {"ids": ids(COUNTS, SYMBOLS), "x": values(COUNTS, 3, dtype, 6)}
+    return Case(rows, {"lengths": "x"}, run_all, whole)
+
+
+def graph_outputs(y: Any) -> dict[str, Any]:
+    return {"steps": Steps(y["steps"], "x"), "row": Each(y["row"])} if isinstance(y, dict) else {"row": Each(y)}
+
+
+def graph_called(layer: Any, x: Any, lengths: Any) -> dict[str, Any]:
+    return graph_outputs(layer(x, lengths=lengths))
+
+
+def graph_run(layer: Any, x: Any, lengths: Any) -> dict[str, Any]:
+    _, state = layer.run(x, lengths=lengths)
+    y, state = layer.run(x, state, lengths=lengths)
+    return graph_outputs(y) | {"state": Each(state["hidden"])}
+
+
+def graph_trained(layer: Any, x: Any, lengths: Any, drow: Any) -> dict[str, Any]:
+    y, tape = layer.forward(x, lengths=lengths)
+    grads = no_grads(layer)
+    dy = {"row": drow, "steps": np.cos(y["steps"])} if isinstance(y, dict) else drow
+    dx = layer.backward(dy, tape, grads=grads)
+    assert dx["ids"] is None
+    return graph_outputs(y) | {"dx": Steps(dx["x"], "x"), "dspeaker": Each(dx["speaker"]), "grads": Summed(grads)}
+
+
+def graph_carried(layer: Any, x: Any, lengths: Any) -> dict[str, Any]:
+    _, state = layer.run(x, lengths=lengths)
+    y, state, _ = layer.forward_carrying(x, state, lengths=lengths)
+    return graph_outputs(y) | {"state": Each(state["hidden"])}
+
+
+for _name, _run in {
+    "__call__": graph_called,
+    "run": graph_run,
+    "forward": graph_trained,
+    "forward_carrying": graph_carried,
+}.items():
+    CONTRACTS[f"Graph.{_name}"] = {
+        variant: lambda root, dtype, pooled=pooled, run=_run: graph_case(root, dtype, pooled, run)
+        for variant, pooled in (("of_steps_and_rows", False), ("of_rows", True))
+    }
+
+
 # One output for each row.
 
 OVER_TIME = ("LastStep", "MeanOverTime", "MaxOverTime")

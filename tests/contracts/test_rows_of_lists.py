@@ -26,6 +26,9 @@ TAKES_ROWS = {
     "MaxPool1d": lambda m: m.MaxPool1d(2, 1, padding="same"),
     "AvgPool1d": lambda m: m.AvgPool1d(2, 1, padding="same"),
     "Sequential": lambda m: m.Sequential(m.Linear(2, 3, seed=0), m.Sequential(m.GRU(3, 4, seed=0))),
+    "Graph": lambda m: m.Graph(
+        "x", {"a": (m.Linear(2, 3, seed=0), "x"), "b": (m.Concatenate(), "a", "x"), "y": (m.GRU(5, 4), "b")}, "y"
+    ),
     "pointwise": lambda m: m.Sequential(m.Linear(2, 3, seed=0), m.ReLU()),
     "classifier": lambda m: m.Sequential(m.GRU(2, 3, seed=0), m.LastStep(), m.Linear(3, 2, seed=1)),
 }

@@ -55,6 +55,7 @@ def write(kind: str, path: Path) -> Callable[[Path], Any]:
     made = {
         "layer": lambda: fs.GRU(2, 3, seed=0),
         "sequential": lambda: fs.Sequential(fs.Linear(2, 3, seed=0), fs.ReLU(), fs.Linear(3, 1, seed=1)),
+        "graph": lambda: fs.Graph("x", {"a": (fs.Linear(2, 3, seed=0), "x"), "y": (fs.Concatenate(), "a", "x")}, "y"),
         "model": lambda: fs.models.MarkovChain(3).fit([0, 1, 2, 1]) and fs.models.RecurrentLM(3, 2, 2, seed=0),
         **{name: (lambda state=state: state) for name, state in states().items()},
     }[kind]()
@@ -62,7 +63,7 @@ def write(kind: str, path: Path) -> Callable[[Path], Any]:
     return fs.load
 
 
-FILES = ["layer", "sequential", "model", "state", "pair", "attention", "checkpoint"]
+FILES = ["layer", "sequential", "graph", "model", "state", "pair", "attention", "checkpoint"]
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -26,6 +26,7 @@ SOME = [
     "TransformerDecoderLayer, swiglu",
     "Transformer",
     "Sequential",
+    "Graph",
     *(name for name in MODELS if name.split(", ")[-1] not in ("rnn", "lstm", "window", "untied", "tokens")),
 ]
 

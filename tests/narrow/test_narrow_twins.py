@@ -31,6 +31,7 @@ SOME = [
     "TransformerDecoder",
     "Transformer",
     "Sequential",
+    "Graph",
     *(name for name in MODELS if name.split(", ")[-1] not in ("rnn", "lstm", "window", "untied", "tokens")),
 ]
 EACH = pytest.mark.parametrize("name", SOME)

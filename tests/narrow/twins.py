@@ -165,6 +165,7 @@ def _layers() -> Iterator[tuple[str, Case]]:
     yield "TransformerDecoder", Case(lambda m: m.TransformerDecoder(2, SIZE, 2, **given), _run_decoder)
     yield "Transformer", Case(lambda m: m.Transformer(SIZE, 2, 1, 2, **given), _run_transformer)
     yield "Sequential", Case(_sequential, _run_sequential)
+    yield "Graph", Case(_graph, _run_sequential)
 
 
 def _sequential(module: Any) -> Any:
@@ -174,6 +175,22 @@ def _sequential(module: Any) -> Any:
         module.LayerNorm(21),
         module.Sequential(module.LSTM(21, 20, seed=3), module.Tanh()),
         module.Linear(20, 5, seed=4),
+    )
+
+
+def _graph(module: Any) -> Any:
+    return module.Graph(
+        "ids",
+        {
+            "embedded": (module.Embedding(13, SIZE, seed=1), "ids"),
+            "hidden": (module.GRU(SIZE, 21, seed=2), "embedded"),
+            "gate": (module.Linear(SIZE, 21, seed=3), "embedded"),
+            "gated": (module.Multiply(), "hidden", "gate"),
+            "inner": (module.Sequential(module.LSTM(21, 20, seed=4), module.Tanh()), "gated"),
+            "both": (module.Concatenate(), "inner", "hidden"),
+            "y": (module.Linear(41, 5, seed=5), "both"),
+        },
+        "y",
     )
 
 

@@ -51,12 +51,14 @@ FLOORS = [
         "fastseq.convert",
         "fastseq.formats",
         "fastseq.over_time",
+        "fastseq.joining",
         "fastseq.splitmix",
         "fastseq.reference._recurrent",
         "fastseq.reference._dense",
         "fastseq.reference._convolution",
         "fastseq.reference._additive_attention",
         "fastseq.reference._pooling",
+        "fastseq.reference._joining",
         "fastseq.reference._optimisers",
         "fastseq.reference._autoregression",
         "fastseq.reference._markov",
@@ -170,7 +172,7 @@ def test_only_the_package_and_the_programs_import_the_reference():
 
 def test_every_reference_module_is_named_as_what_it_mirrors():
     for path in (SOURCES / "reference").glob("_*.py"):
-        if path.stem not in ("__init__", "_backend", "_pooling"):
+        if path.stem not in ("__init__", "_backend", "_joining", "_pooling"):
             assert (SOURCES / f"{path.stem}.pyi").exists(), path
 
 

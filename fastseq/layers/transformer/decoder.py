@@ -20,6 +20,8 @@ from fastseq.state import AttentionState
 class Decodes(Runs):
     """The verbs of a decoder and of its layers."""
 
+    _length_names: ClassVar[tuple[str, ...]] = ("lengths", "memory_lengths")
+
     _attends_memory: ClassVar[bool] = True
 
     def initial_state(self, memory: Any, *, memory_lengths: Any = None) -> AttentionState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from fastseq import checks
 from fastseq.checks import Array
@@ -36,6 +36,8 @@ class Transformer(Stack):
     .. [2] R. Xiong et al., "On layer normalization in the Transformer architecture", ICML 2020.
     .. [3] N. Shazeer, "GLU variants improve Transformer", arXiv:2002.05202, 2020.
     """
+
+    _length_names: ClassVar[tuple[str, ...]] = ("src_lengths", "tgt_lengths")
 
     d_model: int = size(default=512, doc=D_MODEL)
     nhead: int = size(default=8, doc=NHEAD)
