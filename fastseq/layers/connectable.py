@@ -71,6 +71,11 @@ class Connectable:
         fits = None in (takes, given) or takes == given
         return {OUTPUT: me._width_after(given)}, None if fits else f"takes vectors of {takes}, not of {given}"
 
+    def _lengths_of_values(self, lengths: Array, state: Any) -> dict[str, Array]:
+        """Return the lengths of the values, of rows that start from a state; of those that have an axis of time."""
+        me: Any = self
+        return dict.fromkeys(self._values(), me._lengths_after(lengths, state))
+
     def _run_values(
         self, arrays: Sequence[Array], state: Any, lengths: Array | None, resets: Any
     ) -> tuple[Values, Any]:

@@ -17,6 +17,8 @@ from fastseq.layers.containers import Container, locate, shortened
 from fastseq.layers.rows import cleared
 from fastseq.layers.wiring import Node, Wiring
 
+_NO_FRAME: Any = None  # what a node gives at a step that completes no window of frames
+
 
 class Graph(Container):
     """Layers that read inputs and each other's outputs, by name.
@@ -24,7 +26,8 @@ class Graph(Container):
     Each node is a layer and the names of what it reads: inputs of the graph or other nodes, in any order of
     declaration. Several may read the same value; its gradient is the sum of theirs.
 
-    `lengths` are passed to every layer whose `time` is not "pointwise"; values with an axis of time are 0 past them.
+    `lengths` are passed to every layer whose `time` is not "pointwise"; values with an axis of time are 0 past them. A
+    layer that changes the number of steps, as `Conv1d` with a stride, changes the lengths of what it gives.
     Where a pointwise layer of several inputs, as `Add`, `Multiply` or `Concatenate`, reads both values with an axis of
     time and values without one, the latter are repeated at every step. Parameters are named ``<node>.<name>``.
 
@@ -147,7 +150,7 @@ class Graph(Container):
             given, ends[name] = node.layer._run_values(arrays, states.get(name), own, again)
             return given
 
-        self._run_nodes(values, lengths, compute)
+        self._run_nodes(values, self._lengths_by_value(lengths, states), lengths, compute)
         return self._result(values), self._ends(ends)
 
     def step(self, x_t: Any, state: Any = None) -> tuple[Any, Any]:
@@ -164,7 +167,7 @@ class Graph(Container):
         Returns
         -------
         y_t : ndarray of shape (B, ...), or dict of ndarray
-            The output at this step.
+            The output at this step; None where it depends on a window of frames that this step does not complete.
         state : dict, or None
             The argument `state` of the next step, as `run` returns it.
 
@@ -187,15 +190,41 @@ class Graph(Container):
                 )
         self._check_agree("x_t", {name: array.shape[:1] for name, array in values.items()}, "(B, ...)")
 
+        rows = len(next(iter(values.values())))
+
         def compute(name: str, node: Node, arrays: list[Array], own: None) -> Values:
+            if self._waits(name, node, arrays):
+                layer: Any = node.layer
+                waiting = states.get(name)
+                ends[name] = layer.initial_state(rows) if waiting is None and layer.carries_state else waiting
+                return dict.fromkeys(layer._values(), _NO_FRAME)
             given, ends[name] = node.layer._step_values(arrays, states.get(name))
             return given
 
-        self._run_nodes(values, None, compute, one_step=True)
+        self._run_nodes(values, {}, None, compute, one_step=True)
         return self._result(values), self._ends(ends)
+
+    def _waits(self, name: str, node: Node, arrays: Sequence[Array | None]) -> bool:
+        """Return whether what a node reads is not there at this step."""
+        missing = {value for value, array in zip(node.inputs, arrays, strict=True) if array is None}
+        there = [v for v in node.inputs if v not in missing and self._wiring.timed[v]]
+        if missing and there:
+            raise ValueError(
+                f"nodes[{name!r}] should read values of the same steps, not {sorted(missing)[0]!r}, which has none at"
+                f" this one, and {there[0]!r}, which has"
+            )
+        return bool(missing)
 
     def _step_on(self, x_t: Any, state: Any) -> tuple[Any, Any]:
         return self.step(x_t, state)
+
+    def _lengths_after(self, lengths: Array, state: Any = None) -> Array:
+        return next((own for own in self._lengths_of_values(lengths, state).values()), lengths)
+
+    def _lengths_of_values(self, lengths: Array, state: Any) -> dict[str, Array]:
+        found = self._lengths_by_value(lengths, {} if state is None else state)
+        outputs = zip(self._values(), self._wiring.outputs.values(), strict=True)
+        return {part: found[value] for part, value in outputs if value in found}
 
     def forward(
         self, x: Any, state: Any = None, *, lengths: Any = None, resets: Any = None, seed: int | None = None
@@ -239,8 +268,9 @@ class Graph(Container):
             forms.update({names[part]: (array.shape, array.dtype.kind) for part, array in given.items()})
             return {part: _read_only(array) if names[part] in self._read else array for part, array in given.items()}
 
-        self._run_nodes(values, lengths, compute)
-        return self._result(values), self._ends(ends), Tape(self, (tapes, forms, lengths))
+        by_value = self._lengths_by_value(lengths, states)
+        self._run_nodes(values, by_value, lengths, compute)
+        return self._result(values), self._ends(ends), Tape(self, (tapes, forms, by_value))
 
     def backward(
         self, dy: Any, tape: Tape, *, truncate: int | None = None, grads: Mapping[str, Array] | None = None
@@ -267,14 +297,14 @@ class Graph(Container):
         dx : ndarray of the shape of x, or None; or dict of those
             0 past the length of a row. None where an input is symbols, which have no gradient.
         """
-        tapes, forms, lengths = self._kept(tape)
+        tapes, forms, by_value = self._kept(tape)
         if truncate is not None and not self.carries_state:
             raise ValueError("truncate should be None where no layer carries a state")
         gradients = self._output_gradients(dy, {value: form[0] for value, form in forms.items()})
         targets = self._child_targets(grads)
         for name in reversed(self._wiring.order):
             layer, names = self._wiring.nodes[name]
-            dvalues = self._gradients_of(name, gradients, forms, lengths)
+            dvalues = self._gradients_of(name, gradients, forms, by_value)
             if not dvalues:
                 continue
             found = layer._backward_values(
@@ -287,7 +317,7 @@ class Graph(Container):
             for value, again, gradient in zip(names, self._again[name], found, strict=True):
                 if gradient is not None:
                     _add(gradients, value, gradient[:, 0] if again else gradient)
-        return self._input_gradients(gradients, forms, lengths)
+        return self._input_gradients(gradients, forms, by_value)
 
     def initial_state(self, batch_size: int) -> Any:
         """Return the default initial states: a dict, as `run` returns it.
@@ -419,17 +449,38 @@ class Graph(Container):
         mixed = node.layer.time == POINTWISE and True in timed and not isinstance(node.layer, Graph)
         return [mixed and one is False for one in timed]
 
+    def _lengths_by_value(self, lengths: Array | None, states: Mapping[str, Any]) -> dict[str, Array]:
+        """Return the lengths of each value that has an axis of time; none without lengths."""
+        if lengths is None:
+            return {}
+        timed = self._wiring.timed
+        found = {name: lengths for name in self.inputs if timed[name]}
+        for name, names in self._given.items():
+            node = self._wiring.nodes[name]
+            read = {value: found[value] for value in node.inputs if value in found}
+            first = next(iter(read), None)
+            for value, own in read.items():
+                if first is not None and not np.array_equal(own, read[first]):
+                    raise ValueError(
+                        f"nodes[{name!r}] should read values of the same lengths, not {first!r} of"
+                        f" {read[first].tolist()} and {value!r} of {own.tolist()}"
+                    )
+            after = node.layer._lengths_of_values(lengths if first is None else read[first], states.get(name))
+            found |= {value: after[part] for part, value in names.items() if timed[value] and part in after}
+        return found
+
     def _run_nodes(
         self,
         values: Values,
+        by_value: Mapping[str, Array],
         lengths: Array | None,
         compute: Callable[[str, Node, list[Array], Any], Values],
         one_step: bool = False,
     ) -> None:
         """Run all nodes in order, and add what they give to the values; those that nobody reads any more are dropped.
 
-        ``compute(name, node, arrays, lengths)`` returns what a node gives. With `one_step` no array has an axis of
-        time.
+        ``compute(name, node, arrays, lengths)`` returns what a node gives. `by_value` are the lengths of values;
+        `lengths` those of the inputs, for nodes of which nobody knows. With `one_step` no array has an axis of time.
         """
         timed = self._wiring.timed
         for name, names in self._given.items():
@@ -437,9 +488,9 @@ class Graph(Container):
             arrays = [values[value] for value in node.inputs]
             if not one_step and True in again:
                 arrays = [array[:, None] if one else array for array, one in zip(arrays, again, strict=True)]
-            own = lengths
-            if lengths is not None and all(timed[value] is False for value in node.inputs):
-                own = None
+            own = next((by_value[value] for value in node.inputs if value in by_value), None)
+            if own is None and not all(timed[value] is False for value in node.inputs):
+                own = lengths
             try:
                 given = compute(name, node, arrays, own)
             except (TypeError, ValueError) as error:
@@ -447,7 +498,7 @@ class Graph(Container):
                 raise
             for part, array in given.items():
                 value = names[part]
-                values[value] = array if lengths is None or not timed[value] else cleared(array, lengths)
+                values[value] = cleared(array, by_value[value]) if value in by_value else array
             for value in self._wiring.spent[name]:
                 del values[value]
 
@@ -476,25 +527,27 @@ class Graph(Container):
                 _add(gradients, value, checks.like(f"dy[{name!r}]", dy[name], self.dtype, shapes[value]))
         return gradients
 
-    def _gradients_of(self, node: str, gradients: Values, forms: Mapping[str, Any], lengths: Array | None) -> Values:
+    def _gradients_of(
+        self, node: str, gradients: Values, forms: Mapping[str, Any], by_value: Mapping[str, Array]
+    ) -> Values:
         """Take the gradients of the values that a node gives, by their names in its layer; empty without any."""
         dvalues: Values = {}
         for name, value in self._given[node].items():
             if value in gradients:
                 array = gradients.pop(value)
-                dvalues[name] = cleared(array, lengths) if self._wiring.timed[value] else array
+                dvalues[name] = cleared(array, by_value[value]) if value in by_value else array
         if dvalues and OUTPUT not in dvalues and OUTPUT in self._given[node]:
             dvalues[OUTPUT] = np.zeros(forms[node][0], self.dtype)
         return dvalues
 
-    def _input_gradients(self, gradients: Values, forms: Mapping[str, Any], lengths: Array | None) -> Any:
+    def _input_gradients(self, gradients: Values, forms: Mapping[str, Any], by_value: Mapping[str, Array]) -> Any:
         """Return the gradients of the inputs; zeros of real numbers that no gradient reached."""
         found: dict[str, Array | None] = {}
         for name in self.inputs:
             shape, kind = forms[name]
             array = gradients.get(name)
             if array is not None:
-                array = cleared(array, lengths) if self._wiring.timed[name] else array
+                array = cleared(array, by_value[name]) if name in by_value else array
             elif kind == "f":
                 array = np.zeros(shape, self.dtype)
             found[name] = array

@@ -59,6 +59,7 @@ __all__ = [
     "last_layers",
     "memory_state",
     "norm_parameters",
+    "output_lengths",
     "packed",
     "packed_stack",
     "position_table",
@@ -161,6 +162,12 @@ def last_layers(layer: Layer) -> list[Layer]:
 def timed_outputs(graph: Graph) -> dict[str, bool]:
     """Return which outputs of a graph have an axis of time, by name."""
     return {name: graph._wiring.timed[value] is not False for name, value in graph._wiring.outputs.items()}
+
+
+def output_lengths(graph: Graph, lengths: Array | None) -> dict[str, Array]:
+    """Return the lengths of each output of a graph that has an axis of time, by name; none without lengths."""
+    found = graph._lengths_by_value(lengths, {})
+    return {name: found[value] for name, value in graph._wiring.outputs.items() if value in found}
 
 
 # Packed weights.

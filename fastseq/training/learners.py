@@ -199,13 +199,12 @@ class LayerLearner(Learner):
             raise ValueError(
                 f"loss should be a mapping from {', '.join(map(repr, y))} to losses where a graph has several outputs"
             )
-        return self._loss_between(self._loss, y, batch.targets, self.model.time != POOLING, batch)
+        return self._loss_between(self._loss, y, batch.targets, self.model.time != POOLING, self._lengths(batch))
 
     def _loss_between(
-        self, loss: arguments.Loss, y: Array, targets: Array, timed: bool, batch: Batch
+        self, loss: arguments.Loss, y: Array, targets: Array, timed: bool, lengths: Array | None
     ) -> tuple[float, int, Array]:
         """The loss of one output, over how many elements it is a mean, and its gradient."""
-        lengths = batch.lengths if timed else None
         if timed and targets.ndim == 1 and y.ndim > 2:
             raise ValueError(
                 f"targets should have an axis of time as the outputs {y.shape} have, not the shape {targets.shape}; for"
@@ -275,9 +274,12 @@ class HeadsLearner(LayerLearner):
                 f"data should give batches whose targets are a mapping from {', '.join(map(repr, self._losses))} to"
                 f" arrays, not {checks.describe(targets)}"
             )
+        lengths = inside.output_lengths(self.model, batch.lengths)
         total, counts, gradients = 0.0, [], {}
         for name, loss in self._losses.items():
-            value, count, gradients[name] = self._loss_between(loss, y[name], targets[name], self._timed[name], batch)
+            value, count, gradients[name] = self._loss_between(
+                loss, y[name], targets[name], self._timed[name], lengths.get(name)
+            )
             total += value
             counts.append(count)
         return total, counts[0], gradients

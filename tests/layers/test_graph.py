@@ -1137,3 +1137,63 @@ def _exchanged(backward: Any) -> Any:
 def _renamed(backward: Any) -> Any:
     names = {"c": "h", "h": "c"}
     return lambda self, dvalues, *more: backward(self, {names.get(n, n): a for n, a in dvalues.items()}, *more)
+
+
+def strided() -> Any:
+    """Two convolutions with a stride, added, and what reads their frames."""
+    return fs.Graph(
+        "x",
+        {
+            "left": (fs.Conv1d(3, 8, 3, padding="causal", stride=2, seed=0), "x"),
+            "right": (fs.Conv1d(3, 8, 5, padding="causal", stride=2, seed=1), "x"),
+            "sum": (fs.Add(), "left", "right"),
+            "hidden": (fs.GRU(8, 5, seed=2), "sum"),
+            "mean": (fs.MeanOverTime(), "hidden"),
+        },
+        {"frames": "hidden", "whole": "mean"},
+    )
+
+
+def test_lengths_are_those_after_a_convolution() -> None:
+    graph, x = strided(), np.random.default_rng(0).standard_normal((3, 9, 3)).astype("float32")
+    lengths = [9, 4, 1]
+    y, tape = graph.forward(x, lengths=lengths)
+    assert y["frames"].shape == (3, 5, 5)
+    for row, length in enumerate(lengths):
+        alone = graph(x[row : row + 1, :length])
+        steps = alone["frames"].shape[1]
+        np.testing.assert_array_equal(y["frames"][row, :steps], alone["frames"][0])
+        np.testing.assert_array_equal(y["whole"][row], alone["whole"][0])
+        assert not y["frames"][row, steps:].any()
+    dx = graph.backward({name: np.ones_like(array) for name, array in y.items()}, tape)
+    _, tape = graph.forward(x[1:2, :4])
+    alone = graph.backward({"frames": np.ones((1, 2, 5), "float32"), "whole": np.ones((1, 5), "float32")}, tape)
+    np.testing.assert_allclose(dx[1, :4], alone[0], rtol=1e-5, atol=1e-6)
+    assert not dx[1, 4:].any()
+
+
+def test_values_of_unequal_lengths_are_refused() -> None:
+    nodes = {"slow": (fs.Conv1d(3, 3, 1, stride=2, seed=0), "x"), "sum": (fs.Add(), "slow", "x")}
+    with pytest.raises(ValueError, match=r"nodes\['sum'\] .* same lengths, not 'slow' of \[2, 1\] and 'x' of \[4, 2\]"):
+        fs.Graph("x", nodes, "sum")(np.zeros((2, 4, 3), "float32"), lengths=[4, 2])
+
+
+def test_steps_between_frames_have_no_outputs() -> None:
+    nodes = {name: (node.layer, *node.inputs) for name, node in strided().nodes.items() if name != "mean"}
+    graph = fs.Graph("x", nodes, "hidden")
+    x = np.random.default_rng(0).standard_normal((2, 9, 3)).astype("float32")
+    state, frames = None, []
+    for t in range(9):
+        y, state = graph.step(x[:, t], state)
+        assert (y is None) == (t % 2 == 1)
+        frames += [] if y is None else [y]
+    np.testing.assert_array_equal(np.stack(frames, axis=1), graph(x))
+    np.testing.assert_array_equal(state["hidden"].h, graph.run(x)[1]["hidden"].h)
+
+
+def test_a_step_that_mixes_frames_and_steps_is_refused() -> None:
+    nodes = {"slow": (fs.Conv1d(3, 3, 1, stride=2, seed=0), "x"), "sum": (fs.Add(), "slow", "x")}
+    graph, x = fs.Graph("x", nodes, "sum"), np.zeros((2, 3), "float32")
+    _, state = graph.step(x)
+    with pytest.raises(ValueError, match=r"nodes\['sum'\].* values of the same steps, not 'slow'"):
+        graph.step(x, state)
