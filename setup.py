@@ -92,6 +92,8 @@ class Build(build_ext):
         if switch("FASTSEQ_COVERAGE"):
             flags += ["--coverage"]
             link += ["--coverage"]
+        if flags == FLAGS and sys.platform == "linux":
+            link += ["-Wl,-s"]  # names of functions, which nobody reads, would be 2 % of a wheel
         openmp = self.openmp_flags()
         objects = self.kernels(flags)
         for extension in self.extensions:
