@@ -215,7 +215,11 @@ CONSTANTS = {
         ({"op": "Loop"}, "it should be one of RNN, GRU, LSTM, DynamicQuantizeLSTM"),
         ({"domain": "own"}, "not of the domain 'own'"),
         (
-            {"op": "RNN", "attributes": {"activations": ["Tanh", "Relu"], "direction": "bidirectional"}},
+            {
+                "op": "RNN",
+                "inputs": ("x", "w", "r"),
+                "attributes": {"activations": ["Tanh", "Relu"], "direction": "bidirectional"},
+            },
             "activations tanh, relu",
         ),
     ],
