@@ -379,6 +379,9 @@ enum { INT8_TILES_FROM = 1 };
 enum { INT8_TILES_FROM = 4 };
 #endif
 
+/* Sums of int8 before their offsets may have left 32 bits, which those bring back. */
+typedef uint32_t wrapping __attribute__((vector_size(FS_VECTOR_BYTES)));
+
 INLINE int by_tiles(enum fs_weight_type type, ptrdiff_t rows)
 {
     return type == FS_BFLOAT16 || rows >= INT8_TILES_FROM;
@@ -464,7 +467,7 @@ INLINE void tile_product(const enum fs_weight_type TYPE, const fs_narrow_product
         }
     for (ptrdiff_t i = 0; TYPE == FS_INT8 && i < p->n_rows * per_row; i++) {
         const int lane = (int)(i % per_row);
-        const ivec sum = (ivec)whole[i] + (ivec)first_sum(TYPE, p, NULL, lane);
+        const wrapping sum = (wrapping)whole[i] + (wrapping)first_sum(TYPE, p, NULL, lane);
         add_scaled(p, (const char *)p->rows + i / per_row * p->row_bytes, (vec)sum, lane,
                    (real *)p->out + i * LANES);
     }

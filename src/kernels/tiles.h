@@ -181,6 +181,7 @@ static int32_t int8_sum(const int32_t *inputs, const int32_t (*weights)[16], int
     return sum;
 }
 
+/* Sums of int8 wrap around, as on AMX: inputs without a sign take them out of 32 bits, and offsets back. */
 static void tile_multiply(enum fs_weight_type type, int i, int j)
 {
     const int32_t (*inputs)[16] = unit.words[FIRST_INPUTS + i];
@@ -189,7 +190,8 @@ static void tile_multiply(enum fs_weight_type type, int i, int j)
     for (int row = 0; row < unit.rows; row++)
         for (int lane = 0; lane < LANES; lane++)
             if (type == FS_INT8)
-                sums[row][lane] += int8_sum(inputs[row], weights, lane);
+                sums[row][lane] =
+                    (int32_t)((uint32_t)sums[row][lane] + (uint32_t)int8_sum(inputs[row], weights, lane));
             else {
                 float sum;
                 memcpy(&sum, &sums[row][lane], sizeof sum);
