@@ -29,12 +29,11 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
 _CONFIG_LIMIT = 1 << 24  # bytes; the structure of a model of a thousand layers takes about one million
 _OPTIMISERS = ("optimizer", "optimizer_weights")
-# What h5py, HDF5 and zipfile raise for bytes that are not what they should be.
+# What h5py, HDF5 and zipfile raise for bytes that are not what they should be, also as subclasses.
 _LIBRARY_ERRORS = (
     AttributeError,
     EOFError,
     KeyError,
-    NotImplementedError,
     OSError,
     OverflowError,
     RuntimeError,

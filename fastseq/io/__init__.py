@@ -411,16 +411,20 @@ def arrays_of(file: safetensors.File, name: str, dtypes: Collection[str]) -> dic
 
 
 _OF_TORCH = (
-    "PyTorch's files hold state dicts: make the layer, then layer.load_state_dict(torch.load(path, weights_only=True))"
+    "fastseq.convert.pytorch.layer(fastseq.formats.read(path).arrays) makes a layer of a state dict; or make the layer,"
+    " then layer.load_state_dict(torch.load(path, weights_only=True))"
 )
-_OF_KERAS = "of Keras' files this package reads none: give layer.load_state_dict arrays by the names of its parameters"
+_OF_KERAS = (
+    "fastseq.convert.keras.model(fastseq.formats.read(path)) makes layers of Keras' files; or give"
+    " layer.load_state_dict arrays by the names of its parameters"
+)
 _FOREIGN = {
     ".pt": _OF_TORCH,
     ".pth": _OF_TORCH,
     ".bin": _OF_TORCH,
     ".ckpt": _OF_TORCH,
-    ".onnx": "of ONNX files this package reads none: give layer.load_state_dict their initializers by the names of its"
-    " parameters",
+    ".onnx": "fastseq.formats.read(path).arrays is what an ONNX file holds: give layer.load_state_dict its"
+    " initializers by the names of its parameters",
     ".h5": _OF_KERAS,
     ".keras": _OF_KERAS,
     ".npz": "make the layer, then layer.load_state_dict(numpy.load(path))",

@@ -1197,3 +1197,27 @@ def test_a_step_that_mixes_frames_and_steps_is_refused() -> None:
     _, state = graph.step(x)
     with pytest.raises(ValueError, match=r"nodes\['sum'\].* values of the same steps, not 'slow'"):
         graph.step(x, state)
+
+
+def test_training_takes_the_lengths_after_a_convolution() -> None:
+    """Of one output and of several: the loss is that over the frames of each row, and no others."""
+    rng, lengths = np.random.default_rng(0), np.array([9, 4, 1])
+    x, tags = rng.standard_normal((3, 9, 3)).astype("float32"), rng.integers(0, 4, (3, 5))
+    frames = np.array([5, 2, 1])
+
+    def nodes() -> dict[str, Any]:
+        slow, fine = fs.Conv1d(3, 4, 3, padding="causal", stride=2, seed=0), fs.Linear(3, 2, seed=1)
+        return {"tags": (slow, "x"), "value": (fine, "x")}
+
+    one = fs.Graph("x", {"tags": nodes()["tags"]}, "tags")
+    of_tags = fs.losses.softmax_cross_entropy(one(x, lengths=lengths), tags, lengths=frames)[0]
+    history = fs.training.fit(
+        one, [fs.training.Batch(x, tags, lengths)], loss="cross_entropy", epochs=1, progress=False
+    )
+    assert history.loss[0] == pytest.approx(of_tags, rel=1e-6)
+    both = fs.Graph("x", nodes(), ("tags", "value"))
+    of_value = fs.losses.mean_squared_error(both(x)["value"], x[:, :, :2], lengths=lengths)[0]
+    batch = fs.training.Batch(x, {"tags": tags, "value": x[:, :, :2]}, lengths)
+    losses = {"tags": "cross_entropy", "value": "mean_squared_error"}
+    history = fs.training.fit(both, [batch], loss=losses, epochs=1, progress=False)
+    assert history.loss[0] == pytest.approx(of_tags + of_value, rel=1e-6)

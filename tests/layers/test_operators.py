@@ -28,7 +28,7 @@ from fastseq.layers.operators import (
     Transpose,
 )
 
-onnx = pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: take the extra 'test'")
 BOTH = pytest.mark.parametrize("module", [fs, fs.reference], ids=["compiled", "reference"])
 
 # Inputs of operators that are settings here, in the order of ONNX.
